@@ -1,0 +1,43 @@
+"""`Component`: what a plugin says of one thing it offers, without importing it.
+
+Dry-run, placement, help texts, `miles plugins` and the generated tables read components; only building one imports
+its target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Need = Literal[
+    "reference", "critic", "teacher", "greedy_rollout", "entropy", "logits", "environment", "rollout_log_probs"
+]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named, buildable part.
+
+    Example:
+        Component("miles_grpo.grpo:grpo", options=GrpoOptions, summary="Group-relative advantages",
+                  paper="arXiv:2402.03300", flags={"--grpo-epsilon": "epsilon"})
+    """
+
+    target: str
+    """`package.module:attribute`, imported when the component is built. See `miles.protocols` for how it is called."""
+    options: type | None = None
+    """A dataclass or pydantic model: its fields are the component's options in a config."""
+    needs: frozenset[Need] | set[Need] = frozenset()
+    """What the core must provide for it, beyond what its kind always gets."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Command-line flag -> option, for flags that users of other frameworks know."""
+    provides: tuple[str, ...] = ()
+    """For bridges and chat formats: the Hugging Face model types it serves."""
+    summary: str = ""
+    paper: str = ""
+
+    def __post_init__(self) -> None:
+        module, _, attribute = self.target.partition(":")
+        if not module or not attribute:
+            raise ValueError(f"a component's target is 'package.module:attribute', not {self.target!r}")

@@ -1,0 +1,94 @@
+"""The base of every section, component specs, and how a leaf gets its command-line flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings. Unknown keys are errors; a field's docstring is its help text."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+    )
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Command-line spellings of a leaf. Without one, field `max_prompt_len` gets `--max-prompt-len`.
+
+    The first name is the canonical one; the others are spellings that users of slime and Miles know.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, *names: str):
+        object.__setattr__(self, "names", names)
+
+
+class Spec(BaseModel):
+    """Names a component and its options: `grpo`, or `{name: grpo, epsilon: 1e-6}`, or `my_module:my_function`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        return self.name if not self.options else f"{self.name}{self.options}"
+
+
+def as_spec(value: Any) -> Any:
+    """Accept the short forms in YAML: a name, or a mapping whose other keys are options."""
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict) and "name" in value and not set(value) <= {"name", "options"}:
+        rest = {k: v for k, v in value.items() if k not in ("name", "options")}
+        return {"name": value["name"], "options": {**value.get("options", {}), **rest}}
+    return value
+
+
+ComponentSpec = Annotated[Spec, BeforeValidator(as_spec)]
+
+
+def as_spec_list(value: Any) -> Any:
+    """Accept a single name or `a,b` where a list of components is meant."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, dict) else value
+
+
+ComponentSpecs = Annotated[tuple[ComponentSpec, ...], BeforeValidator(as_spec_list)]
+
+
+def as_weighted(value: Any) -> Any:
+    """Accept `name`, `{name: x, option: 1}` or `{exact_match: 1.0, format: 0.1}` for a reward."""
+    if value is None or isinstance(value, str | list | tuple):
+        return [value] if isinstance(value, str) else value
+    if isinstance(value, dict) and "name" not in value:
+        return [{"name": name, "weight": weight} for name, weight in value.items()]
+    return [value] if isinstance(value, dict) else value
+
+
+class RewardSpec(BaseModel):
+    """A reward and its weight in the sum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+def as_reward(value: Any) -> Any:
+    if isinstance(value, dict) and "name" in value:
+        rest = {k: v for k, v in value.items() if k not in ("name", "weight", "options")}
+        known = {k: v for k, v in value.items() if k in ("name", "weight")}
+        return {**known, "options": {**value.get("options", {}), **rest}}
+    return {"name": value} if isinstance(value, str) else value
+
+
+RewardSpecs = Annotated[tuple[Annotated[RewardSpec, BeforeValidator(as_reward)], ...], BeforeValidator(as_weighted)]

@@ -1,0 +1,84 @@
+"""`precision`, `moe`, `weight_sync`, `resources`, `checkpoint`, `eval` and `plugins`: what surrounds the algorithm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from miles.config.base import ComponentSpec, Flag, Section, Spec
+from miles.config.data import TaskSet
+
+
+class PrecisionSection(Section):
+    scheme: Annotated[ComponentSpec, Flag("--precision-scheme")] = Spec(name="plain")
+    """Number formats of training and of the synced weights."""
+
+
+class MoeSection(Section):
+    routing_replay: Annotated[ComponentSpec, Flag("--routing-replay")] = Spec(name="none")
+    """Record and replay expert choices."""
+
+
+class WeightSyncSection(Section):
+    transport: Annotated[ComponentSpec, Flag("--weight-sync", "--update-weight-transfer-mode")] = Spec(name="inprocess")
+    """How weights reach the engines."""
+    interval: Annotated[int, Flag("--update-weights-interval"), Field(gt=0)] = 1
+    """Rollout steps between two syncs."""
+    buffer_size: Annotated[int, Flag("--update-weight-buffer-size"), Field(gt=0)] = 512 * 1024**2
+    """Bytes sent at once."""
+    verify: Annotated[Literal["first", "always", "never"], Flag("--weight-sync-verify")] = "first"
+    """Compare log-probabilities of engine and trainer after the first sync of a run, after each, or never."""
+    tolerance: Annotated[float | None, Flag("--weight-sync-tolerance")] = None
+    """Largest mean difference a token; the precision scheme's own when not given."""
+
+
+class ResourcesSection(Section):
+    executor: Annotated[ComponentSpec, Flag("--executor")] = Spec(name="inprocess")
+    """Where workers run."""
+    device: Annotated[str, Flag("--device")] = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    actor_num_nodes: Annotated[int, Flag("--actor-num-nodes"), Field(gt=0)] = 1
+    """Machines that train."""
+    actor_num_gpus_per_node: Annotated[int, Flag("--actor-num-gpus-per-node"), Field(gt=0)] = 1
+    """Train ranks on each machine."""
+    colocate: Annotated[bool, Flag("--colocate")] = False
+    """Trainer and engines share accelerators and take turns."""
+    offload_train: Annotated[bool | None, Flag("--offload-train")] = None
+    """Move the trainer off the accelerator during rollouts; follows `colocate` when not given."""
+    offload_rollout: Annotated[bool | None, Flag("--offload-rollout")] = None
+    """Put engines to sleep during training; follows `colocate` when not given."""
+
+
+class CheckpointSection(Section):
+    dir: Annotated[Path | None, Flag("--save")] = None
+    """Where checkpoints go; `checkpoints/` of the run directory when not given."""
+    load: Annotated[Path | None, Flag("--load")] = None
+    """Checkpoint (or folder of them) of another run to start from."""
+    interval: Annotated[int | None, Flag("--save-interval"), Field(gt=0)] = None
+    """Steps between checkpoints; one at the end when not given."""
+    keep: Annotated[int | None, Flag("--keep-checkpoints"), Field(gt=0)] = 2
+    """Newest checkpoints that are kept; all of them when null."""
+    save_hf: Annotated[str | None, Flag("--save-hf")] = None
+    """Folder of a Hugging Face export beside each checkpoint; `{step}` is replaced. Relative to the run directory."""
+
+
+class EvalSection(Section):
+    sets: tuple[TaskSet, ...] = ()
+    """Held-out task sets."""
+    evaluator: Annotated[ComponentSpec, Flag("--evaluator")] = Spec(name="rollout")
+    """How they are measured."""
+    interval: Annotated[int | None, Flag("--eval-interval"), Field(gt=0)] = None
+    """Steps between evaluations; before and after training only when not given."""
+    before_train: Annotated[bool, Flag("--eval-before-train")] = True
+    """Evaluate before the first step."""
+    pass_k: Annotated[tuple[int, ...], Flag("--eval-pass-k")] = ()
+    """k of pass@k; powers of two up to the number of samples when not given."""
+
+
+class PluginsSection(Section):
+    require: Annotated[tuple[str, ...], Flag("--plugins-require")] = ()
+    """Distributions that must be installed, such as `miles-grpo>=0.1`."""
+    block: Annotated[tuple[str, ...], Flag("--plugins-block")] = ()
+    """Plugins that are not loaded (`-p no:NAME`)."""

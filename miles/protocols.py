@@ -1,0 +1,497 @@
+"""What each kind of component must be, in the order data flows through a run.
+
+A component is whatever satisfies the protocol: a class, or a plain function where the protocol is one call. Classes
+are built as `Target(options)` when the `Component` declares options and as `Target()` when it does not; a function
+gets its options as the keyword `options`. Kinds whose protocol names a *context* also receive it, as the keyword
+`context`: the typed bundle of what only the core knows (the model's config, a tokenizer, the run directory).
+
+Nothing asynchronous is a hook; async work happens in methods of the objects built here. Every method that may be slow
+in the driver is async; what runs inside a train worker is synchronous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from miles.types import (
+    Action,
+    AdvantageInputs,
+    Advantages,
+    Correction,
+    GenerateRequest,
+    GenerateResult,
+    Group,
+    LossInputs,
+    LossResult,
+    Message,
+    Metrics,
+    MicroBatch,
+    Observation,
+    Outputs,
+    PolicyLoss,
+    Prompt,
+    Sample,
+    SamplingParams,
+    StepReport,
+    StepResult,
+    Verdict,
+    WeightGroup,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from miles.config import Config, TaskSet
+
+Role = Literal["actor", "critic", "reference", "teacher"]
+Want = Literal["log_probs", "entropy", "values", "logits"]
+TrainPart = Literal["parameters", "gradients", "optimizer"]
+EnginePart = Literal["weights", "kv_cache", "graphs"]
+PauseMode = Literal["abort", "retract", "in_place"]
+LossFunction = Callable[[MicroBatch, Outputs], LossResult]
+
+# ------------------------------------------------------------------------------------------- the model and its names
+
+
+@runtime_checkable
+class Bridge(Protocol):
+    """One model family: how its weights and its config are named in each world.
+
+    The worlds are `hf` (the checkpoint on disk, the names that every other part of miles speaks), `torch` (the
+    transformers module), `decoder` (the built-in engine's module) and those a backend plugin adds, such as `megatron`.
+    A bridge lists its conversion ops once; loading and exporting are the same list read in two directions.
+    `hf_config` is the transformers config object of the checkpoint.
+    """
+
+    def to_world(self, world: str, hf_config: Any, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
+        """Checkpoint tensors in, the world's tensors out, streamed: each is yielded once all its parts arrived."""
+
+    def from_world(self, world: str, hf_config: Any, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
+        """The inverse, bit-exact. A yielded group is what an engine must load together (fused projections)."""
+
+    def config_for(self, world: str, hf_config: Any) -> Mapping[str, Any]:
+        """The model's dimensions under the names that world uses."""
+
+
+@dataclass(frozen=True)
+class ChatContext:
+    tokenizer: Any
+    """A transformers tokenizer."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ChatFormat(Protocol):
+    """A family's conversation as tokens. Context: `ChatContext`.
+
+    The promise that makes multi-turn training right: what the model produced is never tokenised again. `render_next`
+    returns only the tokens that follow, and appending them to the stream equals what the family's template would
+    have produced for the whole conversation.
+    """
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant turn."""
+
+    def render_prompt(self, messages: Sequence[Message], tools: Sequence[dict] | None = None) -> list[int]:
+        """A conversation, ready for the assistant to speak."""
+
+    def render_text(self, text: str) -> list[int]:
+        """A prompt that is plain text, taken as it is."""
+
+    def render_next(self, messages: Sequence[Message], closed: bool = True) -> list[int]:
+        """Environment messages after an assistant turn, up to where the assistant speaks again.
+
+        `closed` is False when the turn did not end with its stop token, which is then added first.
+        """
+
+    def parse(self, tokens: Sequence[int], finish_reason: str = "stop") -> Action:
+        """What the assistant said: text, reasoning, tool calls. A malformed call is a call with an `error`."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of these tokens without special tokens."""
+
+    def render_conversation(
+        self, messages: Sequence[Message], tools: Sequence[dict] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """A whole conversation for SFT: tokens and a mask of the same length, 1 on what the assistant said."""
+
+
+@runtime_checkable
+class ModelTransform(Protocol):
+    """Changes a model after it is built and before it is sharded: LoRA, freezing, batch-invariant kernels."""
+
+    def prepare(self, model: nn.Module, role: Role) -> nn.Module: ...
+
+    def trainable(self, name: str) -> bool:
+        """Whether the parameter of this name gets a gradient."""
+
+    def synced(self, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
+        """What is sent to the engines: everything, or an adapter alone."""
+
+
+@runtime_checkable
+class PrecisionScheme(Protocol):
+    """Number formats of training and of the weights that engines receive."""
+
+    logprob_tolerance: float
+    """How far engine and trainer may differ per token under this scheme, for the probe after a weight sync."""
+
+    def configure(self, backend: str, model_config: dict[str, Any]) -> None:
+        """Before the model is built."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """After it is built, before it is sharded."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Around every forward."""
+
+    def export(self, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
+        """On the way to an engine: quantised weights with their scales."""
+
+    def engine_options(self) -> Mapping[str, Any]: ...
+
+
+@runtime_checkable
+class RoutingReplay(Protocol):
+    """Makes the trainer use the expert choices of the rollout (R3) or of its own first pass (R2)."""
+
+    def attach(self, model: nn.Module, model_config: Any) -> None: ...
+
+    def recording(self) -> AbstractContextManager: ...
+
+    def replaying(self, batch: MicroBatch) -> AbstractContextManager:
+        """Within it, forward and recomputation choose the recorded experts; probabilities stay differentiable."""
+
+
+# ---------------------------------------------------------------------------------------------------- where things run
+
+
+class WorkerGroup(Protocol):
+    """Some identical workers, one a rank."""
+
+    size: int
+
+    async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
+        """Run `method` on every rank with the same arguments; results in rank order. Never blocks the event loop.
+
+        Raises:
+            WorkerError: a rank failed; the first failing rank's traceback leads the message.
+        """
+
+    async def call_each(self, method: str, args: Sequence[tuple]) -> list[Any]:
+        """Like `call`, with one tuple of arguments for each rank."""
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Where workers run: in this process, in processes of this machine, on a cluster.
+
+    What crosses to a worker is a target string (`package.module:Class`), names and data; never a pickled function.
+    """
+
+    async def launch(self, target: str, size: int, *args: Any, **kwargs: Any) -> WorkerGroup:
+        """Start `size` workers, each `Target(rank, size, *args, **kwargs)`."""
+
+    async def close(self) -> None: ...
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataContext:
+    sets: Sequence[TaskSet]
+    chat: ChatFormat
+    seed: int
+    max_prompt_tokens: int | None
+    shuffle: bool
+
+
+@runtime_checkable
+class DataSource(Protocol):
+    """Where prompts come from. Context: `DataContext`."""
+
+    def __len__(self) -> int:
+        """Prompts in an epoch."""
+
+    def next_prompts(self, count: int) -> list[Prompt]:
+        """The next `count`, rendered to tokens, going on into the next epoch when one ends."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- rollout
+
+
+@dataclass(frozen=True)
+class EngineContext:
+    checkpoint: Path
+    """A Hugging Face checkpoint: config, tokenizer and (unless `load_weights` is False) weights."""
+    hf_config: Any
+    tokenizer: Any
+    bridge: Bridge
+    device: str
+    dtype: str
+    load_weights: bool
+    """False when the first weight sync brings them before the first request."""
+    run_dir: Path
+    precision: PrecisionScheme | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    weight_version: int
+    running: int
+    waiting: int
+    asleep: frozenset[EnginePart] = frozenset()
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """Generates and scores tokens. Context: `EngineContext`. One object may stand for several servers."""
+
+    accepts: frozenset[str]
+    """Weight-sync transports that its receiving half understands."""
+
+    async def start(self) -> None: ...
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Raises EngineError when the request cannot be served; an aborted one returns what it has."""
+
+    async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+        """Log-probability of each given token, `[T]` float32, 0 at position 0."""
+
+    async def abort(self, request_id: str | None = None) -> None:
+        """One request, or all of them."""
+
+    async def pause(self, mode: PauseMode = "retract") -> None:
+        """Stop between two forward passes. New requests wait; running ones are aborted, put back to the queue without
+        their cache (`retract`), or frozen as they are (`in_place`)."""
+
+    async def resume(self) -> None: ...
+
+    async def flush_cache(self) -> None:
+        """Forget every cached prefix."""
+
+    async def sleep(self, parts: frozenset[EnginePart]) -> None: ...
+
+    async def wake(self, parts: frozenset[EnginePart]) -> None: ...
+
+    async def receive(self, transport: str, version: int, payload: Any) -> None:
+        """The receiving half of a weight sync. On return the engine serves `version`, its cache of older versions
+        gone; on an error it serves the old weights or refuses requests, but never a mixture."""
+
+    async def health(self) -> EngineHealth: ...
+
+    async def close(self) -> None: ...
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """A world that answers the model. One object per trajectory; may also offer `state_dict`/`load_state_dict`, and
+    a half-finished trajectory is then resumed rather than restarted."""
+
+    async def reset(self, prompt: Prompt) -> Observation: ...
+
+    async def step(self, action: Action) -> StepResult: ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass
+class GenerateContext:
+    """What a generate function works with."""
+
+    generate: Callable[[GenerateRequest], Any]
+    """Awaitable: routes to an engine, counts, honours priority."""
+    chat: ChatFormat
+    sampling: SamplingParams
+    make_environment: Callable[[], Environment] | None = None
+    max_context_tokens: int | None = None
+    max_turns: int = 16
+    evaluation: bool = False
+    routed_experts: bool = False
+
+
+@runtime_checkable
+class GenerateFunction(Protocol):
+    """Turns a fresh (or resumed) sample into a finished one, or into siblings that share its `rollout_id`."""
+
+    async def __call__(self, context: GenerateContext, sample: Sample) -> Sample | list[Sample]: ...
+
+
+Score = float | Mapping[str, float]
+"""A scalar, or named parts among which `reward` is the scalar."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Judges finished samples. Offers `score`, or `score_group` when samples of a group are judged together.
+
+    A malformed answer is worth a low score, not an exception. A plain function `(sample) -> Score` is fine too.
+    """
+
+    async def score(self, sample: Sample) -> Score: ...
+
+
+@runtime_checkable
+class GroupReward(Protocol):
+    async def score_group(self, group: Group) -> Sequence[Score]: ...
+
+
+@runtime_checkable
+class SampleFilter(Protocol):
+    """Decides whether a finished group is trained on; a dropped one is replaced."""
+
+    def __call__(self, group: Group) -> Verdict: ...
+
+
+# ------------------------------------------------------------------------------------------------------------- trainer
+
+
+@runtime_checkable
+class AdvantageEstimator(Protocol):
+    """Called once with the whole rollout batch. Pure: no state, no collective."""
+
+    def __call__(self, inputs: AdvantageInputs) -> Tensor | Advantages: ...
+
+
+@runtime_checkable
+class ISCorrection(Protocol):
+    """Weights and rejections from the log-ratio train / rollout. Called once with the whole rollout batch.
+
+    Arguments are `[T]` float32 except `bounds` (see `AdvantageInputs`).
+    """
+
+    def __call__(
+        self, train_log_probs_T: Tensor, rollout_log_probs_T: Tensor, mask_T: Tensor, bounds: Sequence[int]
+    ) -> Correction: ...
+
+
+@runtime_checkable
+class PolicyLossFunction(Protocol):
+    """Per-token loss of one micro-batch. Aggregation, mask and corrections stay in the core."""
+
+    def __call__(self, inputs: LossInputs) -> PolicyLoss: ...
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a train backend is built from, on one rank."""
+
+    config: Config
+    role: Role
+    checkpoint: Path
+    hf_config: Any
+    bridge: Bridge
+    precision: PrecisionScheme | None
+    transforms: Sequence[ModelTransform]
+    rank: int
+    world_size: int
+    device: str
+    total_steps: int
+    """Optimizer steps the whole run will take, for schedules."""
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax."""
+
+
+@runtime_checkable
+class TrainBackend(Protocol):
+    """One model in one rank in one role. Context: `BackendContext`.
+
+    All ranks call the same method at the same time. The loss runs where the logits live: it receives selected
+    log-probabilities (and entropy, values) that tensor parallelism has already reduced.
+    """
+
+    data_rank: int
+    """Which share of the batch this rank works on; ranks that split a model share one."""
+    data_size: int
+    sums_gradients: bool
+    """Gradients are summed over data ranks, not averaged: denominators handed to the loss are global."""
+
+    def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
+        """Without gradient, in evaluation mode; outputs on the CPU."""
+
+    def forward_backward(self, batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Tensor]:
+        """Accumulate gradients of `loss` (plus the model's own auxiliary losses) over the batches; returns the sums
+        over all batches of this rank. On OutOfMemory the accumulated gradients are worthless: call `zero_grad`."""
+
+    def optim_step(self) -> StepReport:
+        """Clip, step, advance the schedule. A non-finite gradient skips the step on all ranks."""
+
+    def zero_grad(self) -> None: ...
+
+    def named_weights(self) -> Iterator[WeightGroup]:
+        """Full tensors under checkpoint names, all ranks walking together. Only valid until the next item."""
+
+    def save(self, directory: Path) -> None:
+        """Model, optimizer, schedule; each rank writes its own files."""
+
+    def load(self, directory: Path) -> None: ...
+
+    def offload(self, parts: frozenset[TrainPart]) -> None: ...
+
+    def onload(self, parts: frozenset[TrainPart]) -> None: ...
+
+
+@runtime_checkable
+class WeightSync(Protocol):
+    """Moves weights from train workers to engines.
+
+    Lives in the driver; what must run in every train rank is a target string, called through the worker group as
+    `workers.call("send_weights", target, ...)`.
+    """
+
+    transport: str
+
+    async def connect(self, workers: WorkerGroup, engines: Sequence[RolloutEngine]) -> None:
+        """Once before the first push, and again after an engine was replaced."""
+
+    async def push(self, version: int) -> Metrics:
+        """On return every engine serves `version`, or the call raised WeightSyncError."""
+
+
+# -------------------------------------------------------------------------------------------------- around the loop
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Measures the policy on held-out sets. `run` is the live `miles.run.Run`."""
+
+    async def evaluate(self, run: Any, step: int) -> dict[str, Metrics]:
+        """Set name -> metrics."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a tracker needs to know of a run."""
+
+    name: str
+    directory: Path
+    config: Mapping[str, Any]
+    resumed_from: int | None = None
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Writes metrics somewhere. Must start or raise; a later failure is warned of once and the run goes on."""
+
+    def start(self, run: RunInfo) -> None: ...
+
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def finish(self, status: str) -> None: ...
+
+
+Stream = AsyncIterator[Any]

@@ -1,0 +1,490 @@
+"""The data that flows through miles, in the order it flows.
+
+    Prompt -> Sample (one trajectory, one token stream) -> Group (the samples of one prompt)
+           -> MicroBatch (packed samples on one rank) -> AdvantageInputs, LossInputs -> what components return
+
+Everything per token is aligned with the token itself: entry `t` of any column speaks of `tokens[t]`, prompt tokens
+included. So log-probabilities have a 0 at position 0 (nothing predicts the first token), the loss mask is 0 on the
+prompt, and no code anywhere needs to know where the response starts. The one exception declares itself: a column with
+`offset=-1` has one row fewer than there are tokens, its row `t` belonging to the forward pass at position `t` (the
+one that predicts `tokens[t + 1]`); expert routing is such a column.
+
+Names of tensors carry their dimensions: `_P` prompts, `_G` samples of a group, `_N` samples of a batch, `_T` tokens
+(of all samples of the batch, end to end), `_V` vocabulary, `_L` layers, `_K` experts chosen per token.
+This module imports no torch: tensors appear only in annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Metrics = dict[str, float]
+
+# ---------------------------------------------------------------------------------------------- prompts and sampling
+
+
+class Message(TypedDict, total=False):
+    """One message of a conversation, as the OpenAI chat format and `apply_chat_template` spell it."""
+
+    role: str
+    content: Any
+    reasoning_content: str
+    tool_calls: list[dict]
+    tool_call_id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Log-probabilities are always those of the distribution that was sampled from."""
+
+    temperature: float = 1.0
+    """0 means greedy; log-probabilities are then those of the model at temperature 1."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    """Generation ends after the token that completes one of these strings; the string stays in the output."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends after one of these; the token stays in the output and is trained on."""
+
+    @property
+    def truncates(self) -> bool:
+        """True when the support is cut, so that the acting policy is not the model's own distribution."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+@dataclass
+class Prompt:
+    """One task: what the model is asked, and what is needed to judge the answer."""
+
+    id: str
+    """Stable across epochs and runs: `set:row`."""
+    task_set: str
+    """Name of the `TaskSet` it came from."""
+    text: str | None = None
+    """Exactly one of `text` and `messages` is given."""
+    messages: list[Message] | None = None
+    tools: list[dict] | None = None
+    """OpenAI tool schemas."""
+    images: list[Any] | None = None
+    """Raw images; what a processor makes of them travels in `Sample.multimodal`."""
+    label: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tokens: list[int] | None = None
+    """Token ids of the rendered prompt. Rendered once, by the data source; never again."""
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+class Status(StrEnum):
+    """What became of a sample."""
+
+    PENDING = "pending"
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    """Hit a length limit; has tokens, may be trained."""
+    ABORTED = "aborted"
+    """Stopped by us before its end; may be resumed or retried."""
+    FAILED = "failed"
+    """An error; carries it in `Sample.error`, is never trained."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """Declares one per-token quantity. `width` is the shape of a row: `()` for scalars."""
+
+    name: str
+    dtype: str
+    fill: float | int
+    """Value of rows that nobody wrote (prompt and environment tokens)."""
+    offset: Literal[0, -1] = 0
+    width: tuple[int, ...] = ()
+
+    def rows(self, tokens: int) -> int:
+        return max(tokens + self.offset, 0)
+
+
+LOSS_MASK = Column("loss_mask", "int8", fill=0)
+"""1 on tokens the model produced and shall learn from."""
+ROLLOUT_LOG_PROBS = Column("rollout_log_probs", "float32", fill=0.0)
+"""Log-probability under the policy that sampled the token."""
+WEIGHT_VERSION = Column("weight_version", "int32", fill=-1)
+"""Version of the weights that produced the token; -1 on tokens that no model of ours produced."""
+TEACHER_LOG_PROBS = Column("teacher_log_probs", "float32", fill=0.0)
+
+
+def routed_experts_column(layers: int, top_k: int, experts: int) -> Column:
+    """Expert choices, one row of `[layers, top_k]` per forward position (offset -1). Fill -1 means not recorded."""
+    return Column("rollout_routed_experts", "int16" if experts <= 2**15 else "int32", -1, -1, (layers, top_k))
+
+
+@dataclass
+class Turn:
+    """One stretch of tokens that the model produced in one go: `tokens[start:end]`."""
+
+    start: int
+    end: int
+    finish_reason: str
+    """`stop`, `length` or `abort`."""
+    seconds: float = 0.0
+    """Wall time of the generation."""
+    environment_seconds: float = 0.0
+    """Wall time of the environment's step after it."""
+    reward: float | None = None
+
+
+@dataclass
+class Sample:
+    """One trajectory as one token stream: the prompt, then alternating model and environment tokens.
+
+    Tokens and columns change only through `append` and `write`, so that their lengths agree by construction. A column
+    exists in a sample from the first write of it on; rows before that hold its `fill`. Example:
+
+        sample = Sample.begin(prompt, id=7, group_id=1)           # tokens = prompt.tokens, loss_mask all 0
+        sample.append(result.tokens, {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: result.log_probs})
+        sample.append(tool_tokens)                                # environment tokens: every column gets its fill
+    """
+
+    id: int
+    """Unique in a run, never reused."""
+    group_id: int
+    prompt: Prompt
+    tokens: list[int]
+    prompt_length: int
+    rollout_id: int = -1
+    """Siblings cut from one trajectory share it and count once; defaults to `id`."""
+    seed: int = 0
+    """Seed of this sample's random draws, so that they do not depend on what else is in flight."""
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+    specs: dict[str, Column] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    status: Status = Status.PENDING
+    reward: float | None = None
+    """The scalar that advantages are computed from."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """What the scalar was made of, for people to read."""
+    text: str = ""
+    """Decoded response, for rewards and people; never tokenised again."""
+    messages: list[Message] = field(default_factory=list)
+    """The conversation so far, for environments and people."""
+    multimodal: dict[str, Any] = field(default_factory=dict)
+    """Processor outputs (pixel values ...) that the engine and the trainer both need."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    @classmethod
+    def begin(cls, prompt: Prompt, *, id: int, group_id: int, seed: int = 0) -> Sample:
+        """A fresh sample that holds only its prompt."""
+        if prompt.tokens is None:
+            raise ValueError(f"prompt {prompt.id} has not been rendered to tokens")
+        sample = cls(id, group_id, prompt, [], len(prompt.tokens), rollout_id=id, seed=seed)
+        sample.messages = list(prompt.messages or [])
+        sample.declare(LOSS_MASK)
+        sample.append(prompt.tokens)
+        return sample
+
+    def declare(self, column: Column) -> None:
+        """Create `column`, holding its fill so far. Declaring it twice is fine, differently is an error."""
+        known = self.specs.get(column.name)
+        if known is None:
+            self.specs[column.name] = column
+            rows = column.rows(len(self.tokens))
+            self.columns[column.name] = np.full((rows, *column.width), column.fill, column.dtype)
+        elif known != column:
+            raise ValueError(f"column {column.name!r} is declared as {known} and as {column}")
+
+    def append(self, tokens: Sequence[int], values: Mapping[Column, Any] | None = None) -> None:
+        """Add tokens and their rows; columns without values get their fill. A scalar value stands for every token.
+
+        Args:
+            tokens: token ids, `[n]`.
+            values: column -> scalar or `[n, *width]`. For a column of offset -1 the rows are those of the forward
+                passes that predicted these tokens.
+        """
+        start = len(self.tokens)
+        self.tokens.extend(tokens)
+        for name, column in self.specs.items():
+            missing = column.rows(len(self.tokens)) - len(self.columns[name])
+            if missing:
+                fill = np.full((missing, *column.width), column.fill, column.dtype)
+                self.columns[name] = np.concatenate([self.columns[name], fill])
+        for column, rows in (values or {}).items():
+            self.write(column, start + column.offset, rows, count=len(tokens))
+
+    def write(self, column: Column, start: int, values: Any, count: int | None = None) -> None:
+        """Overwrite rows `start ...` of a column, declaring it if need be (expert routing of a prompt comes late)."""
+        self.declare(column)
+        if np.ndim(values) == 0 and count is not None:
+            values = np.full((count, *column.width), values, column.dtype)
+        rows = np.asarray(values, dtype=column.dtype)
+        target = self.columns[column.name]
+        wrong_shape = rows.shape[1:] != column.width or (count is not None and len(rows) != count)
+        if wrong_shape or start < 0 or start + len(rows) > len(target):
+            raise ValueError(
+                f"column {column.name!r} of sample {self.id}: rows of shape {rows.shape} do not fit at row {start} "
+                f"of {target.shape}" + (f" for {count} new tokens" if count is not None else "")
+            )
+        target[start : start + len(rows)] = rows
+
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def loss_mask(self) -> np.ndarray:
+        return self.columns["loss_mask"]
+
+    @property
+    def trainable_tokens(self) -> int:
+        return int(self.columns["loss_mask"].sum())
+
+
+@dataclass
+class Group:
+    """The samples of one prompt, in the order of their ids."""
+
+    id: int
+    prompt: Prompt
+    samples: list[Sample]
+    baseline_reward: float | None = None
+    """Reward of one greedy, untrained rollout of the same prompt, when an estimator needs it."""
+
+    @property
+    def rewards_G(self) -> list[float]:
+        return [float(s.reward) for s in self.samples if s.reward is not None]
+
+
+# ----------------------------------------------------------------------------------------------- engine and environment
+
+
+@dataclass
+class GenerateRequest:
+    """Continue `tokens`. Token ids in, token ids out."""
+
+    id: str
+    tokens: list[int]
+    sampling: SamplingParams
+    seed: int = 0
+    """With the position of a token it decides its random draw: the same request gives the same output whatever else
+    the engine is doing, up to ties closer than floating-point error."""
+    routed_experts: bool = False
+    multimodal: dict[str, Any] = field(default_factory=dict)
+    priority: int = 0
+    """Higher goes first (evaluation overtakes training rollouts)."""
+
+
+@dataclass
+class GenerateResult:
+    """What the model said. `n` new tokens."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    """`[n]`, of the distribution each token was sampled from."""
+    finish_reason: Literal["stop", "length", "abort"]
+    weight_versions: list[int]
+    """`[n]`: the version that produced each token."""
+    routed_experts: np.ndarray | None = None
+    """`[len(request.tokens) + n - 1, layers, top_k]`, the prompt's rows included."""
+    cached_tokens: int = 0
+    """How many tokens of the request came from the prefix cache."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    name: str
+    arguments: dict[str, Any]
+    id: str = ""
+    error: str | None = None
+    """Why the call could not be parsed; `arguments` then holds the raw text under `raw`."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the model did in one turn, as an environment sees it."""
+
+    text: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The start of an episode: messages for the model and the tools it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """An environment's answer to an action."""
+
+    messages: tuple[Message, ...] = ()
+    reward: float | None = None
+    done: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A filter's decision on a group, with a reason that is counted in the metrics when it is dropped."""
+
+    keep: bool
+    reason: str = ""
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class MicroBatch:
+    """Whole samples packed end to end on one rank. `T` tokens, `N` samples.
+
+    `columns` holds what the trainer attached, each `[T]` and aligned with `tokens_T` (see the module's docstring).
+    Sample `i` is `[bounds[i], bounds[i + 1])`; a trailing pad, when a backend adds one, lies beyond `bounds[N]`.
+    """
+
+    tokens_T: Tensor
+    """int64."""
+    positions_T: Tensor
+    """int64; restarts at 0 with each sample."""
+    bounds: list[int]
+    """`N + 1` offsets, the first 0."""
+    sample_ids: list[int]
+    """Rows of the trainer's table that these samples are."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, Tensor] = field(default_factory=dict)
+    """Per sample, `[N]`."""
+    multimodal: list[dict[str, Any]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def with_columns(self, **columns: Tensor) -> MicroBatch:
+        return replace(self, columns={**self.columns, **columns})
+
+
+@dataclass
+class Outputs:
+    """What a model says about one micro-batch, aligned with its tokens and 0 where a sample starts."""
+
+    log_probs_T: Tensor | None = None
+    """float32: log-probability of each token given those before it, at the rollout temperature."""
+    entropy_T: Tensor | None = None
+    """float32, of the distribution that predicts the token, over the full vocabulary."""
+    values_T: Tensor | None = None
+    """A critic's value of the state before the token."""
+    logits: Callable[[int, int], Tensor] | None = None
+    """`logits(start, end) -> [end - start, V]`, rows predicting `tokens[start:end]`: for losses that need them, in
+    chunks, so that nobody holds `[T, V]`."""
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)
+    """A model's own losses (router balance, z-loss, MTP), already weighted, as scalars."""
+
+
+@dataclass
+class LossResult:
+    """A scalar whose gradient is this micro-batch's share of the global loss, and sums to report."""
+
+    loss: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Detached scalars. Summed over micro-batches and ranks they are the metric: denominators are global already."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """The outcome of one optimizer step, the same on all ranks."""
+
+    grad_norm: float
+    """Before clipping, over all parameters of the model."""
+    skipped: bool
+    """True when the gradient was not finite and the parameters were left as they were."""
+    learning_rate: float
+
+
+@dataclass
+class AdvantageInputs:
+    """A whole rollout batch, on the CPU, as estimators and corrections see it. `N` samples, `T` tokens in all.
+
+    Optional fields are None when nothing asked for them (a component says what it `needs`).
+    """
+
+    rewards_N: Tensor
+    mask_T: Tensor
+    """float32 of 0 and 1."""
+    bounds: list[int]
+    """Sample `i` is `[bounds[i], bounds[i + 1])`."""
+    group_N: Tensor
+    """int64: samples with equal numbers answer the same prompt."""
+    rollout_N: Tensor
+    """int64: samples with equal numbers were cut from one trajectory; they share one reward and count once."""
+    old_log_probs_T: Tensor | None = None
+    ref_log_probs_T: Tensor | None = None
+    rollout_log_probs_T: Tensor | None = None
+    teacher_log_probs_T: Tensor | None = None
+    values_T: Tensor | None = None
+    kl_T: Tensor | None = None
+    """Per-token KL to the reference by the configured estimator, when `algorithm.kl_coef` is set."""
+    kl_coef: float = 0.0
+    baseline_rewards_N: Tensor | None = None
+
+
+@dataclass
+class Advantages:
+    """What an estimator returns when it has more to say than a tensor."""
+
+    advantages_T: Tensor
+    returns_T: Tensor | None = None
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass
+class LossInputs:
+    """One micro-batch as a policy loss sees it. Only `log_probs_T` (and `entropy_T`) carry a gradient."""
+
+    log_probs_T: Tensor
+    old_log_probs_T: Tensor
+    advantages_T: Tensor
+    mask_T: Tensor
+    bounds: list[int]
+    entropy_T: Tensor | None = None
+    rollout_log_probs_T: Tensor | None = None
+    ref_log_probs_T: Tensor | None = None
+    teacher_log_probs_T: Tensor | None = None
+    outputs: Outputs | None = None
+    tokens_T: Tensor | None = None
+
+
+@dataclass
+class PolicyLoss:
+    """Per-token loss before mask, correction and aggregation, and per-token metrics to average over the mask."""
+
+    loss_T: Tensor
+    metrics_T: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Correction:
+    """Importance weights and a keep mask, per token, detached; metrics are means over the rollout batch."""
+
+    weights_T: Tensor | None = None
+    keep_T: Tensor | None = None
+    """Rejected tokens keep their place in every denominator."""
+    metrics: Metrics = field(default_factory=dict)
+
+
+WeightGroup = Mapping[str, "Tensor"]
+"""Tensors that must reach an engine together, under their Hugging Face checkpoint names."""
