@@ -1,0 +1,118 @@
+"""What the built-in components are called. They arrive through the same hooks as every plugin's."""
+
+from __future__ import annotations
+
+from miles.api import Component, hookimpl
+
+MILES_API = 1
+
+
+@hookimpl
+def miles_register_chat_formats():
+    return {
+        "template": Component(
+            "miles.builtins.chat_template:TemplateChat", summary="Whatever the tokenizer's own chat template says"
+        )
+    }
+
+
+@hookimpl
+def miles_register_precision_schemes():
+    return {
+        "plain": Component("miles.builtins.plain_precision:PlainPrecision", summary="fp32, or bf16 with fp32 masters")
+    }
+
+
+@hookimpl
+def miles_register_train_backends():
+    return {
+        "fsdp": Component("miles.builtins.fsdp.backend:FsdpBackend", summary="A Hugging Face model, sharded by FSDP2")
+    }
+
+
+@hookimpl
+def miles_register_rollout_engines():
+    return {
+        "torch": Component(
+            "miles.builtins.torch_engine.engine:TorchEngine", summary="In process: continuous batching, prefix cache"
+        ),
+        "none": Component("miles.builtins.no_engine:NoEngine", summary="Generates nothing: for SFT on given text"),
+    }
+
+
+@hookimpl
+def miles_register_weight_syncs():
+    return {
+        "inprocess": Component(
+            "miles.builtins.inprocess_sync:InProcessSync", summary="Trainer and engine share one process"
+        )
+    }
+
+
+@hookimpl
+def miles_register_executors():
+    return {"inprocess": Component("miles.builtins.inprocess:InProcessExecutor", summary="Workers are threads")}
+
+
+@hookimpl
+def miles_register_data_sources():
+    return {"files": Component("miles.builtins.files:FileSource", summary="JSONL, Parquet and hub data sets")}
+
+
+@hookimpl
+def miles_register_generate_functions():
+    return {
+        "single_turn": Component("miles.builtins.generate:single_turn", summary="One response to one prompt"),
+        "multi_turn": Component(
+            "miles.builtins.generate:multi_turn", needs={"environment"}, summary="Model and environment take turns"
+        ),
+        "dataset": Component("miles.builtins.generate:dataset", summary="The response is in the data: SFT"),
+    }
+
+
+@hookimpl
+def miles_register_rewards():
+    return {
+        "environment": Component(
+            "miles.builtins.environment_reward:EnvironmentReward",
+            needs={"environment"},
+            summary="What the environment paid, reduced over the turns",
+        )
+    }
+
+
+@hookimpl
+def miles_register_sample_filters():
+    return {
+        "agreeing_rewards": Component(
+            "miles.builtins.filters:agreeing_rewards",
+            summary="Drop groups whose rewards all agree",
+            paper="arXiv:2503.14476",
+        )
+    }
+
+
+@hookimpl
+def miles_register_policy_losses():
+    return {
+        "ppo_clip": Component(
+            "miles.builtins.losses:ppo_clip",
+            summary="Clipped surrogate; clip-higher and dual clip by option",
+            paper="arXiv:1707.06347",
+        ),
+        "reinforce": Component("miles.builtins.losses:reinforce", summary="-A log p"),
+        "sft": Component("miles.builtins.losses:sft", summary="-log p"),
+    }
+
+
+@hookimpl
+def miles_register_evaluators():
+    return {"rollout": Component("miles.evaluate:RolloutEvaluator", summary="Samples from the live engines")}
+
+
+@hookimpl
+def miles_register_trackers():
+    return {
+        "jsonl": Component("miles.builtins.trackers:JsonlTracker", summary="metrics.jsonl in the run directory"),
+        "tensorboard": Component("miles.builtins.trackers:TensorboardTracker", summary="TensorBoard event files"),
+    }
