@@ -24,10 +24,12 @@ from miles.errors import (
     RunInterrupted,
     TrainError,
     UnknownNameError,
+    WeightError,
     WeightSyncError,
     WorkerError,
 )
 from miles.hookspecs import hookimpl
+from miles.parts import WHOLE, Part, Sharding, Share
 from miles.protocols import (
     AdvantageEstimator,
     BackendContext,
@@ -107,6 +109,7 @@ __all__ = [
     "ROLLOUT_LOG_PROBS",
     "TEACHER_LOG_PROBS",
     "WEIGHT_VERSION",
+    "WHOLE",
     "Action",
     "AdvantageEstimator",
     "AdvantageInputs",
@@ -151,6 +154,7 @@ __all__ = [
     "Observation",
     "OutOfMemoryError",
     "Outputs",
+    "Part",
     "PauseMode",
     "PluginConflictError",
     "PluginError",
@@ -170,6 +174,8 @@ __all__ = [
     "SampleFilter",
     "SamplingParams",
     "Score",
+    "Sharding",
+    "Share",
     "Status",
     "StepReport",
     "StepResult",
@@ -182,6 +188,7 @@ __all__ = [
     "UnknownNameError",
     "Verdict",
     "Want",
+    "WeightError",
     "WeightGroup",
     "WeightSync",
     "WeightSyncError",

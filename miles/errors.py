@@ -56,6 +56,12 @@ class RolloutError(MilesError, RuntimeError):
     """Too few usable samples came out of a rollout."""
 
 
+class WeightError(MilesError, ValueError):
+    """Tensors do not fit the model: one is missing, unknown, given twice, or of the wrong shape."""
+
+    exit_code = 2
+
+
 class WeightSyncError(MilesError, RuntimeError):
     """After a weight sync an engine does not hold the trainer's weights."""
 

@@ -11,12 +11,13 @@ in the driver is async; what runs inside a train worker is synchronous.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from miles.parts import WHOLE, Part, Sharding
 from miles.types import (
     Action,
     AdvantageInputs,
@@ -54,6 +55,7 @@ TrainPart = Literal["parameters", "gradients", "optimizer"]
 EnginePart = Literal["weights", "kv_cache", "graphs"]
 PauseMode = Literal["abort", "retract", "in_place"]
 LossFunction = Callable[[MicroBatch, Outputs], LossResult]
+Weights = Iterable[WeightGroup]
 
 # ------------------------------------------------------------------------------------------- the model and its names
 
@@ -65,14 +67,18 @@ class Bridge(Protocol):
     The worlds are `hf` (the checkpoint on disk, the names that every other part of miles speaks), `torch` (the
     transformers module), `decoder` (the built-in engine's module) and those a backend plugin adds, such as `megatron`.
     A bridge lists its conversion ops once; loading and exporting are the same list read in two directions.
-    `hf_config` is the transformers config object of the checkpoint.
+    `hf_config` is the transformers config object of the checkpoint; `part` is what one rank holds in that world.
     """
 
-    def to_world(self, world: str, hf_config: Any, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
+    def to_world(self, world: str, hf_config: Any, groups: Weights, part: Part = WHOLE) -> Iterator[WeightGroup]:
         """Checkpoint tensors in, the world's tensors out, streamed: each is yielded once all its parts arrived."""
 
-    def from_world(self, world: str, hf_config: Any, groups: Iterable[WeightGroup]) -> Iterator[WeightGroup]:
-        """The inverse, bit-exact. A yielded group is what an engine must load together (fused projections)."""
+    def from_world(self, world: str, hf_config: Any, groups: Weights, part: Part = WHOLE) -> Iterator[WeightGroup]:
+        """The inverse, bit-exact. A yielded group is what an engine must load together (fused projections).
+        With a `part` they are this rank's shards, under global names; `sharding` says how to put them together."""
+
+    def sharding(self, hf_config: Any, name: str) -> Sharding:
+        """How tensor parallelism divides the checkpoint tensor `name`."""
 
     def config_for(self, world: str, hf_config: Any) -> Mapping[str, Any]:
         """The model's dimensions under the names that world uses."""
@@ -492,6 +498,3 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def finish(self, status: str) -> None: ...
-
-
-Stream = AsyncIterator[Any]
