@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miles.api import Component, hookimpl
+from miles.builtins.options import EnvironmentRewardOptions, PpoClipOptions
 
 MILES_API = 1
 
@@ -75,6 +76,7 @@ def miles_register_rewards():
     return {
         "environment": Component(
             "miles.builtins.environment_reward:EnvironmentReward",
+            options=EnvironmentRewardOptions,
             needs={"environment"},
             summary="What the environment paid, reduced over the turns",
         )
@@ -97,6 +99,8 @@ def miles_register_policy_losses():
     return {
         "ppo_clip": Component(
             "miles.builtins.losses:ppo_clip",
+            options=PpoClipOptions,
+            flags={"--eps-clip": "eps", "--eps-clip-high": "eps_high", "--eps-clip-c": "eps_clip_c"},
             summary="Clipped surrogate; clip-higher and dual clip by option",
             paper="arXiv:1707.06347",
         ),

@@ -1,0 +1,47 @@
+"""Which distribution of ours provides a name, so that an unknown one is answered with what to install.
+
+Kinds and names as in `miles_register_<kind>`. A test compares this table with what the repository's plugins register.
+"""
+
+from __future__ import annotations
+
+PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "advantage_estimators": {
+        "miles-grpo": ("grpo", "dr_grpo"),
+        "miles-rloo": ("rloo",),
+        "miles-reinforce-plus-plus": ("reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+        "miles-ppo": ("gae",),
+        "miles-remax": ("remax",),
+        "miles-maxrl": ("maxrl",),
+        "miles-distillation": ("distillation",),
+    },
+    "policy_losses": {
+        "miles-gspo": ("gspo",),
+        "miles-cispo": ("cispo",),
+        "miles-sapo": ("sapo",),
+        "miles-dppo": ("dppo_tv",),
+        "miles-distillation": ("distill_topk", "distill_full"),
+    },
+    "presets": {
+        "miles-ppo": ("ppo",),
+        "miles-gspo": ("gspo",),
+        "miles-cispo": ("cispo",),
+        "miles-grpo": ("dapo",),
+    },
+    "is_corrections": {"miles-is-correction": ("tis", "mis", "icepop", "m2po")},
+    "bridges": {"miles-qwen": ("qwen2", "qwen3"), "miles-llama": ("llama",)},
+    "chat_formats": {"miles-qwen": ("qwen3",)},
+    "rewards": {"miles-math": ("exact_match", "math")},
+    "routing_replays": {"miles-routing-replay": ("r2", "r3")},
+    "precision_schemes": {"miles-fp8": ("fp8",), "miles-int4": ("int4",)},
+    "model_transforms": {"miles-lora": ("lora",)},
+    "rollout_engines": {"miles-sglang": ("sglang",)},
+    "train_backends": {"miles-megatron": ("megatron",)},
+    "executors": {"miles-ray": ("ray",)},
+    "trackers": {"miles-wandb": ("wandb",)},
+}
+
+
+def provider(kind: str, name: str) -> str | None:
+    """The distribution of ours that offers `name`, if one does."""
+    return next((dist for dist, names in PROVIDERS.get(kind, {}).items() if name in names), None)

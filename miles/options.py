@@ -1,0 +1,100 @@
+"""Options of components: a dataclass or a pydantic model says what may be set; everything wrong is found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from miles.errors import HookError
+
+
+@dataclass(frozen=True)
+class OptionFault:
+    """One thing that is wrong with a component's options."""
+
+    key: str
+    """The option, dotted when nested; empty when several contradict each other."""
+    value: Any
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.key}={self.value!r}: {self.problem}" if self.key else self.problem
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one option may be."""
+
+    name: str
+    annotation: Any
+    default: Any
+    """`MISSING` (of dataclasses) when it must be given."""
+
+
+@cache
+def options_of(kind: type | None) -> dict[str, Option]:
+    """Name -> option, in declaration order; empty when there are none."""
+    if kind is None:
+        return {}
+    if is_dataclass(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        return {
+            field.name: Option(
+                field.name,
+                hints[field.name],
+                field.default if field.default_factory is MISSING else field.default_factory(),
+            )
+            for field in fields(kind)
+            if field.init
+        }
+    if issubclass(kind, BaseModel):
+        return {
+            name: Option(
+                name, field.annotation, MISSING if field.is_required() else field.get_default(call_default_factory=True)
+            )
+            for name, field in kind.model_fields.items()
+        }
+    raise HookError(f"{kind.__module__}.{kind.__qualname__} declares options but is no dataclass and no pydantic model")
+
+
+def takes_any(kind: type | None) -> bool:
+    """Whether unknown options are passed on, as an engine that wraps another program does (pydantic `extra=allow`)."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel) and kind.model_config.get("extra") == "allow"
+
+
+def check_options(kind: type | None, options: Mapping[str, Any]) -> list[OptionFault]:
+    """What is wrong with `options`; empty when nothing is."""
+    known = options_of(kind)
+    faults = []
+    for key, value in options.items():
+        if key in known or takes_any(kind):
+            continue
+        close = get_close_matches(key, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        accepted = f"options: {', '.join(known)}" if known else "it takes no options"
+        faults.append(OptionFault(key, value, f"unknown option; {hint}{accepted}"))
+    if kind is None:
+        return faults
+    given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
+    try:
+        TypeAdapter(kind).validate_python(given)
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            loc = ".".join(map(str, item["loc"]))
+            value = given.get(str(item["loc"][0])) if item["loc"] else dict(given)
+            faults.append(OptionFault(loc, value, _message(item)))
+    return faults
+
+
+def parse_options(kind: type | None, options: Mapping[str, Any]) -> Any:
+    """The options object, or None for a component without options. `check_options` must have found nothing."""
+    return None if kind is None else TypeAdapter(kind).validate_python(dict(options))
+
+
+def _message(item: Any) -> str:
+    return item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").replace("Input should", "must")
