@@ -89,6 +89,8 @@ class ChatContext:
     tokenizer: Any
     """A transformers tokenizer."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    """What the checkpoint's generation config says ends a response, besides the tokenizer's own end token."""
 
 
 @runtime_checkable
@@ -218,12 +220,18 @@ class DataContext:
     chat: ChatFormat
     seed: int
     max_prompt_tokens: int | None
+    """Longer prompts are dropped and counted."""
     shuffle: bool
+    bad_lines: Literal["error", "skip"] = "error"
+    """Whether a malformed row stops the run or is skipped and counted."""
 
 
 @runtime_checkable
 class DataSource(Protocol):
-    """Where prompts come from. Context: `DataContext`."""
+    """Where prompts come from. Context: `DataContext`.
+
+    May offer `counts`, a mapping of numbers (dropped prompts, skipped rows) that are reported as `data/...`.
+    """
 
     def __len__(self) -> int:
         """Prompts in an epoch."""
