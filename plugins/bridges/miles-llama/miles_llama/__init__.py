@@ -1,0 +1,1 @@
+"""Llama, Mistral, and the blocks that families like them are built of."""
