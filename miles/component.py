@@ -11,7 +11,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Need = Literal[
-    "reference", "critic", "teacher", "greedy_rollout", "entropy", "logits", "environment", "rollout_log_probs"
+    "reference",
+    "critic",
+    "teacher",
+    "greedy_rollout",
+    "entropy",
+    "logits",
+    "environment",
+    "rollout_log_probs",
+    "routed_experts",
 ]
 
 

@@ -71,6 +71,7 @@ KINDS: dict[str, Kind] = {
                 "algorithm.advantage_terms",
             ),
             protocols.AdvantageEstimator,
+            ("none",),
         ),
         Kind("policy_losses", ("algorithm.policy_loss",), protocols.PolicyLossFunction),
         Kind("is_corrections", ("algorithm.is_correction",), protocols.ISCorrection, ("none",)),

@@ -205,6 +205,9 @@ class Executor(Protocol):
     What crosses to a worker is a target string (`package.module:Class`), names and data; never a pickled function.
     """
 
+    shares_process: bool
+    """True when workers live in the driver's process, so that objects may be handed over as they are."""
+
     async def launch(self, target: str, size: int, *args: Any, **kwargs: Any) -> WorkerGroup:
         """Start `size` workers, each `Target(rank, size, *args, **kwargs)`."""
 
@@ -238,6 +241,9 @@ class DataSource(Protocol):
 
     def next_prompts(self, count: int) -> list[Prompt]:
         """The next `count`, rendered to tokens, going on into the next epoch when one ends."""
+
+    def every_prompt(self) -> list[Prompt]:
+        """Every usable prompt once, in the order of sets and rows, whatever was drawn before: for evaluation."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -277,6 +283,8 @@ class RolloutEngine(Protocol):
 
     accepts: frozenset[str]
     """Weight-sync transports that its receiving half understands."""
+    generates: bool
+    """False for an engine that holds no model: prompts then come with their answers (SFT)."""
 
     async def start(self) -> None: ...
 

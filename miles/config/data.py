@@ -52,11 +52,11 @@ class Sampling(Section):
 class TaskSet(Section):
     """One source of prompts with its own environment, generate function, reward and sampling."""
 
-    name: str = "default"
+    name: Annotated[str, Flag()] = "default"
     """Appears in metrics and sample ids."""
     path: Annotated[str | None, Flag("--prompt-data")] = None
     """A .jsonl or .parquet file, or a hub data set as `hub:owner/name[:split]`; a suffix `@[a:b]` takes those rows."""
-    weight: float = 1.0
+    weight: Annotated[float, Flag("--prompt-data-weight"), Field(gt=0)] = 1.0
     """Share of this set among the prompts of a batch."""
     keys: Keys = Keys()
     sampling: Sampling = Sampling()
@@ -66,8 +66,8 @@ class TaskSet(Section):
     """Take a text prompt as one user message."""
     environment: Annotated[ComponentSpec | None, Flag("--environment")] = None
     """World that answers the model; None for single-turn tasks."""
-    generate: Annotated[ComponentSpec, Flag("--generate")] = Spec(name="single_turn")
-    """single_turn, multi_turn, dataset (SFT), or yours."""
+    generate: Annotated[ComponentSpec, Flag("--generate")] = Spec(name="auto")
+    """single_turn, multi_turn, dataset (SFT), or yours; `auto`: turns when there is an environment, else one turn."""
     reward: Annotated[RewardSpecs, Flag("--rm-type", "--reward")] = ()
     """Reward by name, or a mapping from names to weights."""
     max_turns: Annotated[int, Flag("--generate-max-turns")] = 16

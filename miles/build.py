@@ -1,0 +1,232 @@
+"""From a config to the parts of a run: names become objects here, once, before the loop."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from miles import __version__
+from miles.checkpoint_io import resolve_checkpoint
+from miles.component import Need
+from miles.config import Config, TaskSet
+from miles.config.derived import Derived
+from miles.errors import ConfigError
+from miles.modeling import (
+    bridge_for,
+    chat_format_for,
+    end_token_ids,
+    load_hf_config,
+    load_tokenizer,
+    precision_for,
+    resolve_device,
+)
+from miles.plugins import Plugins
+from miles.protocols import (
+    ChatFormat,
+    DataContext,
+    DataSource,
+    EngineContext,
+    Evaluator,
+    Executor,
+    RolloutEngine,
+    WeightSync,
+    WorkerGroup,
+)
+from miles.registry import Registry
+from miles.residency import Residency
+from miles.rollout.engines import EngineFront
+from miles.rollout.producer import Producer
+from miles.rollout.task import Task
+from miles.tracking import Tracking
+from miles.train.advantages import NONE
+from miles.train.probe import WeightProbe
+from miles.train.trainer import Trainer
+from miles.train.worker import WorkerSetup
+
+LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
+
+
+@dataclass
+class Model:
+    """The policy's checkpoint and what is read from it."""
+
+    checkpoint: Path
+    hf_config: Any
+    tokenizer: Any
+    chat: ChatFormat
+
+
+@dataclass
+class Parts:
+    """Everything a run works with."""
+
+    config: Config
+    plugins: Plugins
+    registry: Registry
+    model: Model
+    executor: Executor
+    workers: WorkerGroup
+    engines: list[RolloutEngine]
+    front: EngineFront
+    residency: Residency
+    weight_sync: WeightSync
+    producer: Producer
+    trainer: Trainer
+    evaluator: Evaluator
+    tracking: Tracking
+    probe: WeightProbe | None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of miles, Python and the libraries that decide results."""
+        found = {"miles": __version__, "python": platform.python_version()}
+        for name in LIBRARIES:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        return found
+
+    def make_source(self, sets: Sequence[TaskSet], shuffle: bool) -> DataSource:
+        return make_source(self.config, self.registry, self.model.chat, sets, shuffle)
+
+    def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
+        return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
+
+
+def load_model(config: Config, registry: Registry) -> Model:
+    """Find the checkpoint (fetching it from the hub if need be) and read its config and tokenizer."""
+    if config.model.hf_checkpoint is None:
+        raise ConfigError("model.hf_checkpoint is not set: name a folder or a hub checkpoint with --hf-checkpoint")
+    trust = config.model.trust_remote_code
+    checkpoint = resolve_checkpoint(config.model.hf_checkpoint, config.model.revision)
+    hf_config = load_hf_config(checkpoint, trust)
+    tokenizer = load_tokenizer(checkpoint, trust)
+    chat = chat_format_for(registry, config, hf_config, tokenizer, end_token_ids(checkpoint))
+    return Model(checkpoint, hf_config, tokenizer, chat)
+
+
+def make_source(
+    config: Config, registry: Registry, chat: ChatFormat, sets: Sequence[TaskSet], shuffle: bool
+) -> DataSource:
+    data = config.data
+    context = DataContext(
+        sets=sets,
+        chat=chat,
+        seed=data.seed,
+        max_prompt_tokens=data.max_prompt_len,
+        shuffle=shuffle,
+        bad_lines=data.bad_lines,
+    )
+    return registry.build("data_sources", data.source, context=context)
+
+
+def make_task(
+    config: Config, registry: Registry, model: Model, front: EngineFront, task_set: TaskSet, evaluation: bool = False
+) -> Task:
+    limit = config.rollout.max_context_len or getattr(model.hf_config, "max_position_embeddings", None)
+    return Task(
+        task_set, config, registry, front, model.chat, max_context_tokens=limit, evaluation=evaluation,
+        routed_experts=_needs(config, registry, "routed_experts"),
+    )  # fmt: skip
+
+
+async def make_engine(config: Config, registry: Registry, model: Model, load_weights: bool) -> RolloutEngine:
+    """Build and start the rollout engine."""
+    context = EngineContext(
+        checkpoint=model.checkpoint,
+        hf_config=model.hf_config,
+        tokenizer=model.tokenizer,
+        bridge=bridge_for(registry, config, model.hf_config),
+        device=resolve_device(config.resources.device),
+        dtype=config.train.dtype,
+        load_weights=load_weights,
+        run_dir=config.run.dir,
+        precision=precision_for(registry, config),
+    )
+    engine = registry.build("rollout_engines", config.rollout.engine, context=context)
+    await engine.start()
+    return engine
+
+
+async def build(config: Config, plugins: Plugins, registry: Registry, tracking: Tracking) -> tuple[Derived, Parts]:
+    """Build everything. Files are read and weights are loaded, but nothing is generated or trained."""
+    model = load_model(config, registry)
+    source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle)
+    derived = Derived.of(config, prompts_per_epoch=len(source))
+    executor = registry.build("executors", config.resources.executor)
+    workers = await launch_workers(config, derived, registry, model, executor)
+    engines = [await make_engine(config, registry, model, load_weights=False)]
+    front = EngineFront(engines, config.rollout.concurrency)
+    task = partial(make_task, config, registry, model, front)
+    filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
+    weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
+    await weight_sync.connect(workers, engines)
+    parts = Parts(
+        config=config,
+        plugins=plugins,
+        registry=registry,
+        model=model,
+        executor=executor,
+        workers=workers,
+        engines=engines,
+        front=front,
+        residency=Residency(workers, engines, derived.offload_train, derived.offload_rollout),
+        weight_sync=weight_sync,
+        producer=Producer(config, source, {s.name: task(s) for s in config.data.sets}, filters),
+        trainer=Trainer(config, derived, registry, workers),
+        evaluator=registry.build("evaluators", config.eval.evaluator),
+        tracking=tracking,
+        probe=make_probe(config, registry, model) if engines[0].generates else None,
+    )
+    return derived, parts
+
+
+async def launch_workers(
+    config: Config, derived: Derived, registry: Registry, model: Model, executor: Executor
+) -> WorkerGroup:
+    """Start the train ranks with the roles that the algorithm needs."""
+    needs_reference = Trainer(config, derived, registry, workers=None).needs_reference
+    reference = config.model.ref_load
+    setup = WorkerSetup(
+        config=config,
+        checkpoint=model.checkpoint,
+        reference_checkpoint=resolve_checkpoint(reference) if reference else model.checkpoint,
+        roles=("actor", "reference") if needs_reference else ("actor",),
+        device=resolve_device(config.resources.device),
+        total_steps=derived.total_optimizer_steps,
+        temperature=rollout_temperature(config),
+        provenance=registry.plugins.provenance(),
+    )
+    shared = {"registry": registry} if executor.shares_process else {}
+    return await executor.launch("miles.train.worker:TrainWorker", derived.world_size, setup, **shared)
+
+
+def _needs(config: Config, registry: Registry, need: Need) -> bool:
+    """Whether the routing replay wants something of the rollout."""
+    spec = config.moe.routing_replay
+    return spec.name != NONE and need in registry.component("routing_replays", spec.name).needs
+
+
+def rollout_temperature(config: Config) -> float:
+    """The one temperature of all training sets: the trainer's logits are divided by it."""
+    temperatures = {task_set.sampling.temperature for task_set in config.data.sets}
+    if len(temperatures) > 1:
+        raise ConfigError(f"task sets that train together need one temperature, not {sorted(temperatures)}")
+    return temperatures.pop() if temperatures else 1.0
+
+
+def make_probe(config: Config, registry: Registry, model: Model) -> WeightProbe | None:
+    """The check after a weight sync, unless it is off."""
+    section = config.weight_sync
+    if section.verify == "never":
+        return None
+    tolerance = section.tolerance
+    if tolerance is None:
+        tolerance = precision_for(registry, config).logprob_tolerance
+    return WeightProbe(model.hf_config.vocab_size, tolerance, rollout_temperature(config))

@@ -1,0 +1,152 @@
+"""Checkpoints on disk: all of a step or nothing.
+
+A checkpoint is a folder `step_000120` that holds one subfolder or file for every owner of state, and a `manifest.json`
+with size and checksum of each file. It is written under a temporary name, flushed to disk, and renamed: whoever sees
+the final name sees a complete checkpoint. Reading starts at the newest one whose files agree with its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from miles.errors import CheckpointError
+from miles.log import logger
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"step_(\d{6,})$")
+CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, keep: int | None):
+        self.directory, self.keep = directory, keep
+
+    async def save(self, step: int, write: Callable[[Path], Awaitable[None]]) -> Path:
+        """Let `write(folder)` fill a checkpoint for `step`, make it durable, and drop the oldest ones.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        final = self.directory / f"step_{step:06d}"
+        partial = self.directory / f".{final.name}.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            await write(partial)
+            _seal(partial, step)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync(self.directory)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            good = self.newest_names()
+            raise CheckpointError(
+                f"checkpoint of step {step} could not be written to {final}: {error}. Free some space or choose another "
+                f"folder with --save. {'Last good one: ' + str(good[0]) if good else 'There is no earlier one'}."
+            ) from error
+        self._prune()
+        return final
+
+    def newest_names(self) -> list[Path]:
+        """Checkpoint folders, newest first, unread."""
+        if not self.directory.is_dir():
+            return []
+        found = [(int(m[1]), path) for path in self.directory.iterdir() if (m := NAME.search(path.name))]
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def newest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint; damaged ones are named in a warning.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are damaged.
+        """
+        folders = self.newest_names()
+        for folder in folders:
+            fault = damage(folder)
+            if fault is None:
+                return Checkpoint(int(NAME.search(folder.name)[1]), folder)  # type: ignore[index]
+            logger.warning("checkpoint %s is damaged (%s); trying the one before it", folder, fault)
+        if folders:
+            raise CheckpointError(
+                f"all {len(folders)} checkpoints in {self.directory} are damaged. Start afresh with --resume never or "
+                "another --run-dir"
+            )
+        return None
+
+    def _prune(self) -> None:
+        if self.keep is not None:
+            for folder in self.newest_names()[self.keep :]:
+                shutil.rmtree(folder)
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint folder, or the newest good one of a folder of them or of a run directory."""
+    if (path / MANIFEST).exists():
+        if fault := damage(path):
+            raise CheckpointError(f"checkpoint {path} is damaged: {fault}")
+        return Checkpoint(json.loads((path / MANIFEST).read_text())["step"], path)
+    for folder in (path, path / "checkpoints"):
+        found = CheckpointStore(folder, keep=None).newest()
+        if found:
+            return found
+    raise CheckpointError(f"no checkpoint in {path}: expected step_NNNNNN folders, or one of them")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read: {error}"
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _checksum(path) != expected["blake2b"]:
+            return f"{name} has changed"
+    return None
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Flush every file to disk and write the manifest last."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _checksum(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""The one logger of miles."""
+
+import logging
+
+logger = logging.getLogger("miles")

@@ -1,0 +1,100 @@
+"""Who holds the accelerator when.
+
+Trainer and engines may share accelerators and take turns. Each phase of the loop asks for what it needs here, and the
+moves happen in an order that keeps the peak low: optimizer and gradients leave before engine weights come, and the
+KV cache comes last, when the trainer's parameters are gone too. Without offloading every phase is free.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from miles.protocols import EnginePart, RolloutEngine, TrainPart, WorkerGroup
+from miles.types import Metrics
+
+WEIGHTS: frozenset[EnginePart] = frozenset({"weights"})
+CACHE: frozenset[EnginePart] = frozenset({"kv_cache", "graphs"})
+PARAMETERS: frozenset[TrainPart] = frozenset({"parameters"})
+OPTIMIZER: frozenset[TrainPart] = frozenset({"gradients", "optimizer"})
+
+
+class Residency:
+    """Moves trainer and engines on and off the accelerator as the phases change, and times the phases."""
+
+    def __init__(
+        self, workers: WorkerGroup, engines: Sequence[RolloutEngine], offload_train: bool, offload_rollout: bool
+    ):
+        self.workers, self.engines = workers, engines
+        self.offload_train, self.offload_rollout = offload_train, offload_rollout
+        self.trainer_here: frozenset[TrainPart] = PARAMETERS | OPTIMIZER
+        self.engine_here: frozenset[EnginePart] = WEIGHTS | CACHE
+        self.seconds: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def rollout(self) -> AsyncIterator[None]:
+        """Engines generate."""
+        with _timed(self.seconds, "move"):
+            await self._trainer(frozenset())
+            await self._engine(WEIGHTS | CACHE)
+        with _timed(self.seconds, "rollout"):
+            yield
+
+    @asynccontextmanager
+    async def training(self) -> AsyncIterator[None]:
+        """The trainer computes and saves."""
+        with _timed(self.seconds, "move"):
+            await self._engine(frozenset())
+            await self._trainer(PARAMETERS | OPTIMIZER)
+        with _timed(self.seconds, "train"):
+            yield
+
+    @asynccontextmanager
+    async def syncing(self) -> AsyncIterator[None]:
+        """Weights go from trainer to engines; afterwards the engines are ready to generate."""
+        with _timed(self.seconds, "move"):
+            await self._trainer(PARAMETERS)
+            await self._engine(WEIGHTS)
+        with _timed(self.seconds, "sync"):
+            yield
+
+    def take_seconds(self) -> Metrics:
+        """Seconds in each phase since this was last asked."""
+        taken, self.seconds = self.seconds, Counter()
+        return {f"perf/{phase}_time": seconds for phase, seconds in taken.items()}
+
+    async def _trainer(self, wanted: frozenset[TrainPart]) -> None:
+        if not self.offload_train:
+            return
+        leaving, coming = self.trainer_here - wanted, wanted - self.trainer_here
+        if leaving:
+            await self.workers.call("offload", leaving)
+        if coming:
+            await self.workers.call("onload", coming)
+        self.trainer_here = wanted
+
+    async def _engine(self, wanted: frozenset[EnginePart]) -> None:
+        if not self.offload_rollout:
+            return
+        leaving, coming = self.engine_here - wanted, wanted - self.engine_here
+        if leaving:
+            await asyncio.gather(*(engine.sleep(leaving) for engine in self.engines))
+        if coming:
+            await asyncio.gather(*(engine.wake(coming) for engine in self.engines))
+        self.engine_here = wanted
+
+
+class _timed:
+    """Adds the seconds spent in its block to a counter."""
+
+    def __init__(self, seconds: Counter[str], phase: str):
+        self.seconds, self.phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.phase] += time.perf_counter() - self.start

@@ -1,0 +1,56 @@
+"""One front for all engines: sends each request to the least busy one and counts what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from miles.protocols import RolloutEngine
+from miles.types import GenerateRequest, GenerateResult
+
+
+@dataclass
+class Traffic:
+    """Counters since they were last taken."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class EngineFront:
+    """Generates through whichever engine has the fewest requests in flight; at most `concurrency` at once."""
+
+    def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
+        self.engines = list(engines)
+        self.traffic = Traffic()
+        self._in_flight = [0] * len(self.engines)
+        self._slots = asyncio.Semaphore(concurrency)
+
+    @property
+    def generates(self) -> bool:
+        return all(engine.generates for engine in self.engines)
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        async with self._slots:
+            index = self._in_flight.index(min(self._in_flight))
+            self._in_flight[index] += 1
+            try:
+                result = await self.engines[index].generate(request)
+            finally:
+                self._in_flight[index] -= 1
+        traffic = self.traffic
+        traffic.requests += 1
+        traffic.prompt_tokens += len(request.tokens)
+        traffic.cached_tokens += result.cached_tokens
+        traffic.generated_tokens += len(result.tokens)
+        return result
+
+    async def abort(self) -> None:
+        await asyncio.gather(*(engine.abort() for engine in self.engines))
+
+    def take_traffic(self) -> Traffic:
+        taken, self.traffic = self.traffic, Traffic()
+        return taken

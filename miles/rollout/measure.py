@@ -1,0 +1,59 @@
+"""Metrics of a batch of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from miles.types import Group, Metrics, Sample, Status
+
+SUCCESS = 1.0
+"""A sample of at least this reward is counted as a success in `accuracy` and pass@k."""
+
+
+def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
+    """Rewards, accuracy, lengths and statuses of a batch."""
+    samples = [sample for group in groups for sample in group.samples]
+    metrics = sample_metrics(samples)
+    rewards = [group.rewards_G for group in groups]
+    agreeing = [r for r in rewards if r and max(r) == min(r)]
+    if any(rewards):
+        metrics["groups_agreeing"] = len(agreeing) / len(groups)
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def sample_metrics(samples: Sequence[Sample]) -> Metrics:
+    """The same without groups and without a prefix."""
+    lengths = np.array([s.response_length for s in samples]) if samples else np.zeros(1)
+    metrics: Metrics = {
+        "response_len/mean": float(lengths.mean()),
+        "response_len/max": float(lengths.max()),
+        "response_len/min": float(lengths.min()),
+        "truncated_ratio": _share(samples, Status.TRUNCATED),
+        "failed_ratio": _share(samples, Status.FAILED),
+        "turns/mean": float(np.mean([len(s.turns) for s in samples])) if samples else 0.0,
+    }
+    rewards = np.array([s.reward for s in samples if s.reward is not None])
+    if len(rewards):
+        metrics |= {"reward": float(rewards.mean()), "accuracy": float((rewards >= SUCCESS).mean())}
+    for part in sorted({name for s in samples for name in s.reward_parts}):
+        metrics[f"reward_parts/{part}"] = float(
+            np.mean([s.reward_parts[part] for s in samples if part in s.reward_parts])
+        )
+    return metrics
+
+
+def pass_at_k(successes: Sequence[Sequence[bool]], k: int) -> float:
+    """Unbiased pass@k over prompts: `1 - C(n - c, k) / C(n, k)` (arXiv:2107.03374). Prompts with fewer than k samples
+    do not count; NaN when none has enough."""
+    chances = []
+    for outcomes in successes:
+        n, c = len(outcomes), sum(outcomes)
+        if n >= k:
+            chances.append(1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)])))
+    return float(np.mean(chances)) if chances else float("nan")
+
+
+def _share(samples: Sequence[Sample], status: Status) -> float:
+    return sum(s.status is status for s in samples) / max(len(samples), 1)

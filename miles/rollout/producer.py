@@ -1,0 +1,154 @@
+"""The producer: from prompts to a full batch of generated, rewarded and filtered groups.
+
+A batch is filled in waves: as many groups as are missing start together; when all are done, the filters look at them
+in the order of their ids; what they drop is replaced by the next wave. Nothing depends on which sample finishes first,
+so a run repeats itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from miles.config import Config
+from miles.errors import RolloutError
+from miles.protocols import DataSource, SampleFilter
+from miles.rollout.task import Task, usable
+from miles.types import Group, Metrics, Prompt, Sample, Status
+
+
+@dataclass
+class Ids:
+    """Counters that never go back, part of every checkpoint."""
+
+    next_group: int = 0
+    next_sample: int = 0
+
+
+class Producer:
+    """Collects rollout batches; `mode: sync`."""
+
+    def __init__(self, config: Config, source: DataSource, tasks: Mapping[str, Task], filters: list[SampleFilter]):
+        self.config, self.source, self.tasks, self.filters = config, source, tasks, filters
+        self.ids = Ids()
+        self.fates: Counter[str] = Counter()
+
+    async def collect(self, step: int) -> list[Group]:
+        """The next full batch, in the order of group ids.
+
+        Raises:
+            RolloutError: too many samples failed, or the filters rejected too much.
+        """
+        rollout = self.config.rollout
+        target, limit = rollout.batch_size, rollout.batch_size * rollout.max_filtered_batches
+        kept: list[Group] = []
+        started = 0
+        self.fates = Counter()
+        while len(kept) < target:
+            if started >= limit:
+                raise RolloutError(
+                    f"step {step}: {started} groups were generated and only {len(kept)} of {target} passed "
+                    f"({_fates(self.fates)}). Change rollout.filters, the task's difficulty, or raise "
+                    f"--max-filtered-batches (now {rollout.max_filtered_batches})"
+                )
+            wave = self._next_groups(max(target - len(kept), rollout.over_sampling_batch_size or 0))
+            started += len(wave)
+            await asyncio.gather(*(self._generate(group) for group in wave))
+            self._check_failures(wave)
+            for group in wave:
+                if not self._passes(group):
+                    continue
+                if len(kept) < target:
+                    kept.append(group)
+                    self._count("trained", len(group.samples))
+                else:
+                    self._count("surplus", len(group.samples))
+        return kept
+
+    def _next_groups(self, count: int) -> list[Group]:
+        return [self._group(prompt) for prompt in self.source.next_prompts(count)]
+
+    def _group(self, prompt: Prompt) -> Group:
+        task = self.tasks[prompt.task_set]
+        size = task.set.n_samples_per_prompt or self.config.rollout.n_samples_per_prompt
+        group_id, first = self.ids.next_group, self.ids.next_sample
+        self.ids = Ids(group_id + 1, first + size)
+        samples = [
+            Sample.begin(prompt, id=i, group_id=group_id, seed=self._seed(i, 0)) for i in range(first, first + size)
+        ]
+        return Group(group_id, prompt, samples)
+
+    def _seed(self, sample_id: int, attempt: int) -> int:
+        return sample_seed(self.config.data.seed, f"{sample_id}.{attempt}")
+
+    async def _generate(self, group: Group) -> None:
+        started = time.perf_counter()
+        await self.tasks[group.prompt.task_set].run_group(
+            group, self.config.rollout.max_attempts, lambda sample, attempt: self._seed(sample.id, attempt)
+        )
+        seconds = time.perf_counter() - started
+        for sample in group.samples:
+            sample.metadata.setdefault("seconds", seconds)
+
+    def _check_failures(self, wave: list[Group]) -> None:
+        samples = [sample for group in wave for sample in group.samples]
+        failed = [sample for sample in samples if sample.status is Status.FAILED]
+        if len(failed) > self.config.rollout.max_failed_fraction * len(samples):
+            raise RolloutError(
+                f"{len(failed)} of {len(samples)} samples failed, more than rollout.max_failed_fraction="
+                f"{self.config.rollout.max_failed_fraction}. The first: sample {failed[0].id} of prompt "
+                f"{failed[0].prompt.id}: {failed[0].error}"
+            )
+
+    def _passes(self, group: Group) -> bool:
+        """Drop unusable samples, then ask the filters. Every sample's fate is counted."""
+        needs_reward = bool(self.tasks[group.prompt.task_set].rewards)
+        good = usable(group.samples, needs_reward)
+        lost = len(group.samples) - len(good)
+        if lost and (self.config.rollout.incomplete_groups == "refill" or not good):
+            self._count("incomplete_group", len(group.samples))
+            return False
+        self._count("failed", lost)
+        group.samples = good
+        for name, accepts in zip(self.config.rollout.filters, self.filters, strict=True):
+            verdict = accepts(group)
+            if not verdict.keep:
+                self._count(f"{name.name}/{verdict.reason}" if verdict.reason else name.name, len(good))
+                return False
+        return True
+
+    def _count(self, fate: str, samples: int) -> None:
+        if samples:
+            self.fates[fate] += samples
+
+    def metrics(self) -> Metrics:
+        """What became of the samples of the last batch, and of the prompts of the whole run."""
+        counts = {f"rollout/samples/{fate}": float(count) for fate, count in sorted(self.fates.items())}
+        dropped = getattr(self.source, "counts", {})
+        return counts | {f"data/{name}": float(count) for name, count in sorted(dropped.items())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "next_group": self.ids.next_group,
+            "next_sample": self.ids.next_sample,
+            "data": self.source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ids = Ids(state["next_group"], state["next_sample"])
+        self.source.load_state_dict(state["data"])
+
+
+def sample_seed(seed: int, name: str) -> int:
+    """A 63-bit seed that is the same on every machine and unrelated for every name."""
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _fates(fates: Counter[str]) -> str:
+    return ", ".join(f"{fate}: {count} samples" for fate, count in fates.most_common())

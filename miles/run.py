@@ -1,0 +1,327 @@
+"""A run: everything that one job is made of, its state, and how that is saved, resumed and summed up.
+
+`miles.build` puts one together from a config; `miles.loop` drives it. From Python:
+
+    run = miles.train("config.yaml", reward=my_function)
+    print(run.summary["evaluation"])
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from miles.build import Parts
+from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
+from miles.config import Config, TaskSet
+from miles.config.derived import Derived
+from miles.errors import RunInterrupted
+from miles.interrupt import Interrupt
+from miles.log import logger
+from miles.protocols import Evaluator, WeightSync
+from miles.residency import Residency
+from miles.rollout.measure import batch_metrics
+from miles.rollout.producer import Producer
+from miles.rollout.task import Task
+from miles.tracking import Progress, Tracking, dump_samples
+from miles.train.trainer import Trainer
+from miles.types import Group, Metrics, Prompt
+
+T = TypeVar("T")
+STATE = "state.json"
+
+
+@dataclass
+class Totals:
+    """What a run has done so far, its earlier lives included."""
+
+    seconds: float = 0.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    trained_tokens: int = 0
+
+
+@dataclass
+class Run:
+    """A running job. Plugins receive it in lifecycle hooks; evaluators and hooks may read everything."""
+
+    config: Config
+    derived: Derived
+    parts: Parts
+    step: int = 0
+    """Completed steps; also the version of the trainer's weights."""
+    metrics: Metrics = field(default_factory=dict)
+    """Of the last completed step."""
+    engine_version: int = -1
+    evaluation: dict[str, dict[str, Metrics]] = field(default_factory=dict)
+    """Set -> `first` and `last` -> metrics."""
+    totals: Totals = field(default_factory=Totals)
+    status: str = "running"
+    resumed_from: int | None = None
+
+    def __post_init__(self) -> None:
+        self.directory: Path = self.config.run.dir
+        self.hook = self.parts.plugins.hook
+        self.interrupt = Interrupt()
+        self.progress = Progress(self.derived.num_rollout)
+        self.store = CheckpointStore(
+            self.config.checkpoint.dir or self.directory / "checkpoints", self.config.checkpoint.keep
+        )
+        self._clock = time.perf_counter()
+        self._step_clock = self._clock
+        self._boundary = self._snapshot()
+
+    # The parts that the loop works with, under short names.
+    @property
+    def producer(self) -> Producer:
+        return self.parts.producer
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.parts.trainer
+
+    @property
+    def residency(self) -> Residency:
+        return self.parts.residency
+
+    @property
+    def weight_sync(self) -> WeightSync:
+        return self.parts.weight_sync
+
+    @property
+    def evaluator(self) -> Evaluator:
+        return self.parts.evaluator
+
+    @property
+    def tracking(self) -> Tracking:
+        return self.parts.tracking
+
+    # ------------------------------------------------------------------------------------------------ what is due when
+
+    def sync_due(self) -> bool:
+        return self.step % self.config.weight_sync.interval == 0 or self.step == self.derived.num_rollout
+
+    def weights_behind(self) -> bool:
+        return self.engine_version != self.step
+
+    def eval_due(self) -> bool:
+        section = self.config.eval
+        if not section.sets:
+            return False
+        if self.step == 0:
+            return section.before_train
+        at_interval = section.interval is not None and self.step % section.interval == 0
+        return at_interval or self.step == self.derived.num_rollout
+
+    def save_due(self) -> bool:
+        interval = self.config.checkpoint.interval
+        return self.step == self.derived.num_rollout or (interval is not None and self.step % interval == 0)
+
+    # -------------------------------------------------------------------------------------------------- within a step
+
+    async def interruptible(self, work: Awaitable[T]) -> T:
+        """Await rollouts; a signal cancels them and raises RunInterrupted."""
+        try:
+            return await self.interrupt.guard(work)
+        except RunInterrupted:
+            await self.parts.front.abort()
+            raise
+
+    async def push_weights(self) -> Metrics:
+        """Send weights, and compare engine and trainer when that is asked for."""
+        probe = self.parts.probe
+        async with self.residency.syncing():
+            metrics = dict(await self.weight_sync.push(version=self.step))
+            expected = await probe.trainer(self.parts.workers) if probe else None
+        self.engine_version = self.step
+        if probe and expected is not None:
+            async with self.residency.rollout():
+                difference = await probe.compare(expected, self.parts.engines, self.step)
+            metrics["weight_sync/logprob_abs_diff"] = difference
+            if self.config.weight_sync.verify == "first":
+                self.parts.probe = None
+        return metrics
+
+    def rollout_metrics(self, groups: list[Group]) -> Metrics:
+        """Metrics of a batch, and its samples on disk."""
+        dump_samples(self.directory / "rollouts", self.step + 1, groups, self.config.rollout.dump_samples)
+        traffic = self.parts.front.take_traffic()
+        self.totals.prompt_tokens += traffic.prompt_tokens
+        self.totals.generated_tokens += traffic.generated_tokens
+        self.totals.trained_tokens += sum(s.trainable_tokens for g in groups for s in g.samples)
+        cached = traffic.cached_tokens / max(traffic.prompt_tokens, 1)
+        return {
+            **batch_metrics(groups),
+            **self.producer.metrics(),
+            "rollout/cached_ratio": cached,
+            "rollout/generated_tokens": float(traffic.generated_tokens),
+        }
+
+    def advance(self, metrics: Metrics) -> None:
+        """The step is trained: take the picture that a checkpoint would save."""
+        self.step += 1
+        self.metrics = metrics
+        self._count_seconds()
+        self._boundary = self._snapshot()
+
+    def note_evaluation(self, results: Mapping[str, Metrics]) -> Metrics:
+        """Keep the first and the last evaluation of each set; returns them as metrics of this step."""
+        for name, metrics in results.items():
+            kept = self.evaluation.setdefault(name, {"first": {**metrics, "step": self.step}})
+            kept["last"] = {**metrics, "step": self.step}
+        self.parts.front.take_traffic()
+        return {f"eval/{name}/{k}": v for name, metrics in results.items() for k, v in metrics.items()}
+
+    def track(self, metrics: Metrics) -> None:
+        """Write down a step, with where its time went."""
+        now = time.perf_counter()
+        seconds, self._step_clock = now - self._step_clock, now
+        phases = self.residency.take_seconds()
+        metrics = {**metrics, **phases, "perf/step_time": seconds}
+        metrics["perf/other_share"] = max(0.0, 1 - sum(phases.values()) / seconds) if seconds else 0.0
+        if rollout := phases.get("perf/rollout_time"):
+            metrics["perf/rollout_tokens_per_second"] = metrics.get("rollout/generated_tokens", 0.0) / rollout
+        metrics["perf/tokens_per_second"] = metrics.get("rollout/generated_tokens", 0.0) / max(seconds, 1e-9)
+        self.tracking.log(self.step, metrics)
+        self.progress.line(self.step, metrics)
+
+    # --------------------------------------------------------------------------------------- evaluation from the outside
+
+    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
+        """All prompts of a set, in file order, each once."""
+        return self.parts.make_source([task_set], shuffle=False).every_prompt()
+
+    def eval_task(self, task_set: TaskSet) -> Task:
+        return self.parts.make_task(task_set, evaluation=True)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Everything but the model, as JSON can hold it."""
+        state = {
+            "step": self.step,
+            "metrics": self.metrics,
+            "evaluation": self.evaluation,
+            "totals": vars(self.totals),
+            "producer": self.parts.producer.state_dict(),
+            "trainer": self.parts.trainer.state_dict(),
+            "random": _random_state(),
+        }
+        return json.loads(json.dumps(state))
+
+    async def save_if_due(self) -> bool:
+        if not self.save_due():
+            return False
+        await self.save()
+        return True
+
+    async def save(self) -> Path:
+        """Save the last boundary. The trainer must be on its device."""
+        path = await self.store.save(self._boundary["step"], self._write)
+        if self.config.checkpoint.save_hf:
+            target = self.directory / self.config.checkpoint.save_hf.format(step=self.step)
+            await self.parts.workers.call("export_hf", target)
+        self.hook.miles_on_checkpoint_saved(run=self, step=self._boundary["step"], path=str(path))
+        return path
+
+    async def _write(self, folder: Path) -> None:
+        await self.parts.workers.call("save", folder)
+        (folder / STATE).write_text(json.dumps(self._boundary))
+
+    async def restore(self) -> None:
+        """Go on from the newest checkpoint of this run, or start from `checkpoint.load`, or from the beginning."""
+        mode = self.config.run.resume
+        found: Checkpoint | None = None if mode == "never" else self.store.newest()
+        if found is None and mode == "must":
+            raise FileNotFoundError(f"--resume must: there is no checkpoint in {self.store.directory}")
+        if found is not None:
+            await self._read(found.path)
+            self.resumed_from = self.step
+            logger.info("resuming from %s, step %d", found.path, self.step)
+        elif self.config.checkpoint.load is not None:
+            await self.parts.workers.call("load", find_checkpoint(self.config.checkpoint.load).path)
+
+    async def _read(self, folder: Path) -> None:
+        await self.parts.workers.call("load", folder)
+        state = json.loads((folder / STATE).read_text())
+        self.step, self.metrics = state["step"], state["metrics"]
+        self.evaluation, self.totals = state["evaluation"], Totals(**state["totals"])
+        self.parts.producer.load_state_dict(state["producer"])
+        self.parts.trainer.load_state_dict(state["trainer"])
+        _set_random_state(state["random"])
+        self._boundary = state
+
+    # --------------------------------------------------------------------------------------------------------- the end
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.totals.seconds += now - self._clock
+        self._clock = now
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `summary.json` says."""
+        return {
+            "status": self.status,
+            "name": self.config.run.name,
+            "steps": self.step,
+            "seconds": round(self.totals.seconds, 3),
+            "tokens": {
+                "prompt": self.totals.prompt_tokens,
+                "generated": self.totals.generated_tokens,
+                "trained": self.totals.trained_tokens,
+            },
+            "evaluation": self.evaluation,
+            "resumed_from": self.resumed_from,
+            "versions": self.parts.versions,
+        }
+
+    def write_summary(self) -> None:
+        self._count_seconds()
+        text = json.dumps(_finite(self.summary), indent=2) + "\n"
+        (self.directory / "summary.json").write_text(text)
+
+    async def close(self) -> None:
+        """Stop engines and workers; what cannot be closed is only logged, so that the first error stays the error."""
+        for part in (*self.parts.engines, self.parts.workers, self.parts.executor):
+            try:
+                await part.close()
+            except Exception:
+                logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
+
+
+def _random_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    return {"python": [version, list(internal), gauss], "numpy": _plain(np.random.get_state(legacy=False))}
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    numpy_state = dict(state["numpy"])
+    numpy_state["state"] = {
+        **numpy_state["state"],
+        "key": np.array(numpy_state["state"]["key"], dtype=np.uint32),
+    }
+    np.random.set_state(numpy_state)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: say null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,128 @@
+"""Advantages and corrections of a whole rollout batch: pure functions, called once, before the optimizer steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from miles.config import Config
+from miles.errors import TrainError
+from miles.registry import Registry
+from miles.train.kl import kl_estimate
+from miles.train.table import Table
+from miles.types import AdvantageInputs, Advantages, Correction, Metrics
+
+NONE = "none"
+"""The name that stands for no component, in places where one is optional."""
+
+
+class AdvantageStage:
+    """Builds the configured estimator, advantage terms and correction once, and applies them to each batch."""
+
+    def __init__(self, config: Config, registry: Registry):
+        self.algorithm = algorithm = config.algorithm
+        kinds = [
+            ("advantage_estimators", algorithm.advantage_estimator),
+            *(("advantage_estimators", term) for term in algorithm.advantage_terms),
+            ("is_corrections", algorithm.is_correction),
+            ("policy_losses", algorithm.policy_loss),
+        ]
+        chosen = [(kind, spec) for kind, spec in kinds if spec.name != NONE]
+        needs = {need for kind, spec in chosen for need in registry.component(kind, spec.name).needs}
+        self.needs_reference = "reference" in needs or algorithm.kl_coef > 0
+        self.has_advantages = algorithm.advantage_estimator.name != NONE
+        self.has_correction = algorithm.is_correction.name != NONE
+        self.needs_old_log_probs = self.has_correction or algorithm.kl_coef > 0 or "teacher" in needs
+        build = registry.build
+        self.estimator = build("advantage_estimators", algorithm.advantage_estimator) if self.has_advantages else None
+        self.terms = [build("advantage_estimators", term) for term in algorithm.advantage_terms]
+        self.correction = build("is_corrections", algorithm.is_correction) if self.has_correction else None
+
+    def __call__(self, table: Table) -> Metrics:
+        """Attach `advantages` (and `returns`, `is_weights`, `keep`) to the table."""
+        metrics: Metrics = {}
+        if self.estimator is not None:
+            inputs = self._inputs(table)
+            result = _as_advantages(self.estimator(inputs), inputs)
+            advantages_T = result.advantages_T
+            for term in self.terms:
+                advantages_T = advantages_T + _as_advantages(term(inputs), inputs).advantages_T
+            if self.algorithm.normalize_advantages:
+                advantages_T = whiten(advantages_T, inputs.mask_T)
+            advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
+            self._check_finite(advantages_T, inputs)
+            table.put("advantages", advantages_T)
+            if result.returns_T is not None:
+                table.put("returns", result.returns_T)
+            metrics.update(result.metrics)
+            metrics["train/advantage_abs"] = float(advantages_T.abs().sum() / inputs.mask_T.sum().clamp(min=1))
+        if self.correction is not None:
+            metrics.update(self._correct(table))
+        return metrics
+
+    def _inputs(self, table: Table) -> AdvantageInputs:
+        def column(name: str) -> Tensor | None:
+            return table.flat(name) if table.has(name) else None
+
+        inputs = AdvantageInputs(
+            rewards_N=table.rewards_N,
+            mask_T=table.flat("mask"),
+            bounds=table.bounds,
+            group_N=table.group_N,
+            rollout_N=table.rollout_N,
+            old_log_probs_T=column("old_log_probs"),
+            ref_log_probs_T=column("ref_log_probs"),
+            rollout_log_probs_T=column("rollout_log_probs"),
+            teacher_log_probs_T=column("teacher_log_probs"),
+            values_T=column("values"),
+            kl_coef=self.algorithm.kl_coef,
+            baseline_rewards_N=table.baseline_rewards_N,
+        )
+        if self.algorithm.kl_coef and inputs.old_log_probs_T is not None and inputs.ref_log_probs_T is not None:
+            inputs.kl_T = kl_estimate(inputs.old_log_probs_T, inputs.ref_log_probs_T, self.algorithm.kl_type)
+        return inputs
+
+    def _correct(self, table: Table) -> Metrics:
+        missing = int((~table.present["rollout_log_probs"]).sum())
+        if missing:
+            raise TrainError(
+                f"algorithm.is_correction={self.algorithm.is_correction} compares with rollout log-probs, which "
+                f"{missing} samples of this batch lack"
+            )
+        assert self.correction is not None
+        correction: Correction = self.correction(
+            table.flat("old_log_probs"), table.flat("rollout_log_probs"), table.flat("mask"), table.bounds
+        )
+        if correction.weights_T is not None:
+            table.put("is_weights", correction.weights_T)
+        if correction.keep_T is not None:
+            table.put("keep", correction.keep_T.float())
+        return correction.metrics
+
+    def _check_finite(self, advantages_T: Tensor, inputs: AdvantageInputs) -> None:
+        if not torch.isfinite(advantages_T).all():
+            bad = int((~torch.isfinite(inputs.rewards_N)).sum())
+            raise TrainError(
+                f"advantages of estimator {self.algorithm.advantage_estimator.name!r} are not finite"
+                + (f": {bad} rewards are not finite either" if bad else "")
+            )
+
+
+def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Zero mean and unit (Bessel-corrected) variance over the trainable tokens of the batch; `[T]`."""
+    values_T = values_T.double()
+    weights_T = mask_T.double()
+    count = weights_T.sum()
+    mean = (values_T * weights_T).sum() / count.clamp(min=1)
+    variance = ((values_T - mean).square() * weights_T).sum() / (count - 1).clamp(min=1)
+    return ((values_T - mean) * (variance + epsilon).rsqrt()).float()
+
+
+def _as_advantages(result: Tensor | Advantages, inputs: AdvantageInputs) -> Advantages:
+    result = result if isinstance(result, Advantages) else Advantages(result)
+    if result.advantages_T.shape != inputs.mask_T.shape:
+        raise TrainError(
+            f"the advantage estimator returned shape {tuple(result.advantages_T.shape)}; one value a token, "
+            f"{tuple(inputs.mask_T.shape)}, is expected"
+        )
+    return result

@@ -1,0 +1,111 @@
+"""The loss of one micro-batch: policy loss, correction, KL and entropy, weighted and summed.
+
+Runs inside the backend, where the logits live. Everything that needs the whole batch (advantages, importance weights,
+the weight of each token in the average) was computed by the driver and arrives as columns of the micro-batch:
+
+    mask, weights           always; `weights` already averages over the optimizer step (miles.train.aggregation)
+    advantages              unless the loss is supervised
+    old_log_probs           absent when the old policy is this very forward pass (then the ratio is exactly 1)
+    rollout_log_probs, ref_log_probs, teacher_log_probs, is_weights, keep      when they exist
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from miles.config.algorithm import AlgorithmSection
+from miles.train.kl import kl_estimate
+from miles.train.mismatch import mismatch_terms
+from miles.types import LossInputs, LossResult, MicroBatch, Outputs, PolicyLoss
+
+
+@dataclass(frozen=True)
+class StepScope:
+    """What the micro-batches of one optimizer step share."""
+
+    tokens: float
+    """Trainable tokens in the step, on all ranks: the denominator of per-token metrics."""
+    mismatch_tokens: float = 0.0
+    """Of these, tokens whose sample has rollout log-probs; 0 when the driver measured the mismatch already."""
+
+
+class Objective:
+    """`LossFunction` for a policy: call it with a micro-batch and the model's outputs on it."""
+
+    def __init__(self, algorithm: AlgorithmSection, policy_loss: Callable[[LossInputs], PolicyLoss]):
+        self.algorithm = algorithm
+        self.policy_loss = policy_loss
+        self.scope = StepScope(tokens=1.0)
+
+    def __call__(self, batch: MicroBatch, outputs: Outputs) -> LossResult:
+        assert outputs.log_probs_T is not None
+        columns, mask_T = batch.columns, batch.columns["mask"]
+        weights_T = columns["weights"]
+        new_T = outputs.log_probs_T
+        old_T = columns.get("old_log_probs", new_T.detach())
+
+        policy = self.policy_loss(self._inputs(batch, outputs, old_T))
+        loss_T = policy.loss_T
+        for factor in ("is_weights", "keep"):
+            if factor in columns:
+                loss_T = loss_T * columns[factor]
+        loss = policy_term = _weighted(loss_T, weights_T)
+
+        sums = {"train/pg_loss": policy_term.detach()}
+        if self.algorithm.kl_loss_coef:
+            kl = _weighted(self._kl(new_T, old_T, columns["ref_log_probs"]), weights_T)
+            loss = loss + self.algorithm.kl_loss_coef * kl
+            sums["train/kl_loss"] = kl.detach()
+        if outputs.entropy_T is not None:
+            if self.algorithm.entropy_coef:
+                loss = loss - self.algorithm.entropy_coef * _weighted(outputs.entropy_T, weights_T)
+            sums["train/entropy"] = self._token_mean(outputs.entropy_T, mask_T)
+        sums["train/loss"] = loss.detach()
+        for name, value_T in policy.metrics_T.items():
+            sums[f"train/{name}"] = self._token_mean(value_T, mask_T)
+        sums.update(self._mismatch(new_T, batch))
+        return LossResult(loss, sums)
+
+    def _inputs(self, batch: MicroBatch, outputs: Outputs, old_T: Tensor) -> LossInputs:
+        columns = batch.columns
+        assert outputs.log_probs_T is not None
+        advantages_T = columns.get("advantages")
+        return LossInputs(
+            log_probs_T=outputs.log_probs_T,
+            old_log_probs_T=old_T,
+            advantages_T=torch.zeros_like(old_T) if advantages_T is None else advantages_T,
+            mask_T=columns["mask"],
+            bounds=batch.bounds,
+            entropy_T=outputs.entropy_T,
+            rollout_log_probs_T=columns.get("rollout_log_probs"),
+            ref_log_probs_T=columns.get("ref_log_probs"),
+            teacher_log_probs_T=columns.get("teacher_log_probs"),
+            outputs=outputs,
+            tokens_T=batch.tokens_T,
+        )
+
+    def _kl(self, new_T: Tensor, old_T: Tensor, ref_T: Tensor) -> Tensor:
+        kl_T = kl_estimate(new_T, ref_T, self.algorithm.kl_type)
+        if self.algorithm.unbiased_kl:
+            kl_T = kl_T * (new_T - old_T).clamp(-20, 20).exp()
+        return kl_T
+
+    def _mismatch(self, new_T: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+        if not self.scope.mismatch_tokens:
+            return {}
+        columns = batch.columns
+        mask_T = columns["mask"] * columns["has_rollout_log_probs"]
+        terms = mismatch_terms(new_T.detach(), columns["rollout_log_probs"])
+        return {f"mismatch/{k}": (v * mask_T).sum() / self.scope.mismatch_tokens for k, v in terms.items()}
+
+    def _token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
+        return _weighted(value_T.detach(), mask_T) / self.scope.tokens
+
+
+def _weighted(value_T: Tensor, weights_T: Tensor) -> Tensor:
+    """Sum of weighted values; tokens of weight 0 contribute 0 even where the value is not finite."""
+    return torch.where(weights_T != 0, value_T * weights_T, 0.0).sum()

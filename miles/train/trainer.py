@@ -1,0 +1,181 @@
+"""The trainer: from a rollout batch to an updated policy.
+
+    log-probs (old, reference) -> KL, advantages, corrections -> optimizer steps
+
+The driver decides and computes whatever needs the whole batch; ranks compute log-probabilities and gradients. Numbers
+travel as columns of a `Table`, which is cut into micro-batches anew for each pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from miles.config import Config
+from miles.config.derived import Derived
+from miles.errors import NonFiniteError, TrainError
+from miles.protocols import Role, WorkerGroup
+from miles.registry import Registry
+from miles.train.advantages import AdvantageStage
+from miles.train.aggregation import token_weights
+from miles.train.mismatch import mismatch_metrics, mismatch_terms
+from miles.train.objective import StepScope
+from miles.train.schedule import optimizer_steps, rank_micro_batches
+from miles.train.table import Table
+from miles.train.worker import StepOutcome
+from miles.types import Group, Metrics
+
+
+class Trainer:
+    """Drives the train workers through one rollout batch after the other."""
+
+    def __init__(self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup):
+        self.config, self.derived, self.workers = config, derived, workers
+        self.stage = AdvantageStage(config, registry)
+        self.needs_reference = self.stage.needs_reference or config.algorithm.kl_loss_coef > 0
+        self.skipped_in_a_row = 0
+
+    async def step(self, groups: Sequence[Group]) -> Metrics:
+        """Train on a batch; returns its metrics.
+
+        Raises:
+            TrainError: no sample has a trainable token.
+            NonFiniteError: too many optimizer steps in a row were skipped.
+            OutOfMemoryError: a sample alone does not fit.
+        """
+        table = Table.from_groups(groups, self.config.algorithm.truncated)
+        if not any(mask.any() for mask in table.columns["mask"]):
+            raise TrainError("no sample of this rollout batch has a trainable token: see the statuses in rollouts/")
+        metrics: Metrics = {}
+        await self._log_probs(table, metrics)
+        metrics.update(self.stage(table))
+        metrics.update(await self._optimize(table))
+        return metrics
+
+    # --------------------------------------------------------------------------------------------------- log-probs
+
+    async def _log_probs(self, table: Table, metrics: Metrics) -> None:
+        """Attach `old_log_probs` (unless the first optimizer step gives them for free) and `ref_log_probs`."""
+        if self._old_from_rollout:
+            self._require_rollout_log_probs(table, "algorithm.old_logprobs: rollout")
+            table.columns["old_log_probs"] = table.columns["rollout_log_probs"]
+        elif self._recompute_old:
+            table.columns["old_log_probs"] = await self._forward("actor", table)
+            metrics.update(self._measured_mismatch(table))
+        if self.needs_reference:
+            table.columns["ref_log_probs"] = await self._forward("reference", table)
+
+    @property
+    def _old_from_rollout(self) -> bool:
+        return self.config.algorithm.old_logprobs == "rollout"
+
+    @property
+    def _recompute_old(self) -> bool:
+        several = self.derived.optimizer_steps_per_rollout > 1
+        needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)
+        return self.config.algorithm.old_logprobs == "recompute" or needed
+
+    async def _forward(self, role: Role, table: Table) -> list[np.ndarray]:
+        """Log-probabilities of every row under the model of this role."""
+        plan = self._plan(table, range(len(table)), self.derived.log_probs_max_tokens)
+        arguments = [(role, [table.take(rows) for rows in batches], ("log_probs",)) for batches in plan]
+        results = await self.workers.call_each("forward", arguments)
+        found: dict[int, np.ndarray] = {}
+        for batches, outputs in zip(plan, results, strict=True):
+            for rows, output in zip(batches, outputs, strict=True):
+                found.update(zip(rows, output["log_probs"], strict=True))
+        return [found[row] for row in range(len(table))]
+
+    def _measured_mismatch(self, table: Table) -> Metrics:
+        if not table.has("rollout_log_probs"):
+            return {}
+        present_T = self._has_rollout_log_probs(table)
+        mask_T = table.flat("mask") * present_T
+        terms = mismatch_terms(table.flat("old_log_probs"), table.flat("rollout_log_probs"))
+        return mismatch_metrics({k: float((v * mask_T).sum() / mask_T.sum().clamp(min=1)) for k, v in terms.items()})
+
+    def _has_rollout_log_probs(self, table: Table) -> torch.Tensor:
+        return table.present["rollout_log_probs"].float().repeat_interleave(torch.tensor(table.lengths))
+
+    def _require_rollout_log_probs(self, table: Table, what: str) -> None:
+        missing = [i for i, p in zip(table.ids, table.present["rollout_log_probs"].tolist(), strict=True) if not p]
+        if missing:
+            raise TrainError(
+                f"{what} needs rollout log-probs, but {len(missing)} samples have none, the first: {missing[0]}"
+            )
+
+    # -------------------------------------------------------------------------------------------------- optimization
+
+    async def _optimize(self, table: Table) -> Metrics:
+        train = self.config.train
+        steps = self.derived.optimizer_steps_per_rollout // train.num_epochs_per_rollout
+        totals: dict[str, list[float]] = defaultdict(list)
+        skipped = retries = 0
+        for index, rows in enumerate(optimizer_steps(table.rollout_N.tolist(), steps, train.num_epochs_per_rollout)):
+            outcomes = await self._optimizer_step(table.take(rows), measure=index == 0)
+            report = outcomes[0].report
+            for name in outcomes[0].sums:
+                totals[name].append(sum(outcome.sums[name] for outcome in outcomes))
+            retries += max(outcome.out_of_memory for outcome in outcomes)
+            skipped += report.skipped
+            self._watch_skips(report.skipped)
+            if not report.skipped:
+                totals["train/grad_norm"].append(report.grad_norm)
+        metrics = {name: float(np.mean(values)) for name, values in totals.items()}
+        mismatch = {k.removeprefix("mismatch/"): metrics.pop(k) for k in list(metrics) if k.startswith("mismatch/")}
+        if mismatch:
+            metrics.update(mismatch_metrics(mismatch))
+        return metrics | {
+            "train/lr": report.learning_rate,
+            "train/skipped_steps": float(skipped),
+            "train/oom_retries": float(retries),
+        }
+
+    async def _optimizer_step(self, table: Table, measure: bool) -> list[StepOutcome]:
+        """One optimizer step. `measure`: nothing was updated since the rollout, so that the mismatch shows."""
+        algorithm = self.config.algorithm
+        constant = algorithm.aggregation_constant or self._longest_response
+        table.put(
+            "weights",
+            token_weights(table.flat("mask"), table.bounds, table.rollout_N, algorithm.loss_aggregation, constant),
+        )
+        mask_T = table.flat("mask")
+        scope = StepScope(tokens=max(float(mask_T.sum()), 1.0))
+        if measure and table.has("rollout_log_probs") and not self._recompute_old:
+            present_T = self._has_rollout_log_probs(table)
+            table.put("has_rollout_log_probs", present_T)
+            scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))
+        plan = self._plan(table, range(len(table)), self.config.train.max_tokens_per_gpu)
+        arguments = [([table.take(rows) for rows in batches], scope) for batches in plan]
+        return await self.workers.call_each("train_step", arguments)
+
+    @property
+    def _longest_response(self) -> float:
+        return float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
+
+    def _plan(self, table: Table, rows: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
+        train = self.config.train
+        cap = max_tokens if train.use_dynamic_batch_size else None
+        return rank_micro_batches(rows, table.lengths, self.workers.size, cap, train.micro_batch_size)
+
+    def _watch_skips(self, skipped: bool) -> None:
+        limit = self.config.train.max_nonfinite_steps
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row > limit:
+            raise NonFiniteError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped "
+                f"(train.max_nonfinite_steps is {limit}). Lower --lr, look at the rewards and advantages in rollouts/, "
+                "and resume from the last checkpoint."
+            )
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped_in_a_row = state["skipped_in_a_row"]

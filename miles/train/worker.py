@@ -1,0 +1,190 @@
+"""One train rank: builds the models of its roles and works on the micro-batches that the driver hands it.
+
+The driver talks to it through a `WorkerGroup`: method names, plain data and target strings cross, nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.config import Config
+from miles.errors import OutOfMemoryError
+from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
+from miles.plugins import load_plugins
+from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
+from miles.registry import Registry
+from miles.targets import import_target
+from miles.train.objective import Objective, StepScope
+from miles.train.packing import build_micro_batch, split_micro_batch
+from miles.train.table import Table
+from miles.types import Metrics, MicroBatch, StepReport
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a rank is built from; everything in it can cross to another process."""
+
+    config: Config
+    checkpoint: Path
+    reference_checkpoint: Path
+    roles: tuple[Role, ...]
+    device: str
+    total_steps: int
+    temperature: float
+    provenance: Sequence[Mapping[str, Any]] = ()
+    """The driver's plugins, to compare with."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One optimizer step on one rank."""
+
+    sums: Metrics
+    report: StepReport
+    out_of_memory: int
+    """Times the step was started again with smaller micro-batches."""
+
+
+class TrainWorker:
+    """The worker's half of training. In the driver's process it shares the driver's `registry`; elsewhere it loads the
+    plugins anew and makes sure that they are the driver's."""
+
+    def __init__(self, rank: int, size: int, setup: WorkerSetup, registry: Registry | None = None):
+        config = setup.config
+        if registry is None:
+            plugins = load_plugins(block=config.plugins.block, require=config.plugins.require)
+            plugins.verify(setup.provenance)
+            registry = Registry(plugins)
+        self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
+        registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
+        self.models: dict[Role, TrainBackend] = {role: self._build(role) for role in setup.roles}
+        loss = registry.build("policy_losses", config.algorithm.policy_loss)
+        self.objective = Objective(config.algorithm, loss)
+
+    def _build(self, role: Role) -> TrainBackend:
+        setup, config = self.setup, self.setup.config
+        checkpoint = setup.reference_checkpoint if role == "reference" else setup.checkpoint
+        hf_config = load_hf_config(checkpoint, config.model.trust_remote_code)
+        context = BackendContext(
+            config=config,
+            role=role,
+            checkpoint=checkpoint,
+            hf_config=hf_config,
+            bridge=bridge_for(self.registry, config, hf_config),
+            precision=precision_for(self.registry, config),
+            transforms=transforms_for(self.registry, config),
+            rank=self.rank,
+            world_size=self.size,
+            device=setup.device,
+            total_steps=setup.total_steps,
+            temperature=setup.temperature,
+        )
+        return self.registry.build("train_backends", config.train.train_backend, context=context)
+
+    # ------------------------------------------------------------------------------------------------------ numbers
+
+    def forward(self, role: Role, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
+        """Per table, per wanted quantity, one array a sample. Micro-batches that do not fit are halved."""
+        wanted = frozenset(want)
+        return [self._forward_one(self.models[role], self._pack(table), wanted) for table in tables]
+
+    def _forward_one(
+        self, model: TrainBackend, batch: MicroBatch, want: frozenset[Want], retries: int = 0
+    ) -> dict[str, list[np.ndarray]]:
+        try:
+            (outputs,) = model.forward([batch], want)
+        except torch.OutOfMemoryError as error:
+            halves = self._smaller([batch], retries, error)
+            parts = [self._forward_one(model, half, want, retries + 1) for half in halves]
+            return {name: [array for part in parts for array in part[name]] for name in want}
+        return {name: _per_sample(getattr(outputs, f"{name}_T"), batch) for name in want}
+
+    def train_step(self, tables: Sequence[Table], scope: StepScope) -> StepOutcome:
+        """One optimizer step on these micro-batches. Out of memory starts it again with halves: nothing is lost,
+        since the weight of each token does not depend on the micro-batch it is in."""
+        actor = self.models["actor"]
+        self.objective.scope = scope
+        batches = [self._pack(table) for table in tables]
+        retries = 0
+        while True:
+            try:
+                actor.zero_grad()
+                sums = actor.forward_backward(batches, self.objective)
+                report = actor.optim_step()
+                break
+            except torch.OutOfMemoryError as error:
+                batches = self._smaller(batches, retries, error)
+                retries += 1
+        actor.zero_grad()
+        return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries)
+
+    def _pack(self, table: Table) -> MicroBatch:
+        return build_micro_batch(
+            list(range(len(table))), table.tokens, table.columns, multimodal=table.multimodal, device=self.setup.device
+        )
+
+    def _smaller(self, batches: list[MicroBatch], retries: int, error: Exception) -> list[MicroBatch]:
+        """The same samples in micro-batches of half the tokens, or an error that says what would help."""
+        train = self.setup.config.train
+        largest = max(len(batch) for batch in batches)
+        if largest == 1 or retries >= train.max_oom_retries:
+            tokens = max(batch.bounds[-1] for batch in batches)
+            reason = "one sample alone" if largest == 1 else f"after {retries} retries a micro-batch"
+            raise OutOfMemoryError(
+                f"out of memory on rank {self.rank}: {reason} of {tokens} tokens does not fit. Lower "
+                "--rollout-max-response-len or --rollout-max-context-len, turn on --gradient-checkpointing, lower "
+                f"--log-probs-chunk-size (now {train.log_probs_chunk_size}) or --max-tokens-per-gpu (now "
+                f"{train.max_tokens_per_gpu}), or use --train-dtype bf16."
+            ) from error
+        error.__traceback__ = None  # it holds the activations that did not fit
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return [half for batch in batches for half in (split_micro_batch(batch) if len(batch) > 1 else [batch])]
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def send_weights(self, target: str, **arguments: Any) -> Any:
+        """The sending half of a weight sync: `target(weights, **arguments)` with this rank's weight stream."""
+        weights = self.models["actor"].named_weights()
+        for transform in transforms_for(self.registry, self.setup.config):
+            weights = transform.synced(weights)
+        precision = precision_for(self.registry, self.setup.config)
+        return import_target(target)(precision.export(weights) if precision else weights, **arguments)
+
+    def save(self, directory: Path) -> None:
+        for role, model in self.models.items():
+            if role != "reference":
+                model.save(directory / role)
+
+    def load(self, directory: Path) -> None:
+        for role, model in self.models.items():
+            if role != "reference":
+                model.load(directory / role)
+
+    def export_hf(self, directory: Path) -> None:
+        """Write the actor as a Hugging Face checkpoint; rank 0 writes, all ranks walk the weights."""
+        from miles.checkpoint_io import write_checkpoint
+
+        write_checkpoint(directory, self.models["actor"].named_weights(), self.setup.checkpoint, write=self.rank == 0)
+
+    def offload(self, parts: frozenset[TrainPart]) -> None:
+        for model in self.models.values():
+            model.offload(parts)
+
+    def onload(self, parts: frozenset[TrainPart]) -> None:
+        for model in self.models.values():
+            model.onload(parts)
+
+
+def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:
+    values = values_T.float().cpu().numpy()
+    return [values[start:end] for start, end in zip(batch.bounds, batch.bounds[1:], strict=False)]

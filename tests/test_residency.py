@@ -1,0 +1,52 @@
+"""The order in which trainer and engines move, recorded by fakes."""
+
+import asyncio
+
+from miles.residency import Residency
+
+
+class Recorder:
+    def __init__(self):
+        self.log = []
+
+    async def call(self, method, parts):
+        self.log.append((method, *sorted(parts)))
+
+    async def sleep(self, parts):
+        self.log.append(("sleep", *sorted(parts)))
+
+    async def wake(self, parts):
+        self.log.append(("wake", *sorted(parts)))
+
+
+def walk(residency, recorder):
+    async def steps():
+        for phase in ("syncing", "rollout", "training", "syncing", "rollout"):
+            async with getattr(residency, phase)():
+                recorder.log.append(phase)
+
+    asyncio.run(steps())
+
+
+def test_colocated_order():
+    recorder = Recorder()
+    walk(Residency(recorder, [recorder], offload_train=True, offload_rollout=True), recorder)
+    first_rollout = recorder.log.index("rollout")
+    assert recorder.log[first_rollout:] == [
+        "rollout",
+        ("sleep", "graphs", "kv_cache", "weights"),
+        ("onload", "gradients", "optimizer", "parameters"),
+        "training",
+        ("offload", "gradients", "optimizer"),
+        ("wake", "weights"),
+        "syncing",
+        ("offload", "parameters"),
+        ("wake", "graphs", "kv_cache"),
+        "rollout",
+    ]
+
+
+def test_without_offloading_nothing_moves():
+    recorder = Recorder()
+    walk(Residency(recorder, [recorder], offload_train=False, offload_rollout=False), recorder)
+    assert recorder.log == ["syncing", "rollout", "training", "syncing", "rollout"]
