@@ -12,7 +12,7 @@ __all__ = ["__version__", "train"]
 def __getattr__(name: str):
     """Import the Python entry on first use, so that `import miles` stays light (PEP 562)."""
     if name == "train":
-        from miles.run import train
+        from miles.jobs import train
 
         return train
     raise AttributeError(f"module 'miles' has no attribute {name!r}")

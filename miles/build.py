@@ -43,10 +43,11 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
-from miles.train.advantages import NONE
+from miles.train.advantages import NONE, needs_reference
 from miles.train.probe import WeightProbe
 from miles.train.trainer import Trainer
 from miles.train.worker import WorkerSetup
+from miles.types import Prompt
 
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
@@ -187,17 +188,44 @@ async def build(config: Config, plugins: Plugins, registry: Registry, tracking: 
     return derived, parts
 
 
+@dataclass
+class EvaluationParts:
+    """What evaluation alone needs: an engine that loads its own weights. Stands in for a `Run` with evaluators."""
+
+    config: Config
+    registry: Registry
+    model: Model
+    front: EngineFront
+    evaluator: Evaluator
+
+    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
+        return make_source(self.config, self.registry, self.model.chat, [task_set], shuffle=False).every_prompt()
+
+    def eval_task(self, task_set: TaskSet) -> Task:
+        return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
+
+    async def close(self) -> None:
+        for engine in self.front.engines:
+            await engine.close()
+
+
+async def evaluation_parts(config: Config, registry: Registry) -> EvaluationParts:
+    """Build an engine from the checkpoint, and nothing else."""
+    model = load_model(config, registry)
+    front = EngineFront([await make_engine(config, registry, model, load_weights=True)], config.rollout.concurrency)
+    return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
+
+
 async def launch_workers(
     config: Config, derived: Derived, registry: Registry, model: Model, executor: Executor
 ) -> WorkerGroup:
     """Start the train ranks with the roles that the algorithm needs."""
-    needs_reference = Trainer(config, derived, registry, workers=None).needs_reference
     reference = config.model.ref_load
     setup = WorkerSetup(
         config=config,
         checkpoint=model.checkpoint,
         reference_checkpoint=resolve_checkpoint(reference) if reference else model.checkpoint,
-        roles=("actor", "reference") if needs_reference else ("actor",),
+        roles=("actor", "reference") if needs_reference(config, registry) else ("actor",),
         device=resolve_device(config.resources.device),
         total_steps=derived.total_optimizer_steps,
         temperature=rollout_temperature(config),

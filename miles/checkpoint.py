@@ -57,8 +57,8 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             good = self.newest_names()
             raise CheckpointError(
-                f"checkpoint of step {step} could not be written to {final}: {error}. Free some space or choose another "
-                f"folder with --save. {'Last good one: ' + str(good[0]) if good else 'There is no earlier one'}."
+                f"checkpoint of step {step} could not be written to {final}: {error}. Free some space, or choose "
+                f"another folder with --save. {f'Last good one: {good[0]}' if good else 'There is no earlier one'}."
             ) from error
         self._prune()
         return final

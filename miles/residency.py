@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -32,7 +32,7 @@ class Residency:
         self.offload_train, self.offload_rollout = offload_train, offload_rollout
         self.trainer_here: frozenset[TrainPart] = PARAMETERS | OPTIMIZER
         self.engine_here: frozenset[EnginePart] = WEIGHTS | CACHE
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     @asynccontextmanager
     async def rollout(self) -> AsyncIterator[None]:
@@ -63,7 +63,7 @@ class Residency:
 
     def take_seconds(self) -> Metrics:
         """Seconds in each phase since this was last asked."""
-        taken, self.seconds = self.seconds, Counter()
+        taken, self.seconds = self.seconds, defaultdict(float)
         return {f"perf/{phase}_time": seconds for phase, seconds in taken.items()}
 
     async def _trainer(self, wanted: frozenset[TrainPart]) -> None:
@@ -90,7 +90,7 @@ class Residency:
 class _timed:
     """Adds the seconds spent in its block to a counter."""
 
-    def __init__(self, seconds: Counter[str], phase: str):
+    def __init__(self, seconds: dict[str, float], phase: str):
         self.seconds, self.phase = seconds, phase
 
     def __enter__(self) -> None:

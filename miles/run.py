@@ -193,7 +193,7 @@ class Run:
         self.tracking.log(self.step, metrics)
         self.progress.line(self.step, metrics)
 
-    # --------------------------------------------------------------------------------------- evaluation from the outside
+    # -------------------------------------------------------------------------------------- evaluation from the outside
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
         """All prompts of a set, in file order, each once."""
@@ -243,13 +243,14 @@ class Run:
         if found is None and mode == "must":
             raise FileNotFoundError(f"--resume must: there is no checkpoint in {self.store.directory}")
         if found is not None:
-            await self._read(found.path)
+            await self.read(found.path)
             self.resumed_from = self.step
             logger.info("resuming from %s, step %d", found.path, self.step)
         elif self.config.checkpoint.load is not None:
             await self.parts.workers.call("load", find_checkpoint(self.config.checkpoint.load).path)
 
-    async def _read(self, folder: Path) -> None:
+    async def read(self, folder: Path) -> None:
+        """Take everything from a checkpoint."""
         await self.parts.workers.call("load", folder)
         state = json.loads((folder / STATE).read_text())
         self.step, self.metrics = state["step"], state["metrics"]
@@ -291,11 +292,11 @@ class Run:
 
     async def close(self) -> None:
         """Stop engines and workers; what cannot be closed is only logged, so that the first error stays the error."""
-        for part in (*self.parts.engines, self.parts.workers, self.parts.executor):
+        for close in (*(e.close for e in self.parts.engines), self.parts.workers.close, self.parts.executor.close):
             try:
-                await part.close()
+                await close()
             except Exception:
-                logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
+                logger.warning("%s failed", close, exc_info=True)
 
 
 def _random_state() -> dict[str, Any]:

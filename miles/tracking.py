@@ -42,7 +42,7 @@ class Tracking:
             except Exception as error:
                 self.trackers.remove(entry)
                 logger.warning(
-                    "tracker %s failed and is left out from here on: %s: %s", name, type(error).__name__, error
+                    "tracker %s failed and is left out from now on: %s: %s", name, type(error).__name__, error
                 )
 
 

@@ -38,9 +38,8 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
     if len(rewards):
         metrics |= {"reward": float(rewards.mean()), "accuracy": float((rewards >= SUCCESS).mean())}
     for part in sorted({name for s in samples for name in s.reward_parts}):
-        metrics[f"reward_parts/{part}"] = float(
-            np.mean([s.reward_parts[part] for s in samples if part in s.reward_parts])
-        )
+        values = [s.reward_parts[part] for s in samples if part in s.reward_parts]
+        metrics[f"reward_parts/{part}"] = float(np.mean(values))
     return metrics
 
 

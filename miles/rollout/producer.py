@@ -133,11 +133,7 @@ class Producer:
         return counts | {f"data/{name}": float(count) for name, count in sorted(dropped.items())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "next_group": self.ids.next_group,
-            "next_sample": self.ids.next_sample,
-            "data": self.source.state_dict(),
-        }
+        return {**vars(self.ids), "data": self.source.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.ids = Ids(state["next_group"], state["next_sample"])

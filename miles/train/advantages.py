@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from miles.component import Need
 from miles.config import Config
 from miles.errors import TrainError
 from miles.registry import Registry
@@ -16,23 +17,33 @@ NONE = "none"
 """The name that stands for no component, in places where one is optional."""
 
 
+def component_needs(config: Config, registry: Registry) -> set[Need]:
+    """Everything that the chosen estimator, terms, correction and loss need of the core."""
+    algorithm = config.algorithm
+    chosen = [
+        *(("advantage_estimators", spec) for spec in (algorithm.advantage_estimator, *algorithm.advantage_terms)),
+        ("is_corrections", algorithm.is_correction),
+        ("policy_losses", algorithm.policy_loss),
+    ]
+    return {need for kind, spec in chosen if spec.name != NONE for need in registry.component(kind, spec.name).needs}
+
+
+def needs_reference(config: Config, registry: Registry) -> bool:
+    """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
+    algorithm = config.algorithm
+    penalised = algorithm.kl_coef > 0 or algorithm.kl_loss_coef > 0
+    return penalised or "reference" in component_needs(config, registry)
+
+
 class AdvantageStage:
     """Builds the configured estimator, advantage terms and correction once, and applies them to each batch."""
 
     def __init__(self, config: Config, registry: Registry):
         self.algorithm = algorithm = config.algorithm
-        kinds = [
-            ("advantage_estimators", algorithm.advantage_estimator),
-            *(("advantage_estimators", term) for term in algorithm.advantage_terms),
-            ("is_corrections", algorithm.is_correction),
-            ("policy_losses", algorithm.policy_loss),
-        ]
-        chosen = [(kind, spec) for kind, spec in kinds if spec.name != NONE]
-        needs = {need for kind, spec in chosen for need in registry.component(kind, spec.name).needs}
-        self.needs_reference = "reference" in needs or algorithm.kl_coef > 0
         self.has_advantages = algorithm.advantage_estimator.name != NONE
         self.has_correction = algorithm.is_correction.name != NONE
-        self.needs_old_log_probs = self.has_correction or algorithm.kl_coef > 0 or "teacher" in needs
+        teacher = "teacher" in component_needs(config, registry)
+        self.needs_old_log_probs = self.has_correction or algorithm.kl_coef > 0 or teacher
         build = registry.build
         self.estimator = build("advantage_estimators", algorithm.advantage_estimator) if self.has_advantages else None
         self.terms = [build("advantage_estimators", term) for term in algorithm.advantage_terms]

@@ -8,6 +8,7 @@ sums `weight * loss`. So the result cannot depend on micro-batches, packing, ran
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ LossAggregation = Literal["sample_mean", "token_mean", "constant", "sequence_sum
 
 def sample_index(bounds: Sequence[int]) -> Tensor:
     """`[T]` int64: which sample each token belongs to."""
-    lengths = torch.tensor([end - start for start, end in zip(bounds, bounds[1:], strict=False)])
+    lengths = torch.tensor([end - start for start, end in pairwise(bounds)])
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 

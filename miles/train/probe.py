@@ -47,9 +47,9 @@ class WeightProbe:
         if not worst <= self.tolerance:
             index = differences.index(worst)
             raise WeightSyncError(
-                f"after the sync of version {version}, engine {index} and trainer give the same tokens log-probabilities "
-                f"that differ by {worst:.3g} on average; {self.tolerance:.3g} is tolerated (weight_sync.tolerance). Some "
-                "weights did not arrive, or arrived under another name: check the bridge and the weight sync. If the "
-                "difference comes from number formats, raise --weight-sync-tolerance."
+                f"after the sync of version {version}, engine {index} and trainer disagree: their log-probabilities of "
+                f"the same tokens differ by {worst:.3g} on average, {self.tolerance:.3g} is tolerated. Some weights "
+                "did not arrive, or under another name: check the bridge and the weight sync. If the difference comes "
+                "from number formats, raise --weight-sync-tolerance."
             )
         return worst

@@ -20,7 +20,7 @@ from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
 from miles.protocols import Role, WorkerGroup
 from miles.registry import Registry
-from miles.train.advantages import AdvantageStage
+from miles.train.advantages import AdvantageStage, needs_reference
 from miles.train.aggregation import token_weights
 from miles.train.mismatch import mismatch_metrics, mismatch_terms
 from miles.train.objective import StepScope
@@ -36,7 +36,7 @@ class Trainer:
     def __init__(self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup):
         self.config, self.derived, self.workers = config, derived, workers
         self.stage = AdvantageStage(config, registry)
-        self.needs_reference = self.stage.needs_reference or config.algorithm.kl_loss_coef > 0
+        self.needs_reference = needs_reference(config, registry)
         self.skipped_in_a_row = 0
 
     async def step(self, groups: Sequence[Group]) -> Metrics:
@@ -104,9 +104,7 @@ class Trainer:
     def _require_rollout_log_probs(self, table: Table, what: str) -> None:
         missing = [i for i, p in zip(table.ids, table.present["rollout_log_probs"].tolist(), strict=True) if not p]
         if missing:
-            raise TrainError(
-                f"{what} needs rollout log-probs, but {len(missing)} samples have none, the first: {missing[0]}"
-            )
+            raise TrainError(f"{what} needs rollout log-probs; {len(missing)} samples have none, such as {missing[0]}")
 
     # -------------------------------------------------------------------------------------------------- optimization
 

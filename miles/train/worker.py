@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from miles.config import Config
+from miles.determinism import prepare_process
 from miles.errors import OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
 from miles.plugins import load_plugins
@@ -63,6 +64,7 @@ class TrainWorker:
             plugins = load_plugins(block=config.plugins.block, require=config.plugins.require)
             plugins.verify(setup.provenance)
             registry = Registry(plugins)
+            prepare_process(config.run, rank)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
         self.models: dict[Role, TrainBackend] = {role: self._build(role) for role in setup.roles}

@@ -1,0 +1,140 @@
+"""Full batches, in order, with every sample accounted for."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from miles.config import Config
+from miles.errors import RolloutError
+from miles.rollout.producer import Producer, sample_seed
+from miles.types import Prompt, Status, Verdict
+
+
+class Source:
+    """Prompts 0, 1, 2 ..."""
+
+    def __init__(self):
+        self.at = 0
+        self.counts = {"too_long": 3}
+
+    def next_prompts(self, count):
+        self.at += count
+        return [
+            Prompt(id=f"s:{i}", task_set="s", text=str(i), tokens=[1], metadata={"n": i})
+            for i in range(self.at - count, self.at)
+        ]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+class FakeTask:
+    """Rewards and fails samples as `outcome(prompt number, sample id)` says; finishes them in scrambled order."""
+
+    rewards = ("r",)
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+        self.set = SimpleNamespace(n_samples_per_prompt=None)
+
+    async def run_group(self, group, attempts, reseed):
+        await asyncio.sleep(0.001 * (7 - group.id % 7))
+        for sample in group.samples:
+            result = self.outcome(group.prompt.metadata["n"], sample.id)
+            sample.status = Status.COMPLETED if result is not None else Status.FAILED
+            sample.reward = result
+        return group
+
+
+def make(outcome, filters=(), **rollout):
+    names = [{"name": f"f{i}"} for i in range(len(filters))]
+    config = Config.model_validate(
+        {"rollout": {"batch_size": 4, "n_samples_per_prompt": 2, "filters": names, **rollout}}
+    )
+    source = Source()
+    return Producer(config, source, {"s": FakeTask(outcome)}, list(filters)), source
+
+
+def collect(producer, step=0):
+    return asyncio.run(producer.collect(step))
+
+
+def agree(group):
+    return Verdict(len(set(group.rewards_G)) > 1, "agree")
+
+
+def test_a_batch_comes_in_the_order_of_ids():
+    producer, _ = make(lambda n, i: 1.0)
+    groups = collect(producer)
+    assert [g.id for g in groups] == [0, 1, 2, 3]
+    assert [s.id for g in groups for s in g.samples] == list(range(8))
+    assert producer.metrics() == {"rollout/samples/trained": 8.0, "data/too_long": 3.0}
+
+
+def test_filtered_groups_are_replaced_and_counted():
+    producer, source = make(lambda n, i: float(i % 2) if n % 2 else 1.0, filters=[agree])
+    groups = collect(producer)
+    assert [g.prompt.metadata["n"] for g in groups] == [1, 3, 5, 7]
+    assert producer.metrics()["rollout/samples/trained"] == 8
+    assert producer.metrics()["rollout/samples/f0/agree"] == 2 * (source.at - 4)
+
+
+def test_oversampling_counts_its_surplus():
+    producer, source = make(lambda n, i: 1.0, over_sampling_batch_size=6)
+    assert len(collect(producer)) == 4
+    assert producer.metrics()["rollout/samples/surplus"] == 4
+    assert source.at == 6
+
+
+def test_a_filter_that_passes_nothing_is_an_error_that_says_so():
+    producer, _ = make(lambda n, i: 1.0, filters=[agree], max_filtered_batches=3)
+    with pytest.raises(RolloutError, match="12 groups.*0 of 4 passed.*f0/agree: 24 samples"):
+        collect(producer)
+
+
+def test_survivors_keep_their_group():
+    producer, _ = make(lambda n, i: None if i == 1 else 1.0)
+    groups = collect(producer)
+    assert [len(g.samples) for g in groups] == [1, 2, 2, 2]
+    assert producer.metrics()["rollout/samples/failed"] == 1
+
+
+def test_or_the_group_is_refilled():
+    producer, _ = make(lambda n, i: None if i == 1 else 1.0, incomplete_groups="refill")
+    groups = collect(producer)
+    assert [g.id for g in groups] == [1, 2, 3, 4]
+    assert producer.metrics()["rollout/samples/incomplete_group"] == 2
+
+
+def test_too_many_failures_stop_the_run_with_the_first_one():
+    producer, _ = make(lambda n, i: None if i % 4 else 1.0)
+    with pytest.raises(RolloutError, match="6 of 8 samples failed.*The first: sample 1 of prompt s:0"):
+        collect(producer)
+
+
+def test_a_resumed_producer_goes_on_where_the_other_was():
+    one, _ = make(lambda n, i: 1.0)
+    collect(one)
+    two, _ = make(lambda n, i: 1.0)
+    two.load_state_dict(one.state_dict())
+    first, second = collect(one), collect(two)
+    assert [(s.id, s.seed, s.prompt.id) for g in first for s in g.samples] == [
+        (s.id, s.seed, s.prompt.id) for g in second for s in g.samples
+    ]
+    assert first[0].id == 4
+
+
+def test_seeds_are_stable_and_different():
+    assert sample_seed(42, "0.0") == sample_seed(42, "0.0")
+    assert len({sample_seed(s, f"{i}.{a}") for s in (1, 2) for i in range(50) for a in (0, 1)}) == 200
+    assert all(0 <= sample_seed(1, str(i)) < 2**63 for i in range(100))
+
+
+def test_begin_gives_each_sample_its_seed():
+    producer, _ = make(lambda n, i: 1.0)
+    seeds = [s.seed for g in collect(producer) for s in g.samples]
+    assert seeds == [sample_seed(42, f"{i}.0") for i in range(8)]

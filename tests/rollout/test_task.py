@@ -1,0 +1,124 @@
+"""One task set: generation with retries, rewards of every shape, failures as data."""
+
+import asyncio
+
+import pytest
+
+from miles.api import Component, hookimpl
+from miles.config import Config, TaskSet
+from miles.plugins import load_plugins
+from miles.registry import Registry
+from miles.rollout.engines import EngineFront
+from miles.rollout.task import Task
+from miles.types import GenerateRequest, GenerateResult, Group, Prompt, Sample, Status
+
+
+class Chat:
+    stop_token_ids = (9,)
+
+    def decode(self, tokens):
+        return " ".join(map(str, tokens))
+
+
+class Engine:
+    generates = True
+    accepts = frozenset()
+
+    def __init__(self):
+        self.requests: list[GenerateRequest] = []
+
+    async def generate(self, request):
+        self.requests.append(request)
+        return GenerateResult([5, 9], [-1.0, -2.0], "stop", [3, 3], cached_tokens=1)
+
+
+async def flaky(context, sample):
+    """Fails on the first attempt of odd samples."""
+    result = await context.generate(GenerateRequest(str(sample.id), sample.tokens, context.sampling, sample.seed))
+    if sample.id % 2 and sample.seed < 1000:
+        raise RuntimeError("no luck")
+    sample.append(result.tokens)
+    sample.status = Status.COMPLETED
+    return sample
+
+
+def length_reward(sample):
+    return float(len(sample.tokens))
+
+
+async def parts_reward(sample):
+    if sample.id == 2:
+        raise ValueError("cannot judge")
+    return {"reward": 0.5, "format": 1.0}
+
+
+class Rank:
+    async def score_group(self, group):
+        return [float(i) for i, _ in enumerate(group.samples)]
+
+
+def make(task_set, **live):
+    registry = Registry(load_plugins())
+    for name, thing in live.items():
+        kind, _, name = name.partition("__")
+        registry.add(kind, name, thing)
+    engine = Engine()
+    task = Task(task_set, Config(), registry, EngineFront([engine], 4), Chat())
+    return task, engine
+
+
+def run(task, attempts=2, size=4):
+    prompt = Prompt(id="s:0", task_set="s", text="x", tokens=[1, 2])
+    samples = [Sample.begin(prompt, id=i, group_id=0, seed=i) for i in range(size)]
+    return asyncio.run(task.run_group(Group(0, prompt, samples), attempts, lambda s, a: 1000 + s.id))
+
+
+def test_rewards_are_weighted_and_their_parts_kept():
+    task, _ = make(
+        TaskSet(generate="flaky", reward={"length": 1.0, "parts": 2.0, "rank": 0.1}),
+        generate_functions__flaky=flaky, rewards__length=length_reward, rewards__parts=parts_reward,
+        rewards__rank=Rank(),
+    )  # fmt: skip
+    group = run(task)
+    first, _, third, fourth = group.samples
+    assert first.reward == pytest.approx(4 + 2 * 0.5 + 0.1 * 0)
+    assert fourth.reward == pytest.approx(4 + 2 * 0.5 + 0.1 * 2)  # third of the three that were still good
+    assert first.reward_parts == {"length": 4.0, "parts": 0.5, "parts/format": 1.0, "rank": 0.0}
+    assert third.status is Status.FAILED
+    assert third.error == "reward parts: ValueError: cannot judge"
+
+
+def test_a_failed_sample_is_tried_again_with_another_seed():
+    task, engine = make(TaskSet(generate="flaky"), generate_functions__flaky=flaky)
+    group = run(task)
+    assert [s.status for s in group.samples] == [Status.COMPLETED] * 4
+    assert [s.seed for s in group.samples] == [0, 1001, 2, 1003]
+    assert len(engine.requests) == 6
+
+
+def test_when_attempts_run_out_the_failure_is_data():
+    task, _ = make(TaskSet(generate="flaky"), generate_functions__flaky=flaky)
+    group = run(task, attempts=1)
+    assert [s.status.value for s in group.samples] == ["completed", "failed"] * 2
+    assert group.samples[1].error == "RuntimeError: no luck"
+    assert group.samples[1].reward is None
+
+
+def test_stop_tokens_of_the_chat_format_are_added():
+    task, engine = make(
+        TaskSet(generate="flaky", sampling={"stop_token_ids": [7], "max_new_tokens": 5}),
+        generate_functions__flaky=flaky,
+    )
+    run(task)
+    assert engine.requests[0].sampling.stop_token_ids == (7, 9)
+    assert engine.requests[0].sampling.max_new_tokens == 5
+
+
+def test_components_may_come_from_a_plugin_given_in_python():
+    class Plugin:
+        @hookimpl
+        def miles_register_rewards(self):
+            return {"mine": Component("builtins:len")}
+
+    registry = Registry(load_plugins(extra=[Plugin()]))
+    assert "mine" in registry.names("rewards")
