@@ -18,7 +18,7 @@ class Kind:
     protocol: type | None
     """None for presets, which are data."""
     words: tuple[str, ...] = ()
-    """Names with a meaning of their own in the core: `auto` (chosen by model type) and `none` (nothing)."""
+    """Names with a meaning of their own in the core: `auto` (chosen by what else is there) and `none` (nothing)."""
 
     @property
     def singular(self) -> str:
@@ -54,6 +54,7 @@ KINDS: dict[str, Kind] = {
                 "eval.sets.*.generate",
             ),
             protocols.GenerateFunction,
+            ("auto",),
         ),
         Kind(
             "rewards",

@@ -1,0 +1,313 @@
+"""From files, flags and Python to one valid configuration in which every value knows where it came from.
+
+Precedence, lowest first: the schema's defaults, the preset's overlay, YAML files in order, the command line, Python.
+Nothing stops at the first mistake: what is wrong anywhere is collected and raised as one report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from miles.config.arguments import component_flags, engine_of, read_arguments
+from miles.config.checks import check
+from miles.config.components import components_of, read_texts, uses_in
+from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
+from miles.config.leaves import Path, children, flag_table, leaf_above
+from miles.config.schema import Config
+from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
+from miles.config.tree import Tree
+from miles.config.yaml_file import read_yaml
+from miles.errors import ConfigError, MilesError
+from miles.kinds import KINDS
+from miles.plugins import Plugins
+from miles.registry import Registry
+
+Purpose = Literal["train", "eval", "show"]
+Source = str | FilePath | Mapping[str, Any]
+_PYTHON = Origin("python", "given in Python")
+_PRESET = ("algorithm", "preset")
+_ESTIMATOR = ("algorithm", "advantage_estimator", "name")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid configuration and where its values came from."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+    """Dotted path -> origin, for everything that is not a default. Task sets stand under their names."""
+    registry: Registry
+    """Where its names become objects; knows the objects that were given in Python."""
+
+    def origin(self, key: str) -> Origin:
+        """Where the value at a dotted path came from."""
+        parts = key.split(".")
+        found_leaf = leaf_above(tuple(parts))
+        start = len(parts) - len(found_leaf[1]) if found_leaf else len(parts)
+        for end in range(len(parts), start - 1, -1):
+            found = self.origins.get(".".join(parts[:end]))
+            if found is not None:
+                return found
+        return DEFAULT
+
+
+def resolve(
+    files: Sequence[Source] = (),
+    arguments: Sequence[str] = (),
+    plugins: Plugins | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    registry: Registry | None = None,
+    purpose: Purpose = "train",
+) -> Resolved:
+    """Put the layers over each other and check everything that can be checked before anything is built.
+
+    Args:
+        files: YAML files, or mappings of the same form, lowest precedence first.
+        arguments: words of a command line after the files: flags and `--section.key=value`.
+        plugins: what `load_plugins` returned; loaded here when not given.
+        overrides: from Python, by dotted path, section or flag name (`num_rollout`, `reward`). Where a component is
+            named, an object (a function, a class, an instance) may stand instead.
+        registry: to be used instead of a new one on `plugins`.
+        purpose: what the configuration must be sufficient for.
+
+    Raises:
+        ConfigError: with all faults, each with key, value, origin and remedy.
+        PluginError: a plugin is broken.
+    """
+    if registry is None:
+        registry = Registry(plugins if plugins is not None else _load_plugins(files, arguments))
+    return _Resolution(registry, purpose).run(files, arguments, overrides or {})
+
+
+def plugin_wishes(files: Sequence[Source], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(blocked, required) plugins of a configuration, read before plugins are loaded."""
+    faults: list[Fault] = []
+    flattener = Flattener(faults, lambda kind, thing: "")
+    tree = Tree(faults)
+    for source in files:
+        mapping, where = _source(source)
+        if isinstance(mapping.get("plugins"), Mapping):
+            tree.put_all(flattener.mapping({"plugins": mapping["plugins"]}, where))
+    wishes = [tree.values.get(("plugins", key)) or () for key in ("block", "require")]
+    lists = [[wish] if isinstance(wish, str) else [str(item) for item in wish] for wish in wishes]
+    for flag, those in (("--plugins-block", lists[0]), ("--plugins-require", lists[1])):
+        those += _words_after(flag, arguments)
+    return lists[0], lists[1]
+
+
+def _words_after(flag: str, arguments: Sequence[str]) -> list[str]:
+    words: list[str] = []
+    taking = False
+    for word in arguments:
+        if word.startswith("--"):
+            taking = word == flag
+            if word.startswith(f"{flag}="):
+                words += word.partition("=")[2].split(",")
+        elif taking:
+            words += word.split(",")
+    return words
+
+
+def _load_plugins(files: Sequence[Source], arguments: Sequence[str]) -> Plugins:
+    from miles.plugins import load_plugins
+
+    block, require = plugin_wishes(files, arguments)
+    return load_plugins(block=block, require=require)
+
+
+def _source(source: Source) -> tuple[Mapping[str, Any], Any]:
+    if isinstance(source, Mapping):
+        return source, fixed_origin(_PYTHON)
+    return read_yaml(source), file_origin(source)
+
+
+class _Resolution:
+    """One call of `resolve`: the faults it collects, and the steps."""
+
+    def __init__(self, registry: Registry, purpose: Purpose):
+        self.registry = registry
+        self.purpose = purpose
+        self.faults: list[Fault] = []
+        self.flattener = Flattener(self.faults, self._name_object)
+        self.component_flags = component_flags(registry)
+
+    def run(self, files: Sequence[Source], arguments: Sequence[str], overrides: Mapping[str, Any]) -> Resolved:
+        settings: list[Setting] = []
+        for source in files:
+            settings += self._file(source)
+        read = read_arguments(arguments, self.registry, self.flattener)
+        settings += read.settings
+        given, flags = self._python(overrides)
+        preset, settings = self._preset([*settings, *given])
+        tree = Tree(self.faults)
+        tree.put_all([*preset, *settings])
+        tree.inherit()
+        for flag, value in read.component_flags:
+            self._component_flag(tree, flag, value, Origin("flag", flag))
+        for flag, value in flags:
+            self._component_flag(tree, flag, value, _PYTHON)
+        nested = tree.nested()
+        self._components(tree, nested)
+        config = self._validated(tree, nested)
+        if config is not None:
+            self.faults += check(config, components_of(config), self.registry, tree.origin, self.purpose)
+        if config is None or self.faults:
+            raise ConfigFaults(self.faults)
+        return Resolved(config, {".".join(path): origin for path, origin in tree.origins.items()}, self.registry)
+
+    # -------------------------------------------------------------------------------------------------------- layers
+
+    def _file(self, source: Source) -> list[Setting]:
+        try:
+            mapping, where = _source(source)
+        except ConfigError as error:
+            self.faults.append(Fault(str(source), str(error)))
+            return []
+        return list(self.flattener.mapping(mapping, where))
+
+    def _python(self, overrides: Mapping[str, Any]) -> tuple[list[Setting], list[tuple[str, Any]]]:
+        """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
+        settings: list[Setting] = []
+        flags: list[tuple[str, Any]] = []
+        where = fixed_origin(_PYTHON)
+        for key, value in overrides.items():
+            path, flag = tuple(key.split(".")), f"--{key.replace('_', '-')}"
+            leaf = flag_table().get(flag)
+            if len(path) == 1 and path[0] not in children(()) and leaf is not None:
+                settings += self.flattener.value(leaf.path, value, where, Origin("flag", flag))
+            elif len(path) == 1 and path[0] not in children(()) and flag in self.component_flags:
+                flags.append((flag, value))
+            else:
+                settings += self.flattener.value(path, value, where, _PYTHON)
+        return settings, flags
+
+    def _preset(self, settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
+        """The overlay of the preset that is asked for, and the settings without a preset's name among estimators."""
+        chosen = {s.path: s for s in settings if s.path in (_PRESET, _ESTIMATOR)}
+        named, estimator = chosen.get(_PRESET), chosen.get(_ESTIMATOR)
+        if estimator is not None and self._only_a_preset(estimator.value):
+            settings = [s for s in settings if s.path != _ESTIMATOR]
+            if named is None or named.value is None:
+                named = Setting(_PRESET, estimator.value, estimator.origin)
+                settings.insert(0, named)
+            elif named.value != estimator.value:
+                problem = f"is a preset, but algorithm.preset is {named.value!r} ({named.origin})"
+                self._fault(_ESTIMATOR[:2], problem, "give one of the two", estimator.value, estimator.origin)
+        if named is None or not isinstance(named.value, str):
+            return [], settings
+        try:
+            overlay, plugin = self.registry.preset(named.value)
+        except MilesError as error:
+            self._fault(_PRESET, str(error), "", named.value, named.origin)
+            return [], settings
+        origin = Origin("preset", f"preset {named.value!r} of {plugin.distribution} {plugin.version}")
+        return list(self.flattener.mapping(overlay, fixed_origin(origin))), settings
+
+    def _only_a_preset(self, name: Any) -> bool:
+        estimators, presets = self.registry.names("advantage_estimators"), self.registry.names("presets")
+        bare = str(name).rpartition("/")[2]
+        return isinstance(name, str) and bare not in estimators and bare in presets
+
+    # ----------------------------------------------------------------------------------------------------- components
+
+    def _name_object(self, kind: str, thing: Any) -> str:
+        """Register an object given in Python under the path from which it could be imported."""
+        owner = thing if hasattr(thing, "__qualname__") else type(thing)
+        name = base = f"{owner.__module__}:{owner.__qualname__}"
+        for count in range(2, 1000):
+            try:
+                self.registry.add(kind, name, thing)
+                return name
+            except MilesError:
+                name = f"{base}#{count}"
+        raise ConfigError(f"too many different objects called {base}")
+
+    def _component_flag(self, tree: Tree, flag: str, value: Any, origin: Origin) -> None:
+        """Set the option that a flag stands for, in every selected component that declares it."""
+        found = False
+        for use, _ in uses_in(tree.nested()):
+            option = self._option_of(use.kind, use.name, flag)
+            if option is not None:
+                found = True
+                tree.put(Setting((*use.path, "options", option), value, origin))
+        if not found:
+            self._unselected(flag, origin)
+
+    def _option_of(self, kind: str, name: str, flag: str) -> str | None:
+        if name in KINDS[kind].words:
+            return None
+        try:
+            declared = self.registry.component(kind, name).flags
+        except MilesError:
+            return None
+        if flag in declared:
+            return declared[flag]
+        engine = engine_of(flag, self.registry) if kind == "rollout_engines" else None
+        return engine[1] if engine and engine[0] == name.rpartition("/")[2] else None
+
+    def _unselected(self, flag: str, origin: Origin) -> None:
+        owners = [
+            (KINDS[kind], offer)
+            for kind in KINDS
+            if KINDS[kind].protocol is not None
+            for offer in self.registry.offers(kind)
+            if flag in offer.value.flags
+        ]
+        engine = engine_of(flag, self.registry)
+        if owners:
+            whose = " or ".join(
+                f"{kind.singular} {offer.name!r} of {offer.plugin.distribution}" for kind, offer in owners
+            )
+            kind, offer = owners[0]
+            remedy = f"set {kind.keys[0]} to {offer.name}, or leave the flag out"
+            self.faults.append(Fault(flag, f"belongs to {whose}, which is not selected", remedy, origin=origin))
+        elif engine:
+            problem = f"goes to the rollout engine {engine[0]!r}, which is not selected"
+            remedy = f"--rollout-engine {engine[0]}, or leave the flag out"
+            self.faults.append(Fault(flag, problem, remedy, origin=origin))
+
+    def _components(self, tree: Tree, nested: dict[str, Any]) -> None:
+        """Names and options of everything that is named; values typed on the command line get their types."""
+        for use, options in uses_in(nested):
+            origin = tree.origin((*use.path, "name")) if use.path in dict(tree.specs()) else tree.origin(use.path)
+            try:
+                known_words = KINDS[use.kind].words
+                component = None if use.name in known_words else self.registry.component(use.kind, use.name)
+                read_texts(options, component.options if component else None)
+                faults = self.registry.check(use.kind, use.name, options)
+            except MilesError as error:
+                self._fault(use.path, str(error), "", use.name, origin)
+                continue
+            for fault in faults:
+                path = (*use.path, *(fault.key.split(".") if fault.key else ()))
+                place = tree.origin((*use.path, "options", *fault.key.split(".")) if fault.key else use.path)
+                self._fault(path, f"{KINDS[use.kind].singular} {use.name!r}: {fault.problem}", "", fault.value, place)
+
+    # ------------------------------------------------------------------------------------------------------- the whole
+
+    def _validated(self, tree: Tree, nested: dict[str, Any]) -> Config | None:
+        try:
+            return Config.model_validate(nested)
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                self._schema_fault(tree, item)
+            return None
+
+    def _schema_fault(self, tree: Tree, item: Any) -> None:
+        path: Path = tuple(str(part) for part in item["loc"])
+        if path[:2] in tree.sets and len(path) > 2:
+            path = (*path[:2], tree.sets[path[:2]][int(path[2])], *path[3:])
+        found = leaf_above(path)
+        leaf, rest = found if found else (None, ())
+        path = path[: len(path) - len(rest)] if leaf and leaf.shape == "value" else path
+        message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
+        self._fault(path, message, leaf.help if leaf else "", item["input"], tree.origin(path))
+
+    def _fault(self, path: Path, problem: str, remedy: str = "", value: Any = None, origin: Origin = DEFAULT) -> None:
+        self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
