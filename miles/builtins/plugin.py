@@ -65,7 +65,7 @@ def miles_register_generate_functions():
     return {
         "single_turn": Component("miles.builtins.generate:single_turn", summary="One response to one prompt"),
         "multi_turn": Component(
-            "miles.builtins.generate:multi_turn", needs={"environment"}, summary="Model and environment take turns"
+            "miles.builtins.generate:MultiTurn", needs={"environment"}, summary="Model and environment take turns"
         ),
         "dataset": Component("miles.builtins.generate:dataset", summary="The response is in the data: SFT"),
     }

@@ -1,0 +1,1 @@
+"""From files to prompts: readers of rows, and what a row means."""

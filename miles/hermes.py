@@ -1,0 +1,65 @@
+"""The notation that most chat templates share for what an assistant says besides text.
+
+    <think>reasoning</think>
+    <tool_call>
+    {"name": "search", "arguments": {"query": "miles"}}
+    </tool_call>
+
+It comes from the Hermes models; Qwen and many others use it. Chat formats build on `parse_hermes`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from miles.types import Action, ToolCall
+
+_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
+
+
+def parse_hermes(text: str, finish_reason: str = "stop") -> Action:
+    """What an assistant's turn says: text, reasoning, tool calls. Never raises; a malformed call carries its error.
+
+    Args:
+        text: the decoded turn, special tokens of the notation kept, end-of-turn tokens removed.
+        finish_reason: goes into the action as it is.
+    """
+    reasoning, text = split_reasoning(text)
+    calls = tuple(_tool_call(i, *match.group(1, 2)) for i, match in enumerate(_CALL.finditer(text)))
+    return Action(_CALL.sub("", text).strip() if calls else text, reasoning, calls, finish_reason)
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """`(reasoning, rest)`. The opening tag may stand in the prompt; without a closing one all of it is reasoning."""
+    head, closed, rest = text.partition("</think>")
+    if closed:
+        return head.split("<think>")[-1].strip("\n"), rest.lstrip("\n")
+    before, opened, inside = text.partition("<think>")
+    return (inside.strip("\n"), "") if opened and not before.strip() else ("", text)
+
+
+def _tool_call(index: int, body: str, closing: str) -> ToolCall:
+    call_id = f"call_{index}"
+
+    def malformed(why: str, name: str = "") -> ToolCall:
+        return ToolCall(name, {"raw": body.strip()}, call_id, error=why)
+
+    if not closing:
+        return malformed("the call is not closed with </tool_call>")
+    try:
+        call: Any = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        return malformed(f"the call is not JSON: {error}")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return malformed('the call is not an object {"name": ..., "arguments": {...}}')
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            return malformed(f"the arguments are text but not JSON: {error}", call["name"])
+    if not isinstance(arguments, dict):
+        return malformed("the arguments are not an object", call["name"])
+    return ToolCall(call["name"], arguments, call_id)
