@@ -40,13 +40,11 @@ class FileSource:
             raise ConfigError(f"data.sets: names must be unique, got {', '.join(names)}")
         self.sets = [TaskSetRows(task_set, context) for task_set in context.sets]
         weights = [task_set.weight for task_set in context.sets]
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ConfigError(f"data.sets: weights must not be negative and not all 0, got {weights}")
         self._shares = [weight / sum(weights) for weight in weights]
 
     def __len__(self) -> int:
-        """Rows of all sets that are drawn from; those too long are found, and dropped, only when drawn."""
-        return sum(len(rows) for rows, share in zip(self.sets, self._shares, strict=True) if share)
+        """Rows of all sets; prompts that are too long are found, and dropped, only when drawn."""
+        return sum(len(rows) for rows in self.sets)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -65,7 +63,7 @@ class FileSource:
     def _furthest_behind(self) -> TaskSetRows:
         following = sum(rows.drawn for rows in self.sets) + 1
         deficits = [share * following - rows.drawn for rows, share in zip(self.sets, self._shares, strict=True)]
-        return self.sets[max(range(len(deficits)), key=lambda i: (self._shares[i] > 0, deficits[i]))]
+        return self.sets[deficits.index(max(deficits))]
 
     def state_dict(self) -> dict[str, Any]:
         return {rows.name: rows.state_dict() for rows in self.sets}

@@ -272,9 +272,7 @@ def test_an_aborted_trajectory_resumes_with_its_environments_state(chat):
     assert sample.status is Status.ABORTED
     assert sample.metadata[ENVIRONMENT_STATE] == {"seen": 1}
     sample = play(MultiTurn(), context, sample)
-    unbroken = play(
-        MultiTurn(), context_of(Script(chat, [("one", "stop"), ("hello", "stop")]), Resumable), fresh(chat)
-    )
+    unbroken = play(MultiTurn(), context_of(Script(chat, [("one", "stop"), ("hello", "stop")]), Resumable), fresh(chat))
     assert sample.status is Status.COMPLETED
     assert sample.text == unbroken.text
     assert sample.messages == unbroken.messages
