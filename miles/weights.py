@@ -300,8 +300,7 @@ class OpBridge(ABC):
         self, world: str, hf_config: Any, groups: Iterable[WeightGroup], part: Part = WHOLE
     ) -> Iterator[WeightGroup]:
         conversions = self._conversions(world, hf_config, part)
-        whole = conversions if part == WHOLE else self._conversions(world, hf_config, WHOLE)
-        others = {name for conversion in whole for name in conversion.sources}
+        others = {name for c in self._conversions("hf", hf_config, WHOLE) for name in c.sources}
         jobs = (_Job(c.sources, partial(_fuse, c, part)) for c in conversions)
         where = f"a checkpoint of {hf_config.model_type!r}"
         yield from _stream(jobs, self._without_copies(hf_config, groups), others, where)
