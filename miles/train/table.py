@@ -34,8 +34,13 @@ class Table:
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], truncated: str = "keep") -> Table:
-        """Rows of every sample that can be trained. `truncated: mask` gives truncated ones a mask of zeros."""
-        rows = [(group, sample) for group in groups for sample in group.samples]
+        """One row a sample. Truncated ones are kept, given a mask of zeros (`mask`), or left out (`drop`)."""
+        rows = [
+            (group, sample)
+            for group in groups
+            for sample in group.samples
+            if truncated != "drop" or sample.status is not Status.TRUNCATED
+        ]
         samples = [sample for _, sample in rows]
         baselines = [group.baseline_reward for group, _ in rows]
         return cls(

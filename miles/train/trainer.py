@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,24 +60,23 @@ class Trainer:
 
     async def _log_probs(self, table: Table, metrics: Metrics) -> None:
         """Attach `old_log_probs` (unless the first optimizer step gives them for free) and `ref_log_probs`."""
-        if self._old_from_rollout:
+        if self._old == "rollout":
             self._require_rollout_log_probs(table, "algorithm.old_logprobs: rollout")
             table.columns["old_log_probs"] = table.columns["rollout_log_probs"]
-        elif self._recompute_old:
+        elif self._old == "recompute":
             table.columns["old_log_probs"] = await self._forward("actor", table)
             metrics.update(self._measured_mismatch(table))
         if self.needs_reference:
             table.columns["ref_log_probs"] = await self._forward("reference", table)
 
     @property
-    def _old_from_rollout(self) -> bool:
-        return self.config.algorithm.old_logprobs == "rollout"
-
-    @property
-    def _recompute_old(self) -> bool:
+    def _old(self) -> Literal["rollout", "recompute", "now"]:
+        """Where old log-probs come from. `now`: the first and only forward pass of this batch is the old policy."""
+        if self.config.algorithm.old_logprobs != "auto":
+            return self.config.algorithm.old_logprobs
         several = self.derived.optimizer_steps_per_rollout > 1
         needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)
-        return self.config.algorithm.old_logprobs == "recompute" or needed
+        return "recompute" if needed else "now"
 
     async def _forward(self, role: Role, table: Table) -> list[np.ndarray]:
         """Log-probabilities of every row under the model of this role."""
@@ -143,7 +142,7 @@ class Trainer:
         )
         mask_T = table.flat("mask")
         scope = StepScope(tokens=max(float(mask_T.sum()), 1.0))
-        if measure and table.has("rollout_log_probs") and not self._recompute_old:
+        if measure and table.has("rollout_log_probs") and self._old != "recompute":
             present_T = self._has_rollout_log_probs(table)
             table.put("has_rollout_log_probs", present_T)
             scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))

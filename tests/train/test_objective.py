@@ -1,0 +1,120 @@
+"""The loss of a micro-batch: hand numbers, and the same number however the batch is cut."""
+
+import pytest
+import torch
+
+from miles.config.algorithm import AlgorithmSection
+from miles.train.aggregation import token_weights
+from miles.train.objective import Objective, StepScope
+from miles.train.packing import build_micro_batch
+from miles.types import Outputs, PolicyLoss
+
+
+def reinforce(inputs):
+    return PolicyLoss(-inputs.advantages_T * inputs.log_probs_T, {"advantage": inputs.advantages_T})
+
+
+def table(count=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [3, 6, 4, 7, 5][:count]
+    tokens = [list(range(n)) for n in lengths]
+    total = sum(lengths)
+    mask = (torch.rand(total, generator=generator) > 0.4).float()
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    columns = {
+        "mask": mask,
+        "advantages": torch.randn(total, generator=generator),
+        "old_log_probs": -torch.rand(total, generator=generator),
+        "ref_log_probs": -torch.rand(total, generator=generator),
+        "rollout_log_probs": -torch.rand(total, generator=generator),
+        "has_rollout_log_probs": torch.ones(total),
+        "weights": token_weights(mask, bounds, torch.arange(count), "sample_mean"),
+    }
+    return lengths, tokens, columns, -torch.rand(total, generator=generator)
+
+
+def total(parts, algorithm, objective_scope, **drop):
+    lengths, tokens, columns, log_probs = table()
+    objective = Objective(algorithm, reinforce)
+    objective.scope = objective_scope
+    columns = {k: list(v.split(lengths)) for k, v in columns.items() if k not in drop}
+    pieces = log_probs.split(lengths)
+    loss, sums = 0.0, {}
+    for rows in parts:
+        batch = build_micro_batch(rows, tokens, columns)
+        outputs = Outputs(
+            log_probs_T=torch.cat([pieces[r] for r in rows]).requires_grad_(),
+            entropy_T=torch.cat([pieces[r] for r in rows]).neg(),
+        )
+        result = objective(batch, outputs)
+        loss += float(result.loss.detach())
+        for name, value in result.sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return loss, sums
+
+
+FULL = AlgorithmSection(kl_loss_coef=0.3, kl_type="k3", unbiased_kl=True, entropy_coef=0.1)
+
+
+def test_the_cut_into_micro_batches_changes_nothing():
+    scope = StepScope(tokens=10.0, mismatch_tokens=10.0)
+    whole, whole_sums = total([[0, 1, 2, 3, 4]], FULL, scope)
+    for parts in ([[0], [1], [2], [3], [4]], [[4, 2], [0, 3, 1]]):
+        loss, sums = total(parts, FULL, scope)
+        assert loss == pytest.approx(whole, abs=1e-6)
+        assert sums == pytest.approx(whole_sums, abs=1e-6)
+
+
+def test_by_hand():
+    lengths, _, columns, log_probs = table()
+    loss, sums = total([[0, 1, 2, 3, 4]], FULL, StepScope(tokens=float(columns["mask"].sum())))
+    weights, ratio = columns["weights"], log_probs - columns["ref_log_probs"]
+    pg = -(columns["advantages"] * log_probs * weights).sum()
+    k3 = (-ratio).exp() - 1 + ratio
+    kl = (k3 * (log_probs - columns["old_log_probs"]).exp() * weights).sum()
+    entropy = (-log_probs * weights).sum()
+    assert loss == pytest.approx(float(pg + 0.3 * kl - 0.1 * entropy), abs=1e-6)
+    assert sums["train/pg_loss"] == pytest.approx(float(pg), abs=1e-6)
+    assert sums["train/kl_loss"] == pytest.approx(float(kl), abs=1e-6)
+    mean_entropy = (-log_probs * columns["mask"]).sum() / columns["mask"].sum()
+    assert sums["train/entropy"] == pytest.approx(float(mean_entropy), abs=1e-6)
+    assert not any(name.startswith("mismatch/") for name in sums)
+    assert len(lengths) == 5
+
+
+def test_corrections_scale_and_reject_without_touching_the_denominator():
+    _, tokens, columns, log_probs = table(count=1)
+    columns |= {"is_weights": torch.tensor([2.0, 2, 2]), "keep": torch.tensor([1.0, 0, 1]), "mask": torch.ones(3)}
+    columns["weights"] = torch.full((3,), 1 / 3)
+    objective = Objective(AlgorithmSection(), reinforce)
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    loss = objective(batch, Outputs(log_probs_T=log_probs)).loss
+    expected = -(columns["advantages"] * log_probs * torch.tensor([2.0, 0, 2])).sum() / 3
+    assert float(loss) == pytest.approx(float(expected))
+
+
+def test_without_old_log_probs_the_ratio_is_one_and_still_has_a_gradient():
+    def ratio_loss(inputs):
+        return PolicyLoss(-(inputs.log_probs_T - inputs.old_log_probs_T).exp() * inputs.advantages_T)
+
+    _, tokens, columns, log_probs = table(count=1)
+    del columns["old_log_probs"]
+    columns |= {"mask": torch.ones(3), "weights": torch.full((3,), 1 / 3)}
+    new = log_probs.clone().requires_grad_()
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    result = Objective(AlgorithmSection(), ratio_loss)(batch, Outputs(log_probs_T=new))
+    assert float(result.loss) == pytest.approx(float(-columns["advantages"].mean()))
+    result.loss.backward()
+    assert torch.allclose(new.grad, -columns["advantages"] / 3)
+
+
+def test_values_off_the_mask_cannot_poison_the_loss():
+    _, tokens, columns, log_probs = table(count=1)
+    columns |= {"mask": torch.tensor([0.0, 1, 1]), "weights": torch.tensor([0.0, 0.5, 0.5])}
+    columns["advantages"] = torch.tensor([float("nan"), 1.0, 1.0])
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    new = log_probs.clone().requires_grad_()
+    loss = Objective(AlgorithmSection(), reinforce)(batch, Outputs(log_probs_T=new)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert new.grad[1:].tolist() == [-0.5, -0.5]

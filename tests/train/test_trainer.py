@@ -1,0 +1,177 @@
+"""The driver's half of a training step, with workers that record what they are asked."""
+
+import asyncio
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from miles.config import Config
+from miles.config.derived import Derived
+from miles.errors import NonFiniteError, TrainError
+from miles.plugins import load_plugins
+from miles.registry import Registry
+from miles.train.trainer import Trainer
+from miles.train.worker import StepOutcome
+from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Group, Prompt, Sample, Status, StepReport
+
+
+class Workers:
+    """One rank whose log-probs are -0.5 for the actor and -1 for the reference."""
+
+    size = 1
+
+    def __init__(self, skip=False):
+        self.calls = []
+        self.skip = skip
+
+    async def call_each(self, method, arguments):
+        (only,) = arguments
+        self.calls.append((method, only))
+        if method == "forward":
+            role, tables, _ = only
+            value = -0.5 if role == "actor" else -1.0
+            return [[{"log_probs": [np.full(n, value, np.float32) for n in t.lengths]} for t in tables]]
+        return [StepOutcome({"train/loss": 2.0}, StepReport(0.7, self.skip, 1e-3), 0)]
+
+    def steps(self):
+        return [arguments for method, arguments in self.calls if method == "train_step"]
+
+
+def sample(i, group, reward, length=4, log_prob=-0.5, status=Status.COMPLETED):
+    one = Sample.begin(Prompt(id=f"s:{group}", task_set="s", text="x", tokens=[1, 2]), id=i, group_id=group)
+    values = {LOSS_MASK: 1} if log_prob is None else {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: log_prob}
+    one.append([3] * length, values)
+    one.reward, one.status = reward, status
+    return one
+
+
+def groups(rewards=((1, 0), (1, 1)), **kwargs):
+    counter = iter(range(100))
+    return [
+        Group(g, None, [sample(next(counter), g, float(r), **kwargs) for r in members])
+        for g, members in enumerate(rewards)
+    ]
+
+
+def make(skip=False, algorithm=None, **train):
+    config = Config.model_validate(
+        {
+            "rollout": {"num_rollout": 1, "batch_size": 2, "n_samples_per_prompt": 2},
+            "algorithm": {"advantage_estimator": "grpo", **(algorithm or {})},
+            "train": train,
+            "data": {"sets": [{"name": "s", "path": "x.jsonl"}]},
+        }
+    )
+    workers = Workers(skip)
+    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers), workers
+
+
+def step(trainer, batch):
+    return asyncio.run(trainer.step(batch))
+
+
+def test_one_optimizer_step_needs_no_extra_forward_and_measures_the_mismatch_inside():
+    trainer, workers = make()
+    metrics = step(trainer, groups())
+    assert [method for method, _ in workers.calls] == ["train_step"]
+    ((tables, scope),) = workers.steps()
+    columns = tables[0].columns
+    assert "old_log_probs" not in columns
+    assert scope.mismatch_tokens == scope.tokens == 16
+    half = math.sqrt(0.5)  # rewards 1 and 0: mean 0.5, unbiased std sqrt(0.5)
+    advantages = np.stack(columns["advantages"])[:, 2:]
+    assert advantages == pytest.approx(np.array([[half], [-half], [0], [0]]).repeat(4, 1), abs=1e-5)
+    assert np.stack(columns["weights"])[:, 2:] == pytest.approx(np.full((4, 4), 1 / 16))
+    assert np.stack(columns["weights"])[:, :2].tolist() == [[0, 0]] * 4
+    assert (metrics["train/loss"], metrics["train/grad_norm"], metrics["train/lr"]) == (2.0, 0.7, 1e-3)
+
+
+def test_several_optimizer_steps_recompute_the_old_log_probs_once():
+    trainer, workers = make(num_steps_per_rollout=2)
+    metrics = step(trainer, groups(log_prob=-0.6))
+    assert [method for method, _ in workers.calls] == ["forward", "train_step", "train_step"]
+    assert metrics["train/train_rollout_logprob_abs_diff"] == pytest.approx(0.1, abs=1e-6)
+    for tables, scope in workers.steps():
+        assert np.stack(tables[0].columns["old_log_probs"]).tolist() == [[-0.5] * 6] * 2
+        assert scope.mismatch_tokens == 0
+        assert np.concatenate(tables[0].columns["weights"]).sum() == pytest.approx(1.0)
+
+
+def test_old_log_probs_from_the_rollout():
+    trainer, workers = make(algorithm={"old_logprobs": "rollout"}, num_steps_per_rollout=2)
+    metrics = step(trainer, groups(log_prob=-0.25))
+    assert [method for method, _ in workers.calls] == ["train_step", "train_step"]
+    assert workers.steps()[0][0][0].columns["old_log_probs"][0][2:].tolist() == [-0.25] * 4
+    assert workers.steps()[0][1].mismatch_tokens == 8  # measured before anything was updated
+    assert workers.steps()[1][1].mismatch_tokens == 0
+    assert "train/train_rollout_logprob_abs_diff" not in metrics  # absent rather than a false 0
+
+
+def test_rollout_log_probs_that_are_missing_are_named():
+    trainer, _ = make(algorithm={"old_logprobs": "rollout"})
+    with pytest.raises(TrainError, match="4 samples have none"):
+        step(trainer, groups(log_prob=None))
+
+
+def test_a_sample_without_rollout_log_probs_is_left_out_of_the_mismatch_alone():
+    trainer, _ = make(num_steps_per_rollout=2)
+    batch = groups(log_prob=-0.6)
+    batch[0].samples[0] = sample(0, 0, 1.0, log_prob=None)
+    assert step(trainer, batch)["train/train_rollout_logprob_abs_diff"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_kl_penalties_ask_for_the_reference():
+    trainer, workers = make(algorithm={"kl_loss_coef": 0.1})
+    step(trainer, groups())
+    assert [(m, a[0]) for m, a in workers.calls if m == "forward"] == [("forward", "reference")]
+    assert workers.steps()[0][0][0].columns["ref_log_probs"][0].tolist() == [-1.0] * 6
+
+
+@pytest.mark.parametrize(("policy", "tokens", "rows"), [("keep", 16, 4), ("mask", 12, 4), ("drop", 12, 3)])
+def test_truncated_samples(policy, tokens, rows):
+    trainer, workers = make(algorithm={"truncated": policy})
+    batch = groups()
+    batch[0].samples[0].status = Status.TRUNCATED
+    step(trainer, batch)
+    ((tables, scope),) = workers.steps()
+    assert (scope.tokens, sum(map(len, tables))) == (tokens, rows)
+
+
+def test_micro_batches_respect_the_cap():
+    trainer, workers = make(max_tokens_per_gpu=12)
+    step(trainer, groups())
+    assert [len(table) for table in workers.steps()[0][0]] == [2, 2]
+
+
+def test_skipped_steps_are_counted_and_too_many_stop_the_run():
+    trainer, _ = make(skip=True, max_nonfinite_steps=2)
+    assert step(trainer, groups())["train/skipped_steps"] == 1
+    step(trainer, groups())
+    with pytest.raises(NonFiniteError, match="3 optimizer steps in a row"):
+        step(trainer, groups())
+
+
+def test_a_reward_that_is_not_finite_is_an_error_before_anything_is_trained():
+    trainer, workers = make()
+    with pytest.raises(TrainError, match="1 rewards are not finite"):
+        step(trainer, groups(rewards=((1, float("nan")), (1, 0))))
+    assert not workers.steps()
+
+
+def test_nothing_trainable_is_an_error():
+    trainer, _ = make()
+    batch = groups()
+    for group in batch:
+        for one in group.samples:
+            one.columns["loss_mask"][:] = 0
+    with pytest.raises(TrainError, match="no sample of this rollout batch has a trainable token"):
+        step(trainer, batch)
+
+
+def test_whitening():
+    from miles.train.advantages import whiten
+
+    values, mask = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 1, 0])
+    assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)
