@@ -41,7 +41,8 @@ class Component:
     flags: Mapping[str, str] = field(default_factory=dict)
     """Command-line flag -> option, for flags that users of other frameworks know."""
     provides: tuple[str, ...] = ()
-    """For bridges and chat formats: the Hugging Face model types it serves."""
+    """For bridges and chat formats: the Hugging Face model types it serves. For engines: `responses`, if it generates
+    any; task sets without a reward are then refused before anything is built."""
     summary: str = ""
     paper: str = ""
 

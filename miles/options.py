@@ -82,7 +82,7 @@ def check_options(kind: type | None, options: Mapping[str, Any]) -> list[OptionF
         return faults
     given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
     try:
-        TypeAdapter(kind).validate_python(given)
+        _adapter(kind).validate_python(given)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             loc = ".".join(map(str, item["loc"]))
@@ -93,7 +93,12 @@ def check_options(kind: type | None, options: Mapping[str, Any]) -> list[OptionF
 
 def parse_options(kind: type | None, options: Mapping[str, Any]) -> Any:
     """The options object, or None for a component without options. `check_options` must have found nothing."""
-    return None if kind is None else TypeAdapter(kind).validate_python(dict(options))
+    return None if kind is None else _adapter(kind).validate_python(dict(options))
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter:
+    return TypeAdapter(kind)
 
 
 def _message(item: Any) -> str:

@@ -8,6 +8,7 @@ its kind's protocol.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -45,6 +46,7 @@ class Registry:
     def __init__(self, plugins: Plugins):
         self.plugins = plugins
         self._live: dict[tuple[str, str], Any] = {}
+        self._sound: set[tuple[str, type]] = set()  # classes whose objects were checked: environments are built often
         self._offers: dict[str, dict[str, list[Registration]]] = {kind: {} for kind in KINDS}
         for offer in plugins.registrations:
             self._offers[offer.kind].setdefault(offer.name, []).append(offer)
@@ -183,7 +185,10 @@ class Registry:
         except Exception as error:
             error.add_note(f"while building {entry}")
             raise
-        check_result(built, KINDS[kind], str(entry))
+        if (kind, type(built)) not in self._sound:
+            check_result(built, KINDS[kind], str(entry))
+            if inspect.isclass(thing):
+                self._sound.add((kind, thing))
         return built
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miles.api import Component, hookimpl
 from miles.builtins.options import EnvironmentRewardOptions, PpoClipOptions
+from miles.builtins.torch_engine.options import TorchEngineOptions
 
 MILES_API = 1
 
@@ -35,7 +36,10 @@ def miles_register_train_backends():
 def miles_register_rollout_engines():
     return {
         "torch": Component(
-            "miles.builtins.torch_engine.engine:TorchEngine", summary="In process: continuous batching, prefix cache"
+            "miles.builtins.torch_engine.engine:TorchEngine",
+            options=TorchEngineOptions,
+            provides=("responses",),
+            summary="In process: continuous batching, prefix cache",
         ),
         "none": Component("miles.builtins.no_engine:NoEngine", summary="Generates nothing: for SFT on given text"),
     }

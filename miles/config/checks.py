@@ -1,17 +1,274 @@
-"""Values that are fine alone and contradict each other."""
+"""Values that are fine alone and contradict each other, or lack what they need.
+
+Each check is a small generator of faults; `check` runs them all. What needs a model, a file or a device to be known is
+checked where those are opened.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from miles.config.components import Use
+from miles.config.data import TaskSet
+from miles.config.derived import Derived
 from miles.config.faults import Fault, Origin
-from miles.config.leaves import Path
+from miles.config.leaves import Path, pattern
+from miles.config.leaves import leaves as schema_leaves
 from miles.config.schema import Config
+from miles.errors import ConfigError, MilesError
+from miles.kinds import KINDS
 from miles.registry import Registry
+
+MODES = ("sync",)
+"""Rollout modes that this version has."""
 
 
 def check(
     config: Config, uses: Sequence[Use], registry: Registry, origin: Callable[[Path], Origin], purpose: str
 ) -> list[Fault]:
-    return []
+    """What is contradictory in a configuration whose parts are valid.
+
+    Args:
+        uses: the components it names.
+        origin: of a path.
+        purpose: `train`, `eval` or `show`: what must be there.
+    """
+    checked = _Checked(config, uses, registry, origin)
+    faults = [fault for one in _CHECKS for fault in one(checked)]
+    faults += [fault for one in _NEEDED.get(purpose, ()) for fault in one(checked)]
+    return faults
+
+
+@dataclass(frozen=True)
+class _Checked:
+    config: Config
+    uses: Sequence[Use]
+    registry: Registry
+    origin: Callable[[Path], Origin]
+
+    def fault(self, key: str, problem: str, remedy: str) -> Fault:
+        """A fault at a dotted path, with its value and origin looked up."""
+        path = tuple(key.split("."))
+        return Fault(key, problem, remedy, self.value(path), self.origin(path))
+
+    def value(self, path: Path) -> Any:
+        at: Any = self.config
+        for part in path:
+            if isinstance(at, tuple):
+                at = next(item for item in at if item.name == part)
+            else:
+                at = getattr(at, part)
+        return at
+
+    def at_default(self, path: Path) -> bool:
+        return self.value(path) == schema_leaves()[pattern(path)].default
+
+
+def _kl(c: _Checked) -> Iterator[Fault]:
+    a = c.config.algorithm
+    if a.kl_coef and a.kl_loss_coef:
+        yield c.fault(
+            "algorithm.kl_coef",
+            f"the KL penalty is in the reward, and in the loss too (kl_loss_coef={a.kl_loss_coef}): it counts twice",
+            "set one of algorithm.kl_coef and algorithm.kl_loss_coef to 0",
+        )
+    if a.unbiased_kl and not a.kl_loss_coef:
+        yield c.fault(
+            "algorithm.unbiased_kl",
+            "corrects the KL of the loss, but algorithm.kl_loss_coef is 0",
+            "set --kl-loss-coef, or leave --use-unbiased-kl out",
+        )
+
+
+def _losses(c: _Checked) -> Iterator[Fault]:
+    a = c.config.algorithm
+    if a.aggregation_constant is not None and a.loss_aggregation != "constant":
+        yield c.fault(
+            "algorithm.aggregation_constant",
+            f"is for loss aggregation 'constant', not {a.loss_aggregation!r}",
+            "add --loss-aggregation constant, or leave the constant out",
+        )
+    if a.old_logprobs == "rollout" and a.is_correction.name not in KINDS["is_corrections"].words:
+        yield c.fault(
+            "algorithm.is_correction",
+            "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
+            "--old-logprobs recompute, or --is-correction none",
+        )
+
+
+def _sampling(c: _Checked) -> Iterator[Fault]:
+    """What training samples may not be drawn with."""
+    temperatures = {s.name: s.sampling.temperature for s in c.config.data.sets}
+    if len(set(temperatures.values())) > 1:
+        yield c.fault(
+            "data.sets",
+            f"temperatures differ ({temperatures}): the trainer scores a batch at one temperature",
+            "give all training sets the same sampling.temperature",
+        )
+    for task_set in c.config.data.sets:
+        at = f"data.sets.{task_set.name}.sampling"
+        for name, off in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
+            value = getattr(task_set.sampling, name)
+            if value != off and not (name == "top_k" and value <= 0):
+                yield c.fault(
+                    f"{at}.{name}",
+                    "cuts tokens off, so that the policy that acted is not the one that is trained: "
+                    "importance ratios would be wrong",
+                    f"use {name}={off} in training; evaluation sets may truncate",
+                )
+        if task_set.sampling.temperature == 0:
+            yield c.fault(
+                f"{at}.temperature",
+                "greedy sampling gives every sample of a group the same response, and so nothing to learn from",
+                "use a temperature above 0 in training; evaluation sets may be greedy",
+            )
+
+
+def _lengths(c: _Checked) -> Iterator[Fault]:
+    limit = c.config.rollout.max_context_len
+    for where, task_set in _all_sets(c.config):
+        sampling, at = task_set.sampling, f"{where}.{task_set.name}.sampling"
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            yield c.fault(
+                f"{at}.min_new_tokens",
+                f"is more than max_new_tokens={sampling.max_new_tokens}",
+                "lower min_new_tokens or raise max_new_tokens",
+            )
+        if limit is not None and sampling.max_new_tokens >= limit:
+            yield c.fault(
+                f"{at}.max_new_tokens",
+                f"leaves no room for a prompt within rollout.max_context_len={limit}",
+                "raise --rollout-max-context-len or lower --rollout-max-response-len",
+            )
+
+
+def _modes(c: _Checked) -> Iterator[Fault]:
+    mode = c.config.rollout.mode
+    if mode not in MODES:
+        yield c.fault("rollout.mode", f"is not in this version, which has {', '.join(MODES)}", "--rollout-mode sync")
+    if mode != "sync" and c.config.resources.colocate:
+        yield c.fault(
+            "resources.colocate",
+            f"trainer and engines take turns, but rollout mode {mode!r} needs both at once",
+            "--rollout-mode sync, or --no-colocate",
+        )
+    if mode != "sync" and c.config.run.deterministic:
+        yield c.fault(
+            "run.deterministic",
+            f"cannot be promised in rollout mode {mode!r}",
+            "--rollout-mode sync, or --no-deterministic-mode",
+        )
+
+
+def _optimizer(c: _Checked) -> Iterator[Fault]:
+    o = c.config.optimizer
+    if o.lr_schedule != "constant" and o.min_lr > o.lr:
+        yield c.fault("optimizer.min_lr", f"is above the peak lr={o.lr}", "lower --min-lr or raise --lr")
+    if o.lr_decay_steps is not None and o.lr_decay_steps <= o.lr_warmup_steps:
+        yield c.fault(
+            "optimizer.lr_decay_steps",
+            f"ends before the warm-up of {o.lr_warmup_steps} steps does",
+            "raise --lr-decay-iters or lower --lr-warmup-iters",
+        )
+
+
+def _evaluation(c: _Checked) -> Iterator[Fault]:
+    section = c.config.eval
+    if section.interval is not None and not section.sets:
+        yield c.fault("eval.interval", "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH")
+    most = max((s.n_samples_per_prompt or 1 for s in section.sets), default=None)
+    if most is not None and any(k > most for k in section.pass_k):
+        yield c.fault(
+            "eval.pass_k",
+            f"pass@k needs k samples of each prompt; the sets draw {most} at most",
+            "raise --n-samples-per-eval-prompt or lower --eval-pass-k",
+        )
+
+
+def _environments(c: _Checked) -> Iterator[Fault]:
+    """Components that need an environment stand in sets that have one."""
+    sets = {f"{where}.{task_set.name}": task_set for where, task_set in _all_sets(c.config)}
+    for use in c.uses:
+        task_set = sets.get(".".join(use.path[:3]))
+        if task_set is None or task_set.environment is not None or use.name in KINDS[use.kind].words:
+            continue
+        try:
+            needs = c.registry.component(use.kind, use.name).needs
+        except MilesError:  # already reported, with the names themselves
+            continue
+        if "environment" in needs:
+            key = ".".join(use.path[:4])
+            yield c.fault(
+                key,
+                f"{KINDS[use.kind].singular} {use.name!r} needs an environment",
+                f"set {key.rpartition('.')[0]}.environment",
+            )
+
+
+_CHECKS = (_kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _environments)
+
+
+# ---------------------------------------------------------------------------------------- what must be there, and when
+
+
+def _checkpoint(c: _Checked) -> Iterator[Fault]:
+    if c.config.model.hf_checkpoint is None:
+        yield c.fault("model.hf_checkpoint", "which model?", "--hf-checkpoint FOLDER_OR_HUB_NAME")
+
+
+def _training_data(c: _Checked) -> Iterator[Fault]:
+    if not c.at_default(("data", "source")):
+        return  # a source of somebody else's may need no files
+    if not c.config.data.sets:
+        yield c.fault("data.sets", "there is nothing to train on", "--prompt-data FILE")
+    yield from _paths(c, "data.sets", "--prompt-data FILE")
+
+
+def _evaluation_data(c: _Checked) -> Iterator[Fault]:
+    if not c.config.eval.sets:
+        yield c.fault("eval.sets", "there is nothing to evaluate on", "--eval-prompt-data NAME PATH")
+    if c.at_default(("data", "source")):
+        yield from _paths(c, "eval.sets", "--eval-prompt-data NAME PATH")
+
+
+def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
+    for set_where, task_set in _all_sets(c.config):
+        if set_where == where and task_set.path is None:
+            yield c.fault(f"{where}.{task_set.name}.path", "which file?", remedy)
+
+
+def _rewards(c: _Checked) -> Iterator[Fault]:
+    """Responses that nobody judges teach nothing. Generate functions other than `auto` may reward by themselves."""
+    try:
+        engine = c.registry.component("rollout_engines", c.config.rollout.engine.name)
+    except MilesError:  # already reported, with the name itself
+        return
+    if "responses" not in engine.provides:
+        return
+    for where, task_set in _all_sets(c.config):
+        at_default = c.at_default((*where.split("."), task_set.name, "generate"))
+        if at_default and not task_set.reward and task_set.environment is None:
+            yield c.fault(
+                f"{where}.{task_set.name}.reward",
+                "nothing judges the responses",
+                "give a reward by name (`miles plugins --kind rewards` lists them), or my_module:my_function",
+            )
+
+
+def _numbers(c: _Checked) -> Iterator[Fault]:
+    try:
+        Derived.of(c.config)
+    except ConfigError as error:
+        yield Fault("numbers", str(error))
+
+
+_NEEDED: dict[str, tuple[Callable[[_Checked], Iterator[Fault]], ...]] = {
+    "train": (_checkpoint, _training_data, _rewards, _numbers),
+    "eval": (_checkpoint, _evaluation_data, _rewards),
+}
+
+
+def _all_sets(config: Config) -> list[tuple[str, TaskSet]]:
+    return [*(("data.sets", s) for s in config.data.sets), *(("eval.sets", s) for s in config.eval.sets)]

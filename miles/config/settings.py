@@ -22,7 +22,7 @@ Named = Callable[[str, Any], str]
 
 @dataclass(frozen=True)
 class Setting:
-    """A value for a path. Component specs are split: their name at `(..., "name")`, options at `(..., "options", x)`."""
+    """A value for a path. Component specs are split: the name at `(..., "name")`, options at `(..., "options", x)`."""
 
     path: Path
     value: Any
@@ -99,7 +99,7 @@ class Flattener:
                 seen.add(name)
                 yield Setting((*path, name), {}, place)
                 rest = {key: below for key, below in item.items() if key != "name"}
-                yield from self.mapping(rest, lambda _, key, item=item: where(item, key), (*path, name))
+                yield from self.mapping(rest, _within(item, where), (*path, name))
 
     def _leaf(self, leaf: Leaf, path: Path, rest: Path, value: Any, origin: Origin) -> Iterator[Setting]:
         if leaf.shape == "spec":
@@ -146,6 +146,11 @@ class Flattener:
 
     def _fault(self, path: Path, value: Any, origin: Origin, problem: str, remedy: str = "") -> None:
         self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
+
+
+def _within(item: Mapping, where: Where) -> Where:
+    """Origins for a copy of `item`: those of the original."""
+    return lambda mapping, key: where(mapping if hasattr(mapping, "lines") else item, key)
 
 
 def _line(mapping: Mapping, key: Any, origin: Origin) -> Origin:
