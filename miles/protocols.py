@@ -445,9 +445,12 @@ class TrainBackend(Protocol):
     def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
         """Without gradient, in evaluation mode; outputs on the CPU."""
 
-    def forward_backward(self, batches: Sequence[MicroBatch], loss: LossFunction) -> dict[str, Tensor]:
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = frozenset({"log_probs"})
+    ) -> dict[str, Tensor]:
         """Accumulate gradients of `loss` (plus the model's own auxiliary losses) over the batches; returns the sums
-        over all batches of this rank. On OutOfMemory the accumulated gradients are worthless: call `zero_grad`."""
+        over all batches of this rank. `want` says which outputs the loss is given. On OutOfMemory the accumulated
+        gradients are worthless: call `zero_grad`."""
 
     def optim_step(self) -> StepReport:
         """Clip, step, advance the schedule. A non-finite gradient skips the step on all ranks."""

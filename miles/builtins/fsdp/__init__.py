@@ -1,0 +1,1 @@
+"""The train backend `fsdp`: a transformers model on one rank, or sharded over many by FSDP2."""

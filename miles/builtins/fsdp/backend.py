@@ -1,0 +1,238 @@
+"""The train backend `fsdp`: a transformers model that says log-probabilities and learns.
+
+One rank holds a plain module; several shard it with FSDP2 over torch's default process group, which the caller has
+initialised. The rest of the package is what this file is made of: `model` (building, sharding, loading), `scorer`
+(from tokens to log-probabilities), `attention` (samples end to end that do not see each other), `optimizer`, `state`
+(files, offloading), `memory`.
+
+Several ranks must call every method together, with equally many micro-batches (one may be empty). A rank that runs out
+of memory alone leaves the others waiting in a collective; only one rank, or all at once, can retry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from miles.builtins.fsdp.attention import PackedLayout
+from miles.builtins.fsdp.memory import one_out_of_memory_error
+from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
+from miles.builtins.fsdp.optimizer import Optimizer
+from miles.builtins.fsdp.state import Placement, read_state, write_state
+from miles.errors import TrainError
+from miles.protocols import BackendContext, LossFunction, TrainPart, Want
+from miles.train.packing import move_micro_batch
+from miles.types import MicroBatch, Outputs, StepReport, WeightGroup
+
+LOG_PROBS: frozenset[Want] = frozenset({"log_probs"})
+
+
+class FsdpBackend:
+    """See `miles.protocols.TrainBackend`."""
+
+    sums_gradients = True
+
+    def __init__(self, *, context: BackendContext):
+        self.context = context
+        self.device = torch.device(context.device)
+        self.data_rank, self.data_size = context.rank, context.world_size
+        self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
+        self.loss_total = torch.zeros((), device=self.device)
+        with one_out_of_memory_error():
+            self.built = build(context, _mesh(context))
+            self.scorer = self.built.scorer
+            self.optimizer = self._make_optimizer()
+            fill(self.built, initial_weights(context), self.optimizer.write if self.optimizer else copy_into)
+        self.placement = Placement(self.scorer, self.optimizer, self.device)
+
+    def _make_optimizer(self) -> Optimizer | None:
+        trainable = {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
+        if not trainable:
+            return None
+        return Optimizer(trainable, self.context.config.optimizer, self.context.total_steps)
+
+    # ------------------------------------------------------------------------------------------------------ numbers
+
+    def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
+        """Without gradient; outputs on the CPU. `logits` may be called until the weights change, by all ranks."""
+        self.placement.need("parameters")
+        with self._recovering(), torch.no_grad():
+            return [self._to_cpu(self._score(move_micro_batch(batch, self.device), want)) for batch in batches]
+
+    def forward_backward(
+        self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = LOG_PROBS
+    ) -> dict[str, Tensor]:
+        """Accumulate gradients; `want` says which outputs the loss is given. Router-balance losses, where the model's
+        config asks for them, are weighted by the micro-batch's share of the step's tokens."""
+        self.placement.need("parameters", "gradients")
+        sums: dict[str, Tensor] = {}
+        with self._recovering():
+            tokens = self._all_tokens(batches)
+            for batch in batches:
+                moved = move_micro_batch(batch, self.device)
+                outputs = self._score(moved, want, share=moved.bounds[-1] / tokens if tokens else 0.0)
+                result = loss(moved, outputs)
+                total = sum(outputs.aux_losses.values(), start=result.loss)
+                total.backward()
+                self.loss_total += total.detach()
+                reported = {f"train/{name}": value.detach() for name, value in outputs.aux_losses.items()}
+                for name, value in {**result.sums, **reported}.items():
+                    sums[name] = sums[name] + value if name in sums else value
+                del outputs, result, total
+        return sums
+
+    def _score(self, batch: MicroBatch, want: frozenset[Want], share: float = 0.0) -> Outputs:
+        """One micro-batch through the model. An empty one becomes a token of padding, so that ranks keep step."""
+        tokens = batch.bounds[-1]
+        padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
+        tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
+        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device)
+        precision = self.context.precision
+        if precision is None:
+            found = self.scorer(tokens_T, positions_T, layout, want)
+        else:
+            with precision.autocast():
+                found = self.scorer(tokens_T, positions_T, layout, want)
+        hidden = found.pop("hidden")
+        outputs = Outputs(**{f"{name}_T": found[name][:tokens] for name in want if name in found})
+        if "logits" in want:
+            outputs.logits = lambda start, end: self.scorer.logits(hidden, start, end)
+        if "router_balance" in found:
+            coefficient = self.scorer.lm.config.router_aux_loss_coef
+            outputs.aux_losses["router_balance"] = found["router_balance"] * (coefficient * share)
+        return outputs
+
+    def _to_cpu(self, outputs: Outputs) -> Outputs:
+        logits = outputs.logits
+
+        @torch.no_grad()
+        def gathered(start: int, end: int) -> Tensor:
+            assert logits is not None
+            with self._gathered_root():
+                return logits(start, end).cpu()
+
+        return Outputs(
+            log_probs_T=_cpu(outputs.log_probs_T),
+            entropy_T=_cpu(outputs.entropy_T),
+            values_T=_cpu(outputs.values_T),
+            logits=None if logits is None else gathered,
+            aux_losses={name: value.cpu() for name, value in outputs.aux_losses.items()},
+        )
+
+    @contextmanager
+    def _gathered_root(self) -> Iterator[None]:
+        """The head's weight, whole, outside of a forward."""
+        sharded = self.scorer if isinstance(self.scorer, FSDPModule) else None
+        if sharded is not None:
+            sharded.unshard()
+        try:
+            yield
+        finally:
+            if sharded is not None:
+                sharded.reshard()
+
+    def _all_tokens(self, batches: Sequence[MicroBatch]) -> int:
+        """Tokens of all ranks' micro-batches; 0 where nobody needs to know."""
+        if not self.scorer.routes:
+            return 0
+        tokens = torch.tensor(sum(batch.bounds[-1] for batch in batches), device=self.device)
+        if self.data_size > 1:
+            dist.all_reduce(tokens)
+        return int(tokens)
+
+    @contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Memory failures as one exception, the module ready for the next forward whatever happened."""
+        try:
+            with one_out_of_memory_error():
+                yield
+        except torch.OutOfMemoryError:
+            if isinstance(self.scorer, FSDPModule) and hasattr(self.scorer, "reset_iter_state"):
+                self.scorer.reset_iter_state()
+            raise
+        finally:
+            if isinstance(self.scorer, FSDPModule):
+                self.scorer.reshard()  # the root stays gathered after a forward without backward
+
+    # ---------------------------------------------------------------------------------------------------- optimizer
+
+    def optim_step(self) -> StepReport:
+        """See the protocol. The gradient is clipped in place: after a failure, start again from `zero_grad`."""
+        self.placement.need("parameters", "gradients", "optimizer")
+        with self._recovering():
+            return self._learning().step(self.loss_total)
+
+    def zero_grad(self) -> None:
+        self.loss_total = torch.zeros((), device=self.device)
+        self._learning().zero_grad()
+
+    def _learning(self) -> Optimizer:
+        if self.optimizer is None:
+            raise TrainError(f"the {self.context.role} model has nothing to train")
+        return self.optimizer
+
+    # ------------------------------------------------------------------------------------------------------ weights
+
+    def named_weights(self) -> Iterator[WeightGroup]:
+        """Full tensors in the compute dtype, as the model's own forward sees them; gathered one at a time."""
+        self.placement.need("parameters")
+        yield from self.context.bridge.from_world("torch", self.context.hf_config, self._module_weights())
+
+    def _module_weights(self) -> Iterator[WeightGroup]:
+        for name, slot in self.built.slots.items():
+            tensor = slot.tensor.detach()
+            lowered = isinstance(slot.tensor, torch.nn.Parameter) and tensor.is_floating_point()
+            yield {name: whole(tensor.to(self.dtype) if lowered else tensor)}
+
+    # -------------------------------------------------------------------------------------------------------- state
+
+    def save(self, directory: Path) -> None:
+        """`rank-00000.safetensors` ... in `directory`: parameters (or their masters), moments, steps taken."""
+        directory.mkdir(parents=True, exist_ok=True)
+        steps = {"steps": self.optimizer.steps} if self.optimizer else {}
+        write_state(self._file(directory), self._state(), {"world_size": self.data_size, **steps})
+
+    def load(self, directory: Path) -> None:
+        """Raises CheckpointError when it was saved by another number of ranks or another model."""
+        numbers = read_state(self._file(directory), self._state(), {"world_size": self.data_size})
+        if self.optimizer:
+            self.optimizer.steps = numbers["steps"]
+            self.optimizer.round_masters()
+
+    def _file(self, directory: Path) -> Path:
+        return directory / f"rank-{self.data_rank:05d}.safetensors"
+
+    def _state(self) -> dict[str, Tensor]:
+        kept = self.optimizer.tensors() if self.optimizer else {}
+        held = {f"parameter/{n}": p for n, p in self.scorer.named_parameters() if f"master/{n}" not in kept}
+        names = set(self.scorer.state_dict())
+        buffers = {f"buffer/{n}": b for n, b in self.scorer.named_buffers() if n in names}
+        return {**held, **buffers, **kept}
+
+    def offload(self, parts: frozenset[TrainPart]) -> None:
+        self.placement.offload(parts)
+
+    def onload(self, parts: frozenset[TrainPart]) -> None:
+        self.placement.onload(parts)
+
+
+def _cpu(values_T: Tensor | None) -> Tensor | None:
+    return None if values_T is None else values_T.cpu()
+
+
+def _mesh(context: BackendContext) -> DeviceMesh | None:
+    if context.world_size == 1:
+        return None
+    if not dist.is_initialized() or dist.get_world_size() != context.world_size:
+        raise TrainError(
+            f"backend `fsdp` on {context.world_size} ranks needs torch.distributed's default process group of that "
+            "size; the executor initialises it"
+        )
+    return init_device_mesh(torch.device(context.device).type, (context.world_size,))

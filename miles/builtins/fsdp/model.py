@@ -1,0 +1,239 @@
+"""From a transformers config to a module with weights on this rank.
+
+Parameters are first built without storage, so that neither the whole model nor a random draw of it is ever held in
+memory: the module is changed (transforms, precision), sharded if there is more than one rank, given storage for this
+rank's part alone, and then filled from a stream of tensors, one at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+
+from miles.builtins.fsdp.attention import register
+from miles.builtins.fsdp.scorer import TokenScorer
+from miles.checkpoint_io import read_weights
+from miles.errors import ConfigError, TrainError
+from miles.protocols import BackendContext
+from miles.types import WeightGroup
+
+LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Config keys of models that change logits after the head, which the scorer would have to do too."""
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the transformers module lives. Modules keep their identity through adapters and sharding."""
+
+    module: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.attribute)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A module ready for work, and its tensors under the names that transformers gave them."""
+
+    scorer: TokenScorer
+    slots: dict[str, Slot]
+    tied: frozenset[str]
+    """Second names of tensors in `slots`; a checkpoint may or may not repeat them."""
+
+
+def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
+    """The module of `context.role`, without values in its weights: see `fill`."""
+    train = context.config.train
+    compute_dtype = COMPUTE_DTYPES[train.dtype]
+    trains = context.role in ("actor", "critic")
+    hf_config = quiet_config(context.hf_config)
+    if context.precision is not None:
+        context.precision.configure("fsdp", {**hf_config.to_dict(), "dtype": train.dtype})
+    with parameters_on_meta():
+        lm: Any = AutoModelForCausalLM.from_config(
+            hf_config,
+            attn_implementation=register(train.attention, context.device),
+            dtype=torch.float32 if trains and mesh is not None else compute_dtype,
+            trust_remote_code=context.config.model.trust_remote_code,
+        )
+    slots = find_slots(lm)
+    ties = {name: (_slot(lm, name), _slot(lm, source)) for name, source in find_ties(lm).items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.config.run.seed)
+        for transform in context.transforms:
+            lm = transform.prepare(lm, context.role)
+        scorer = TokenScorer(
+            context.precision.prepare(lm) if context.precision is not None else lm,
+            temperature=context.temperature,
+            chunk_size=train.log_probs_chunk_size,
+            critic=context.role == "critic",
+        )
+    choose_trainable(scorer, context, slots)
+    scorer.train(train.gradient_checkpointing)  # nothing else depends on the mode: dropout is off
+    if train.gradient_checkpointing:
+        scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if mesh is not None:
+        shard(scorer, mesh, compute_dtype)
+    scorer._apply(lambda t: torch.empty_like(t, device=context.device) if t.is_meta else t.to(context.device))
+    for place, source in ties.values():
+        setattr(place.module, place.attribute, source.tensor)
+    return Built(scorer, slots, frozenset(ties))
+
+
+def quiet_config(hf_config: Any) -> Any:
+    """A copy with dropout and router noise off: a ratio of two policies means nothing if either is drawn at random.
+
+    Raises:
+        ConfigError: the model changes its logits after the head.
+    """
+    config = copy.deepcopy(hf_config)
+    text = config.get_text_config()
+    rules = [key for key in LOGIT_RULES if getattr(text, key, None) not in (None, 1, 1.0)]
+    if rules:
+        raise ConfigError(
+            f"model type {text.model_type!r} sets {', '.join(rules)}, which backend `fsdp` does not apply"
+        )
+    for part in {id(config): config, id(text): text}.values():
+        for key, value in part.to_dict().items():
+            noise = key.endswith(("dropout", "_pdrop", "dropout_prob", "jitter_noise"))
+            if noise and isinstance(value, int | float) and value:
+                setattr(part, key, 0.0)
+    return config
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters registered within have shape and dtype but no storage; buffers are computed as usual."""
+    plain = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        plain(self, name, param)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+def find_slots(lm: nn.Module) -> dict[str, Slot]:
+    """Parameters (tied ones once) and persistent buffers, in the module's order."""
+    names = [name for name, _ in lm.named_parameters()]
+    saved = lm.state_dict()
+    names += [name for name, _ in lm.named_buffers() if name in saved]
+    return {name: _slot(lm, name) for name in names}
+
+
+def find_ties(lm: nn.Module) -> dict[str, str]:
+    """Names of parameters that are others' second names, and those others."""
+    first: dict[int, str] = {}
+    named = lm.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first.setdefault(id(p), name) != name}
+
+
+def _slot(lm: nn.Module, name: str) -> Slot:
+    path, _, attribute = name.rpartition(".")
+    return Slot(lm.get_submodule(path), attribute)
+
+
+def choose_trainable(scorer: TokenScorer, context: BackendContext, slots: dict[str, Slot]) -> None:
+    """Frozen: everything of a reference or teacher, what a transform says, and the head of a critic."""
+    trains = context.role in ("actor", "critic")
+    for name, parameter in scorer.lm.named_parameters():
+        allowed = all(transform.trainable(name) for transform in context.transforms)
+        parameter.requires_grad_(trains and allowed and parameter.is_floating_point())
+    head, embedding = scorer.lm.get_output_embeddings(), scorer.lm.get_input_embeddings()
+    if context.role == "critic" and head.weight is not embedding.weight:
+        head.requires_grad_(False)
+
+
+def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+    """FSDP2: each decoder layer is a unit, the rest belongs to the root, which stays gathered until its backward.
+
+    Gradients are summed over ranks, in float32; a trained model keeps float32 parameters and gathers them in the
+    compute dtype.
+    """
+    lowered = compute_dtype if compute_dtype != torch.float32 else None
+    policy = MixedPrecisionPolicy(param_dtype=lowered, reduce_dtype=torch.float32 if lowered else None)
+    layers = set(getattr(scorer.lm, "_no_split_modules", None) or ())
+    for module in list(scorer.lm.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    if scorer.value_head is not None:
+        fully_shard(scorer.value_head, mesh=mesh)
+    fully_shard(scorer, mesh=mesh, mp_policy=policy)
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def initial_weights(context: BackendContext) -> Iterator[WeightGroup]:
+    """The checkpoint's tensors under the module's names, or with `model.random_init` a draw from the seed."""
+    model = context.config.model
+    if not model.random_init:
+        return context.bridge.to_world("torch", context.hf_config, read_weights(context.checkpoint))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.config.run.seed)
+        lm = AutoModelForCausalLM.from_config(
+            copy.deepcopy(context.hf_config), dtype=torch.float32, trust_remote_code=model.trust_remote_code
+        )
+    return ({name: slot.tensor.detach()} for name, slot in find_slots(lm).items())
+
+
+@torch.no_grad()
+def fill(built: Built, stream: Iterable[WeightGroup], write: Callable[[Tensor, Tensor], None]) -> None:
+    """Hand every full tensor of the stream to `write(tensor of the module, full tensor)`.
+
+    Raises:
+        TrainError: a tensor is missing, unknown or of another shape.
+    """
+    missing = dict(built.slots)
+    for group in stream:
+        for name, full in group.items():
+            if name in built.tied:
+                continue
+            slot = missing.pop(name, None)
+            if slot is None:
+                raise TrainError(
+                    f"the weights bring {name!r} {tuple(full.shape)}, which the model has not (or had already)"
+                )
+            if full.shape != slot.tensor.shape:
+                raise TrainError(
+                    f"{name!r} is {tuple(full.shape)} in the weights, {tuple(slot.tensor.shape)} in the model"
+                )
+            write(slot.tensor, full)
+    if missing:
+        names = ", ".join(sorted(missing)[:5])
+        raise TrainError(f"the weights lack {len(missing)} of the model's {len(built.slots)} tensors: {names} ...")
+
+
+def copy_into(tensor: Tensor, full: Tensor) -> None:
+    """Fill a parameter or buffer, sharded or not, from a full tensor; no communication."""
+    if isinstance(tensor, DTensor):
+        moved = full.to(tensor.device, tensor.dtype)
+        full = distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(full)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; all ranks call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

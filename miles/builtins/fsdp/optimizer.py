@@ -1,0 +1,134 @@
+"""AdamW over float32 parameters: those of the model, or master copies of its bfloat16 ones.
+
+Which of the two depends on where float32 lives. In fp32, and under FSDP2 (whose sharded parameters are float32 and are
+lowered when they are gathered), the optimizer works on the model's own parameters. One rank in bf16 holds bfloat16
+parameters and here their masters: the gradient of each micro-batch is added in float32 as soon as it exists and
+the bfloat16 one is dropped; after a step the parameters are the masters, rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from miles.builtins.fsdp.model import copy_into, whole
+from miles.builtins.fsdp.schedule import learning_rate
+from miles.config.optimizer import OptimizerSection
+from miles.types import StepReport
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """Clipping, AdamW and its schedule. Its state exists from the start: running out of memory for it loses nothing.
+
+    Args:
+        parameters: the trainable ones, by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int):
+        self.section = section
+        self.total_steps = total_steps
+        self.steps = 0
+        """Steps taken; skipped ones do not count."""
+        self.parameters = dict(parameters)
+        self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        self._master_of = {id(parameter): self.masters[name] for name, parameter in parameters.items()}
+        matrices = [master for master in self.masters.values() if master.ndim >= 2]
+        others = [master for master in self.masters.values() if master.ndim < 2]
+        self.adamw = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=section.lr,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            fused=True,
+        )
+        for master in self.masters.values():
+            self.adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{moment: torch.zeros_like(master) for moment in MOMENTS},
+            }
+
+    def write(self, tensor: Tensor, full: Tensor) -> None:
+        """Fill a tensor of the model, and its master with what rounding would lose."""
+        copy_into(tensor, full)
+        master = self._master_of.get(id(tensor), tensor)
+        if master is not tensor:
+            copy_into(master, full)
+
+    def zero_grad(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.grad = self.masters[name].grad = None
+
+    def step(self, loss_total: Tensor) -> StepReport:
+        """Clip and step, unless the gradient or a loss is not finite on any rank.
+
+        Args:
+            loss_total: sum of this rank's losses since `zero_grad`, to see whether they were finite.
+        """
+        rate = learning_rate(self.steps, self.section, self.total_steps)
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(grads)).to(torch.float64)
+        if any(isinstance(grad, DTensor) for grad in grads):
+            dist.all_reduce(loss_total)
+        grad_norm, loss = torch.stack([norm, loss_total.to(norm)]).tolist()
+        if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+            return StepReport(grad_norm, skipped=True, learning_rate=rate)
+        if self.section.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.section.clip_grad, norm.float())
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.steps += 1
+        self.round_masters()
+        return StepReport(grad_norm, skipped=False, learning_rate=rate)
+
+    @torch.no_grad()
+    def round_masters(self) -> None:
+        """Parameters follow their masters."""
+        pairs = [(self.parameters[name], m) for name, m in self.masters.items() if m is not self.parameters[name]]
+        if pairs:
+            parameters, masters = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(parameters), list(masters))
+
+    def move(self, device: torch.device) -> None:
+        """Masters and moments to another device and back; parameters are not its business."""
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                master.data = master.data.to(device)
+            state = self.adamw.state[master]
+            for key, value in state.items():
+                state[key] = value.to(device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and moments by name, `<kind>/<parameter>`: what a checkpoint holds besides `steps`."""
+        state = {
+            f"{key}/{name}": self.adamw.state[master][key]
+            for name, master in self.masters.items()
+            for key in ("step", *MOMENTS)
+        }
+        masters = {f"master/{name}": m for name, m in self.masters.items() if m is not self.parameters[name]}
+        return {**state, **masters}
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter itself, or a float32 copy of a narrower one that collects its gradients."""
+    if parameter.dtype not in (torch.bfloat16, torch.float16):
+        return parameter
+    master = nn.Parameter(parameter.detach().float())
+
+    def collect(lowered: Tensor) -> None:
+        assert lowered.grad is not None
+        if master.grad is None:
+            master.grad = lowered.grad.float()
+        else:
+            master.grad += lowered.grad
+        lowered.grad = None
+
+    parameter.register_post_accumulate_grad_hook(collect)
+    return master

@@ -1,0 +1,98 @@
+"""A causal language model that answers with log-probabilities, entropies and values instead of logits.
+
+Everything that touches the head's weight happens inside `forward`: FSDP2 gathers the weights of this module, which is
+its root, before forward and frees them after backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from miles.builtins.fsdp.attention import PackedLayout
+from miles.protocols import Want
+from miles.train.logprobs import align_with_tokens, next_tokens, selected_log_probs
+
+
+class TokenScorer(nn.Module):
+    """A transformers model and, for a critic, a value head.
+
+    Args:
+        lm: a transformers causal LM: `base_model` gives hidden states, `get_output_embeddings()` is the head.
+        critic: add a value head `[1, H]`, float32 whatever the model's dtype; drawn from N(0, 0.02).
+    """
+
+    lm: Any
+
+    def __init__(self, lm: nn.Module, *, temperature: float, chunk_size: int, critic: bool):
+        super().__init__()
+        self.lm = lm
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.value_head = value_head(self.lm.config.get_text_config().hidden_size) if critic else None
+
+    @property
+    def routes(self) -> bool:
+        """Whether the model's config asks for its router-balance loss."""
+        return bool(getattr(self.lm.config, "output_router_logits", False))
+
+    def forward(
+        self, tokens_T: Tensor, positions_T: Tensor, packed: PackedLayout, want: frozenset[Want]
+    ) -> dict[str, Tensor]:
+        """`log_probs`, `entropy`, `values` as wanted, each `[T]` and aligned with the tokens; the `hidden` states
+        `[1, T, H]`; `router_balance`, before its coefficient, when the config asks for it."""
+        asked = {"output_router_logits": True} if self.routes else {}
+        decoded = self.lm.base_model(
+            input_ids=tokens_T.unsqueeze(0),
+            position_ids=positions_T.unsqueeze(0),
+            use_cache=False,
+            packed=packed,
+            **asked,
+        )
+        hidden = decoded.last_hidden_state
+        found = {"hidden": hidden}
+        if want & {"log_probs", "entropy"}:
+            log_probs_T, entropy_T = selected_log_probs(
+                hidden[0],
+                self.lm.get_output_embeddings(),
+                next_tokens(tokens_T),
+                temperature=self.temperature,
+                chunk_size=self.chunk_size,
+                entropy="entropy" in want,
+            )
+            found["log_probs"] = align_with_tokens(log_probs_T, positions_T)
+            if entropy_T is not None:
+                found["entropy"] = align_with_tokens(entropy_T, positions_T)
+        if self.value_head is not None and "values" in want:
+            values_T = self.value_head(hidden[0].to(self.value_head.weight.dtype)).squeeze(-1)
+            found["values"] = align_with_tokens(values_T, positions_T)
+        if self.routes:
+            found["router_balance"] = router_balance(decoded.router_logits, self.lm.config)
+        return found
+
+    def logits(self, hidden: Tensor, start: int, end: int) -> Tensor:
+        """`[end - start, V]` at the temperature, at least float32: rows that predict `tokens[start:end]`."""
+        rows = torch.arange(start - 1, end - 1, device=hidden.device).clamp_min(0)
+        logits = self.lm.get_output_embeddings()(hidden[0, rows])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+
+
+def value_head(hidden_size: int) -> nn.Linear:
+    head = nn.Linear(hidden_size, 1, dtype=torch.float32, device="cpu")
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def router_balance(router_logits: Sequence[Tensor], config: Any) -> Tensor:
+    """`E * sum_e f_e P_e` over the tokens of all layers: `f_e` the share of tokens sent to expert `e` (summing to the
+    number of experts a token), `P_e` its mean probability. Switch Transformers, arXiv:2101.03961, eq. 4."""
+    experts = next(getattr(config, key) for key in ("num_experts", "num_local_experts") if hasattr(config, key))
+    probs_XE = torch.cat([layer.reshape(-1, experts) for layer in router_logits]).float().softmax(-1)
+    chosen_XK = probs_XE.topk(config.num_experts_per_tok, dim=-1).indices
+    shares_E = functional.one_hot(chosen_XK, experts).sum((0, 1)) / len(probs_XE)
+    return experts * (shares_E * probs_XE.mean(0)).sum()

@@ -1,0 +1,181 @@
+"""Samples into micro-batches and back: which go together, how they lie end to end, how a batch is halved.
+
+A micro-batch holds whole samples, one after the other, with no padding between them: `T` tokens cost `T` tokens of
+work whatever the lengths are. Who reads one finds sample `i` at `[bounds[i], bounds[i + 1])` of every column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from miles.errors import DataError
+from miles.types import Column, MicroBatch
+
+Rows = Any
+"""The rows of one sample in one column: an array or tensor `[tokens, *width]`, or None where the sample has none."""
+
+# ------------------------------------------------------------------------------------------------------------- plans
+
+
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """First-fit decreasing: the longest sample first, each into the first micro-batch that still has room.
+
+    Every index appears exactly once; indices ascend within a micro-batch. A sample longer than `max_tokens` gets a
+    micro-batch of its own: whether it fits is for the memory to say.
+    """
+    plans: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fit = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
+        if fit is None:
+            plans.append([index])
+            room.append(max_tokens - lengths[index])
+        else:
+            plans[fit].append(index)
+            room[fit] -= lengths[index]
+    return [sorted(plan) for plan in plans]
+
+
+def chunk_micro_batches(count: int, micro_batch_size: int) -> list[list[int]]:
+    """`micro_batch_size` samples at a time, in order, whatever their lengths."""
+    return [list(range(i, min(i + micro_batch_size, count))) for i in range(0, count, micro_batch_size)]
+
+
+# ----------------------------------------------------------------------------------------------------------- building
+
+
+def build_micro_batch(
+    rows: Sequence[int],
+    tokens: Sequence[Sequence[int] | np.ndarray],
+    columns: Mapping[str, Sequence[Rows]],
+    *,
+    specs: Mapping[str, Column] | None = None,
+    scalars: Mapping[str, Tensor] | None = None,
+    multimodal: Sequence[dict[str, Any]] | None = None,
+    device: str | torch.device = "cpu",
+) -> MicroBatch:
+    """Lay the samples `rows` of a table end to end.
+
+    Args:
+        rows: which samples, in the order they are laid.
+        tokens: token ids of every sample of the table.
+        columns: name -> one array a sample of the table. A column of offset -1 has one row fewer than tokens; it is
+            filled up so that every column has one row a token.
+        specs: declarations of columns; needed where a sample has None (its rows become `fill`), and for the last
+            row of columns of offset -1 unless their fill is -1.
+        scalars: name -> `[table rows]`, one number a sample.
+        multimodal: processor outputs of every sample of the table.
+
+    Raises:
+        DataError: a sample without tokens, or a column whose rows do not match them.
+    """
+    lengths = [len(tokens[row]) for row in rows]
+    if 0 in lengths:
+        raise DataError(f"sample {rows[lengths.index(0)]} of the batch has no tokens; drop it before packing")
+    bounds = [0, *accumulate(lengths)]
+    ids_T = np.concatenate([np.zeros(0, np.int64), *(np.asarray(tokens[row], dtype=np.int64) for row in rows)])
+    positions_T = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
+    specs = specs or {}
+    packed = {
+        name: _pack([column[row] for row in rows], lengths, name, specs.get(name)) for name, column in columns.items()
+    }
+    index = torch.as_tensor(rows, dtype=torch.int64)
+    batch = MicroBatch(
+        torch.from_numpy(ids_T),
+        torch.from_numpy(positions_T),
+        bounds,
+        list(rows),
+        packed,
+        {name: values[index.to(values.device)] for name, values in (scalars or {}).items()},
+        [multimodal[row] for row in rows] if multimodal else [],
+    )
+    return move_micro_batch(batch, device)
+
+
+def _pack(pieces: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None) -> Tensor:
+    """One column end to end, `[T, *width]`."""
+    arrays = [_rows(piece, length, name, spec) for piece, length in zip(pieces, lengths, strict=True)]
+    if arrays:
+        return torch.from_numpy(np.concatenate(arrays))
+    return torch.from_numpy(np.zeros((0, *(spec.width if spec else ())), spec.dtype if spec else np.float32))
+
+
+def _rows(piece: Rows, length: int, name: str, spec: Column | None) -> np.ndarray:
+    """The rows of one sample, filled up to one a token."""
+    if piece is None:
+        if spec is None:
+            raise DataError(f"a sample has no column {name!r}: give its Column in `specs`, so that it can be filled")
+        return np.full((length, *spec.width), spec.fill, spec.dtype)
+    array = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else np.asarray(piece)
+    if len(array) == length:
+        return array
+    offset = spec.offset if spec else -1
+    if len(array) != length + offset:
+        raise DataError(f"column {name!r} has {len(array)} rows for a sample of {length} tokens")
+    if spec is None and array.dtype.kind != "i":
+        raise DataError(f"column {name!r} ({array.dtype}) is one row short: give its Column in `specs`, with its fill")
+    last = np.full((1, *array.shape[1:]), spec.fill if spec else -1, array.dtype)
+    return np.concatenate([array, last])
+
+
+def move_micro_batch(batch: MicroBatch, device: str | torch.device) -> MicroBatch:
+    """The same micro-batch with its tensors on `device`."""
+    return MicroBatch(
+        batch.tokens_T.to(device),
+        batch.positions_T.to(device),
+        batch.bounds,
+        batch.sample_ids,
+        {name: column.to(device) for name, column in batch.columns.items()},
+        {name: values.to(device) for name, values in batch.scalars.items()},
+        batch.multimodal,
+    )
+
+
+# --------------------------------------------------------------------------------------------- halving and taking apart
+
+
+def split_micro_batch(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
+    """Two micro-batches of about half the tokens each, samples in the same order.
+
+    Raises:
+        ValueError: there are fewer than two samples.
+    """
+    if len(batch) < 2:
+        raise ValueError(f"a micro-batch of {len(batch)} sample(s) cannot be split")
+    half = batch.bounds[-1] / 2
+    cut = min(range(1, len(batch)), key=lambda i: abs(batch.bounds[i] - half))
+    return take_samples(batch, 0, cut), take_samples(batch, cut, len(batch))
+
+
+def take_samples(batch: MicroBatch, first: int, last: int) -> MicroBatch:
+    """Samples `first` to `last` (exclusive) as a micro-batch of their own; tensors are views."""
+    start, end = batch.bounds[first], batch.bounds[last]
+    return MicroBatch(
+        batch.tokens_T[start:end],
+        batch.positions_T[start:end],
+        [bound - start for bound in batch.bounds[first : last + 1]],
+        batch.sample_ids[first:last],
+        {name: column[start:end] for name, column in batch.columns.items()},
+        {name: values[first:last] for name, values in batch.scalars.items()},
+        batch.multimodal[first:last],
+    )
+
+
+def split_by_sample(values_T: Tensor, bounds: Sequence[int]) -> list[Tensor]:
+    """A packed column as one view a sample; a trailing pad is left out."""
+    return [values_T[start:end] for start, end in pairwise(bounds)]
+
+
+def gather_rows(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Packed outputs of several micro-batches as `{table row: its [tokens, ...] part}`."""
+    return {
+        row: piece
+        for batch, values_T in zip(batches, values, strict=True)
+        for row, piece in zip(batch.sample_ids, split_by_sample(values_T, batch.bounds), strict=True)
+    }
