@@ -25,7 +25,6 @@ from miles.modeling import (
     precision_for,
     resolve_device,
 )
-from miles.plugins import Plugins
 from miles.protocols import (
     ChatFormat,
     DataContext,
@@ -67,7 +66,6 @@ class Parts:
     """Everything a run works with."""
 
     config: Config
-    plugins: Plugins
     registry: Registry
     model: Model
     executor: Executor
@@ -155,7 +153,7 @@ async def make_engine(config: Config, registry: Registry, model: Model, load_wei
     return engine
 
 
-async def build(config: Config, plugins: Plugins, registry: Registry, tracking: Tracking) -> tuple[Derived, Parts]:
+async def build(config: Config, registry: Registry, tracking: Tracking) -> tuple[Derived, Parts]:
     """Build everything. Files are read and weights are loaded, but nothing is generated or trained."""
     model = load_model(config, registry)
     source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle)
@@ -170,7 +168,6 @@ async def build(config: Config, plugins: Plugins, registry: Registry, tracking: 
     await weight_sync.connect(workers, engines)
     parts = Parts(
         config=config,
-        plugins=plugins,
         registry=registry,
         model=model,
         executor=executor,

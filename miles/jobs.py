@@ -15,15 +15,14 @@ import yaml
 
 from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
-from miles.config import Config, RewardSpec, Spec
-from miles.config.load import resolve
+from miles.config import Config
+from miles.config.load import Resolved, resolve
 from miles.determinism import prepare_process
 from miles.errors import RunInterrupted
 from miles.log import logger
 from miles.loop import train as train_loop
 from miles.plugins import Plugins, load_plugins
 from miles.protocols import RunInfo
-from miles.registry import Registry
 from miles.run import Run
 from miles.tracking import Tracking
 from miles.types import Metrics
@@ -54,37 +53,34 @@ def train(
         run = miles.train("config.yaml", reward=reward, lr=1e-5)
     """
     loaded = load_plugins(extra=plugins)
-    files, overrides = ((), config) if isinstance(config, Mapping) else (_as_paths(config), None)
-    resolved = resolve(files, _as_arguments(flags), loaded, overrides=overrides)
-    registry = Registry(loaded)
-    settled = resolved.config
-    if reward is not None:
-        registry.add("rewards", PYTHON_REWARD, reward)
-        settled = _with_reward(settled, Spec(name=PYTHON_REWARD))
-    return _in_event_loop(run_job(settled, loaded, registry))
+    files = (config,) if isinstance(config, str | Path | Mapping) else config
+    overrides = flags if reward is None else {**flags, "reward": reward, "eval_reward": reward}
+    resolved = resolve(files, (), loaded, overrides=overrides)
+    return _in_event_loop(run_job(resolved))
 
 
-def run_training(config: Config, plugins: Plugins) -> Run:
+def run_training(resolved: Resolved) -> Run:
     """The job of `miles train`."""
-    return _in_event_loop(run_job(config, plugins, Registry(plugins)))
+    return _in_event_loop(run_job(resolved))
 
 
-def run_evaluation(config: Config, plugins: Plugins, checkpoint: Path | None = None) -> dict[str, Metrics]:
+def run_evaluation(resolved: Resolved, checkpoint: Path | None = None) -> dict[str, Metrics]:
     """The job of `miles eval`: every eval set on a checkpoint, of miles or of Hugging Face."""
-    return _in_event_loop(evaluate_job(config, plugins, Registry(plugins), checkpoint))
+    return _in_event_loop(evaluate_job(resolved, checkpoint))
 
 
-async def run_job(config: Config, plugins: Plugins, registry: Registry) -> Run:
+async def run_job(resolved: Resolved) -> Run:
     """Build, restore, train, and leave a run directory that says how it went.
 
     Raises:
         RunInterrupted: a signal asked to stop; the state is saved.
     """
+    config, registry, plugins = resolved.config, resolved.registry, resolved.registry.plugins
     plugins.hook.miles_configure(config=config)
     prepare_process(config.run)
     _prepare_directory(config, plugins)
     tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
-    derived, parts = await build(config, plugins, registry, tracking)
+    derived, parts = await build(config, registry, tracking)
     run = Run(config, derived, parts)
     error: BaseException | None = None
     try:
@@ -111,10 +107,9 @@ async def run_job(config: Config, plugins: Plugins, registry: Registry) -> Run:
     return run
 
 
-async def evaluate_job(
-    config: Config, plugins: Plugins, registry: Registry, checkpoint: Path | None
-) -> dict[str, Metrics]:
+async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str, Metrics]:
     """Evaluate a Hugging Face checkpoint in the engine alone, or one of miles through the trainer and a weight sync."""
+    config, registry = resolved.config, resolved.registry
     prepare_process(config.run)
     if checkpoint is not None and not _is_ours(checkpoint):
         config = config.model_copy(update={"model": config.model.model_copy(update={"hf_checkpoint": str(checkpoint)})})
@@ -125,7 +120,7 @@ async def evaluate_job(
             return await live.evaluator.evaluate(live, 0)
         finally:
             await live.close()
-    derived, parts = await build(config, plugins, registry, Tracking([]))
+    derived, parts = await build(config, registry, Tracking([]))
     run = Run(config, derived, parts)
     try:
         await run.read(find_checkpoint(checkpoint).path)
@@ -154,37 +149,6 @@ def _prepare_directory(config: Config, plugins: Plugins) -> None:
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     (directory / "config.yaml").write_text(settings)
     (directory / "plugins.json").write_text(json.dumps(plugins.provenance(), indent=1) + "\n")
-
-
-# -------------------------------------------------------------------------------------------------------- from Python
-
-
-def _as_paths(config: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
-    return (Path(config),) if isinstance(config, str | Path) else tuple(Path(path) for path in config)
-
-
-def _as_arguments(flags: Mapping[str, Any]) -> list[str]:
-    """`lr=1e-5` as `--lr 1e-5`, as if it had been typed."""
-    arguments = []
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
-            arguments += [f"--{flag}", text]
-    return arguments
-
-
-def _with_reward(config: Config, spec: Spec) -> Config:
-    """The same config with this reward alone in every task set."""
-    reward = (RewardSpec(name=spec.name),)
-    update: dict[str, Any] = {}
-    for name in ("data", "eval"):
-        section = getattr(config, name)
-        sets = tuple(task_set.model_copy(update={"reward": reward}) for task_set in section.sets)
-        update[name] = section.model_copy(update={"sets": sets})
-    return config.model_copy(update=update)
 
 
 def _in_event_loop(job: Coroutine[Any, Any, T]) -> T:

@@ -69,7 +69,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.directory: Path = self.config.run.dir
-        self.hook = self.parts.plugins.hook
+        self.hook = self.parts.registry.plugins.hook
         self.interrupt = Interrupt()
         self.progress = Progress(self.derived.num_rollout)
         self.store = CheckpointStore(

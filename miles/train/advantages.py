@@ -54,6 +54,7 @@ class AdvantageStage:
         metrics: Metrics = {}
         if self.estimator is not None:
             inputs = self._inputs(table)
+            _check_rewards(table)
             result = _as_advantages(self.estimator(inputs), inputs)
             advantages_T = result.advantages_T
             for term in self.terms:
@@ -61,7 +62,7 @@ class AdvantageStage:
             if self.algorithm.normalize_advantages:
                 advantages_T = whiten(advantages_T, inputs.mask_T)
             advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
-            self._check_finite(advantages_T, inputs)
+            self._check_finite(advantages_T)
             table.put("advantages", advantages_T)
             if result.returns_T is not None:
                 table.put("returns", result.returns_T)
@@ -110,13 +111,16 @@ class AdvantageStage:
             table.put("keep", correction.keep_T.float())
         return correction.metrics
 
-    def _check_finite(self, advantages_T: Tensor, inputs: AdvantageInputs) -> None:
+    def _check_finite(self, advantages_T: Tensor) -> None:
         if not torch.isfinite(advantages_T).all():
-            bad = int((~torch.isfinite(inputs.rewards_N)).sum())
-            raise TrainError(
-                f"advantages of estimator {self.algorithm.advantage_estimator.name!r} are not finite"
-                + (f": {bad} rewards are not finite either" if bad else "")
-            )
+            name = self.algorithm.advantage_estimator.name
+            raise TrainError(f"the advantages of estimator {name!r} are not finite")
+
+
+def _check_rewards(table: Table) -> None:
+    bad = [i for i, finite in zip(table.ids, torch.isfinite(table.rewards_N).tolist(), strict=True) if not finite]
+    if bad:
+        raise TrainError(f"{len(bad)} rewards are not finite, the first that of sample {bad[0]}: look at the reward")
 
 
 def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:
