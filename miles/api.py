@@ -28,6 +28,7 @@ from miles.errors import (
     WeightSyncError,
     WorkerError,
 )
+from miles.hermes import parse_hermes, split_reasoning
 from miles.hookspecs import hookimpl
 from miles.parts import WHOLE, Part, Sharding, Share
 from miles.protocols import (
@@ -195,5 +196,7 @@ __all__ = [
     "WorkerError",
     "WorkerGroup",
     "hookimpl",
+    "parse_hermes",
     "routed_experts_column",
+    "split_reasoning",
 ]

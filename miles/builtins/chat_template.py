@@ -16,8 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from miles.api import Action, ChatContext, DataError, Message
-from miles.hermes import parse_hermes
+from miles.api import Action, ChatContext, DataError, Message, parse_hermes
 
 MARKER = "miles-assistant-turn-marker"
 DUMMY: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARKER}]
