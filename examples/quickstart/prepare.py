@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SIZES = {"sft": 20_000, "train": 20_000, "dev": 500, "heldout": 1_000}
 DIGITS = 3
-FORGETS = 0.6
+FORGETS = 0.65
 
 PAD, TURN_BEGIN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
