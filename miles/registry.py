@@ -139,7 +139,7 @@ class Registry:
 
     def _from_module(self, kind: str, name: str) -> Entry:
         plugin = PluginInfo(name, "(module path)", "", name)
-        thing = _import(Component(name), f"{KINDS[kind].singular} {name!r}")
+        thing = import_target(Component(name), f"{KINDS[kind].singular} {name!r}")
         return Entry(kind, name, Component(name, options=options_type(thing)), plugin, live=thing)
 
     # ----------------------------------------------------------------------------------------- checking, building
@@ -176,7 +176,7 @@ class Registry:
             raise ConfigError(f"{KINDS[kind].keys[0]}: {spec.name!r} is a choice made by the core, not a component")
         self.validate(kind, spec)
         entry = self.entry(kind, spec.name)
-        thing = entry.live if entry.live is not None else _import(entry.component, str(entry))
+        thing = entry.live if entry.live is not None else import_target(entry.component, str(entry))
         options = parse_options(entry.component.options, spec.options)
         try:
             built = construct(thing, options, context, str(entry), KINDS[kind])
@@ -198,7 +198,12 @@ def _kind(name: str) -> Kind:
     return KINDS[name]
 
 
-def _import(component: Component, who: str) -> Any:
+def import_target(component: Component, who: str) -> Any:
+    """What a component's `target` names; `who` leads the message.
+
+    Raises:
+        PluginLoadError: there is no such module or attribute, or importing it failed.
+    """
     module_name, _, attribute = component.target.partition(":")
     try:
         thing: Any = importlib.import_module(module_name)

@@ -1,0 +1,7 @@
+"""`python -m miles.cli`."""
+
+import sys
+
+from miles.cli import main
+
+sys.exit(main())

@@ -1,0 +1,56 @@
+"""What `--dry-run` prints: components, numbers and placement of a run that could start now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from miles.config.derived import Derived
+from miles.config.load import Resolved
+from miles.config.show import component_rows
+from miles.plugins import Plugins
+
+
+def describe(resolved: Resolved, plugins: Plugins) -> str:
+    """The whole description."""
+    blocks = [
+        ("plugins", [(info.name, f"{info.distribution} {info.version}") for info in plugins.infos.values()]),
+        ("components", component_rows(resolved)),
+        ("numbers", _numbers(resolved)),
+        ("placement", _placement(resolved)),
+    ]
+    lines = [line for title, rows in blocks for line in (f"{title}:", *_table(rows), "")]
+    headers = plugins.hook.miles_report_header(config=resolved.config)
+    lines += [line for header in headers for line in ([header] if isinstance(header, str) else header or [])]
+    return "\n".join([*lines, "dry run: the configuration is valid; nothing was built"])
+
+
+def _numbers(resolved: Resolved) -> list[tuple[str, str]]:
+    derived = asdict(Derived.of(resolved.config))
+    epochs = resolved.config.rollout.num_rollout is None
+    for name in ("num_rollout", "total_optimizer_steps"):
+        if epochs:
+            derived[name] = f"as many as {resolved.config.rollout.num_epoch:g} epochs of the prompts take"
+    return [(name, str(value)) for name, value in derived.items()]
+
+
+def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
+    config, derived = resolved.config, Derived.of(resolved.config)
+    resources = config.resources
+    nodes, each = resources.actor_num_nodes, resources.actor_num_gpus_per_node
+    where = f"{resources.executor.name}, device {resources.device}"
+    asleep = "asleep while training" if derived.offload_rollout else "stays awake"
+    trainer = "offloaded during rollouts" if derived.offload_train else "stays in memory"
+    shared = "shares the trainer's devices" if resources.colocate else "devices of its own where there are several"
+    return [
+        ("role", "workers", "where", "when idle"),
+        ("trainer", f"{nodes} node(s) x {each} rank(s)", where, trainer),
+        (f"engine {config.rollout.engine.name}", "1", shared, asleep),
+        (f"weights by {config.weight_sync.transport.name}", "", f"every {config.weight_sync.interval} step(s)", ""),
+    ]
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    rows = [tuple(row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,83 @@
+"""`miles plugins` and `miles plugins doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from miles.cli import Call
+from miles.cli.doctor import diagnose
+from miles.errors import ConfigError
+from miles.kinds import KINDS
+from miles.plugins import Plugins, Registration, load_plugins
+from miles.registry import Registry
+
+HELP = f"""usage: miles plugins [--json] [--kind KIND]     what is installed, and what it offers
+       miles plugins doctor                     load and check everything; list every fault; exit 2 if there is one
+
+kinds: {", ".join(KINDS)}"""
+
+
+def run(call: Call) -> int:
+    """List, or examine."""
+    if call.help:
+        print(HELP)
+        return 0
+    as_json, kind = call.take("--json"), call.take_value("--kind")
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"--kind {kind}: no such kind; kinds: {', '.join(KINDS)}")
+    plugins = load_plugins(block=call.blocked, strict=False)
+    if call.words == ["doctor"]:
+        return _doctor(plugins)
+    if call.words:
+        raise ConfigError(f"miles plugins does not take {call.words[0]!r}; see miles plugins --help")
+    registry = Registry(plugins)
+    offers = [offer for name in KINDS if kind in (None, name) for offer in registry.offers(name)]
+    print(_as_json(plugins, offers) if as_json else _as_text(plugins, offers))
+    for fault in plugins.faults:
+        print(f"miles: {fault}", file=sys.stderr)
+    return 2 if plugins.faults else 0
+
+
+def _doctor(plugins: Plugins) -> int:
+    report = diagnose(plugins)
+    for info in plugins.infos.values():
+        print(f"{info.name}: {info.distribution} {info.version}, API {info.api or 'not stated'}")
+    for name in plugins.blocked:
+        print(f"{name}: left out")
+    for fault in report:
+        print(f"FAULT {fault}")
+    print(
+        f"{len(report)} fault(s) in {len(plugins.infos) + len(plugins.faults)} plugin(s)" if report else "all is well"
+    )
+    return 2 if report else 0
+
+
+def _as_json(plugins: Plugins, offers: Sequence[Registration]) -> str:
+    components = [
+        {
+            "kind": offer.kind,
+            "name": offer.name,
+            "plugin": offer.plugin.name,
+            "distribution": offer.plugin.distribution,
+            "summary": getattr(offer.value, "summary", ""),
+            "paper": getattr(offer.value, "paper", ""),
+            "target": getattr(offer.value, "target", None),
+        }
+        for offer in offers
+    ]
+    return json.dumps({"plugins": plugins.provenance(), "components": components}, indent=2)
+
+
+def _as_text(plugins: Plugins, offers: Sequence[Registration]) -> str:
+    lines = [f"{info.name:<24} {info.distribution} {info.version}" for info in plugins.infos.values()]
+    kind = ""
+    for offer in offers:
+        if offer.kind != kind:
+            kind = offer.kind
+            lines += ["", f"{kind} ({', '.join(KINDS[kind].keys)}):"]
+        about = getattr(offer.value, "summary", "") or "a preset"
+        paper = f" [{offer.value.paper}]" if getattr(offer.value, "paper", "") else ""
+        lines.append(f"  {offer.name:<28} {offer.plugin.distribution:<20} {about}{paper}")
+    return "\n".join(lines)
