@@ -1,0 +1,53 @@
+"""How many tokens' keys and values fit, and how they are cut into slots."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from miles.builtins.torch_engine.decoder import DecoderConfig
+from miles.builtins.torch_engine.kv_cache import KVCache
+from miles.builtins.torch_engine.options import TorchEngineOptions
+
+FEWEST_SLOTS, SHORTEST_SLOT = 16, 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    kv_tokens: int
+    prefix_tokens: int
+    max_running: int
+    max_len: int
+    """Longest sequence that is served."""
+
+    @classmethod
+    def of(cls, options: TorchEngineOptions, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Budget:
+        """From the options; where they are silent, from the device's memory: two thirds of it for what is running."""
+        wanted = min(options.max_len or config.max_position_embeddings, config.max_position_embeddings)
+        room = int(options.memory_fraction * _memory(device)) // KVCache.bytes_per_token(config, dtype)
+        room = min(room, 2 * options.max_running * wanted)
+        kv_tokens = options.kv_cache_tokens or max(2 * room // 3, 2)
+        kept = options.prefix_cache_tokens
+        return cls(kv_tokens, room // 3 if kept is None else kept, options.max_running, min(wanted, kv_tokens))
+
+    def geometry(self, slots: int, length: int) -> tuple[int, int]:
+        """Slots and their length for at least this length and, if they fit, this many requests. Both grow by doubling
+        so that a cache is rebuilt only a few times in its life."""
+        longer = min(_doubled(SHORTEST_SLOT, length), self.max_len)
+        more = min(_doubled(FEWEST_SLOTS, slots), self.max_running)
+        return max(min(more, self.kv_tokens // longer), 1), longer
+
+
+def _doubled(start: int, least: int) -> int:
+    while start < least:
+        start *= 2
+    return start
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of the accelerator, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,266 @@
+"""`TorchEngine`: the rollout engine that needs nothing but torch. The event loop's side of it.
+
+Its model runs in one thread of its own. Methods here check what they are given, hand it to that thread and await a
+future; nothing blocks the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from miles.builtins.torch_engine.budget import Budget
+from miles.builtins.torch_engine.decoder import Decoder, DecoderConfig
+from miles.builtins.torch_engine.handover import EngineSide, LoopSide
+from miles.builtins.torch_engine.options import TorchEngineOptions
+from miles.builtins.torch_engine.scheduler import Scheduler
+from miles.builtins.torch_engine.scoring import ScoreJob
+from miles.builtins.torch_engine.slots import Job
+from miles.builtins.torch_engine.stopping import StopStrings
+from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
+from miles.errors import EngineError, WeightSyncError
+from miles.protocols import EngineContext, EngineHealth, EnginePart, PauseMode
+from miles.types import GenerateRequest, GenerateResult, WeightGroup
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_WEIGHTS = "no weights have arrived: sync them first, or build it with load_weights"
+
+
+class TorchEngine:
+    """Continuous batching over slots of one cache, a prefix cache, and seeds that make batching invisible."""
+
+    accepts = frozenset({"inprocess"})
+    generates = True
+
+    def __init__(self, options: TorchEngineOptions | None = None, *, context: EngineContext):
+        self.options = options or TorchEngineOptions()
+        self.context = context
+        self.config = DecoderConfig(**context.bridge.config_for("decoder", context.hf_config))
+        self.device, self.dtype = torch.device(context.device), DTYPES[context.dtype]
+        self.budget = Budget.of(self.options, self.config, self.device, self.dtype)
+        self.unusable: str | None = NO_WEIGHTS
+        """Why no request can be served, if none can."""
+        self.asleep: frozenset[EnginePart] = frozenset()
+        self._arrivals = itertools.count()
+        self._pending: set[asyncio.Future] = set()
+        self._outbox: list[tuple[Any, Any]] = []
+        self._closing = False
+
+    # ------------------------------------------------------------------------------------------------------- its thread
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._loop_side = LoopSide(loop)
+        self._engine_side = EngineSide(self._loop_side, self.options.handover_steps, self.options.deterministic)
+        ready = loop.create_future()
+        self._thread = threading.Thread(target=self._main, args=(ready,), name="miles-torch-engine", daemon=True)
+        self._thread.start()
+        await ready
+
+    def _main(self, ready: asyncio.Future) -> None:
+        side = self._loop_side
+        try:
+            self._build()
+        except Exception as error:
+            side.loop.call_soon_threadsafe(side.deliver, [(ready, error)])
+            return
+        side.loop.call_soon_threadsafe(side.deliver, [(ready, None)])
+        try:
+            self._serve()
+            reason = "was closed"
+        except Exception as error:
+            reason = f"stopped working: {type(error).__name__}: {error}"
+        side.loop.call_soon_threadsafe(self._fail_pending, f"torch engine: it {reason}")
+
+    def _build(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        decoder = Decoder(self.config, self.device, self.dtype)
+        strings = StopStrings(self.context.tokenizer, self.config.vocab_size)
+        options = self.options
+        self.scheduler = Scheduler(decoder, self.budget, strings, options.max_prefill_tokens, options.cuda_graphs)
+        self.loader = WeightLoader(decoder, self.context.bridge, self.context.hf_config)
+        if self.context.load_weights:
+            self._load(0, checkpoint_groups(self.context.checkpoint))
+
+    def _serve(self) -> None:
+        scheduler, side = self.scheduler, self._engine_side
+        while not self._closing:
+            if side.hand_out(self._outbox):
+                self._outbox = []
+            side.take_in(idle=not scheduler.runnable)
+            if scheduler.runnable:
+                scheduler.step()
+                side.clock += 1
+            self._outbox += scheduler.finished
+            scheduler.finished = []
+        side.hand_out(self._outbox)
+
+    async def _do(self, function: Callable[[], Any]) -> Any:
+        """Run a function in the engine's thread, between two steps."""
+        future = self._future()
+
+        def action() -> None:
+            try:
+                self._outbox.append((future, function()))
+            except Exception as error:
+                self._outbox.append((future, error))
+
+        self._loop_side.submit(action)
+        return await future
+
+    def _future(self) -> asyncio.Future:
+        if not self._thread.is_alive():
+            raise EngineError("torch engine: it is not running; it was closed or has stopped working")
+        future = asyncio.get_running_loop().create_future()
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
+    def _fail_pending(self, reason: str) -> None:
+        self._loop_side.deliver([(future, EngineError(reason)) for future in self._pending])
+
+    async def close(self) -> None:
+        if not self._thread.is_alive():
+            return
+        self._loop_side.submit(lambda: setattr(self, "_closing", True))
+        await asyncio.to_thread(self._thread.join)
+
+    # ------------------------------------------------------------------------------------------------------- generation
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        self._check(request)
+        limit = min(len(request.tokens) + request.sampling.max_new_tokens, self.budget.max_len)
+        order = (-request.priority, next(self._arrivals))
+        job = Job(request, self._future(), limit, order, list(request.tokens))
+        self._loop_side.submit(partial(self._enter, job.future, partial(self.scheduler.submit, job)))
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self._loop_side.submit(partial(self.scheduler.abort, lambda other: other is job))
+            raise
+
+    async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+        self._check_tokens(tokens, self.budget.max_len, "score")
+        if temperature <= 0:
+            raise EngineError(f"torch engine: scoring at temperature {temperature} is undefined; it must be above 0")
+        job = ScoreJob(list(tokens), temperature, self._future())
+        self._loop_side.submit(partial(self._enter, job.future, partial(self.scheduler.scores.append, job)))
+        return await job.future
+
+    def _enter(self, future: asyncio.Future, enter: Callable[[], None]) -> None:
+        """In the engine's thread: let a request in, if it can be served."""
+        reason = f"it is asleep ({', '.join(sorted(self.asleep))})" if self.asleep else self.unusable
+        if reason:
+            self._outbox.append((future, EngineError(f"torch engine: {reason}")))
+        else:
+            enter()
+
+    def _check(self, request: GenerateRequest) -> None:
+        params = request.sampling
+        self._check_tokens(request.tokens, self.budget.max_len - 1, f"request {request.id!r}")
+        faults = {
+            "carries images, but this engine takes text only": bool(request.multimodal),
+            "asks for routed experts, but the model has none": request.routed_experts and not self.config.routes,
+            f"has temperature {params.temperature}, which must not be negative": params.temperature < 0,
+            f"has top_p {params.top_p}, which must be in (0, 1]": not 0 < params.top_p <= 1,
+            f"has min_p {params.min_p}, which must be in [0, 1]": not 0 <= params.min_p <= 1,
+            f"has max_new_tokens {params.max_new_tokens}, which must be at least 1": params.max_new_tokens < 1,
+        }
+        for fault, present in faults.items():
+            if present:
+                raise EngineError(f"torch engine: request {request.id!r} {fault}")
+        for stop in params.stop:
+            self.scheduler.watch.strings.check(stop)
+
+    def _check_tokens(self, tokens: Sequence[int], most: int, what: str) -> None:
+        if not 0 < len(tokens) <= most:
+            raise EngineError(
+                f"torch engine: {what} has {len(tokens)} tokens, must have 1 to {most}; the limit is the smallest of "
+                "the model's max_position_embeddings, max_len and kv_cache_tokens"
+            )
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise EngineError(f"torch engine: {what} has tokens outside the vocabulary [0, {self.config.vocab_size})")
+
+    async def abort(self, request_id: str | None = None) -> None:
+        await self._do(partial(self.scheduler.abort, lambda job: request_id in (None, job.request.id)))
+
+    async def pause(self, mode: PauseMode = "retract") -> None:
+        await self._do(partial(self.scheduler.pause, mode))
+
+    async def resume(self) -> None:
+        await self._do(self.scheduler.resume)
+
+    async def flush_cache(self) -> None:
+        await self._do(self.scheduler.flush)
+
+    async def health(self) -> EngineHealth:
+        if not self._thread.is_alive():
+            raise EngineError("torch engine: it is not running; it was closed or has stopped working")
+        scheduler = self.scheduler
+        return EngineHealth(scheduler.version, scheduler.slots.count, len(scheduler.waiting), self.asleep)
+
+    # ---------------------------------------------------------------------------------------------------------- weights
+
+    async def receive(self, transport: str, version: int, payload: Iterable[WeightGroup]) -> None:
+        """Tensors are copied into place if nothing runs; otherwise into a second copy, which then replaces the first
+        between two steps."""
+        if transport not in self.accepts:
+            raise WeightSyncError(f"torch engine: transport {transport!r} is not understood, only 'inprocess'")
+        if await self._do(partial(self._load_if_idle, version, payload)):
+            return
+        staged = await asyncio.to_thread(self.loader.stage, payload)
+        await self._do(partial(self._commit, version, staged))
+
+    def _load_if_idle(self, version: int, payload: Iterable[WeightGroup]) -> bool:
+        if "weights" in self.asleep:
+            raise WeightSyncError("torch engine: its weights are asleep; wake them before a weight sync")
+        if self.scheduler.runnable:
+            return False
+        self._load(version, payload)
+        return True
+
+    def _load(self, version: int, payload: Iterable[WeightGroup]) -> None:
+        self.unusable = f"the weight sync of version {version} did not complete; it holds a mixture"
+        self.loader.load(payload)
+        self._serve_version(version)
+
+    def _commit(self, version: int, staged: dict[str, torch.Tensor]) -> None:
+        self.loader.commit(staged)
+        self._serve_version(version)
+
+    def _serve_version(self, version: int) -> None:
+        self.scheduler.new_weights(version)
+        self.unusable = None
+
+    async def sleep(self, parts: frozenset[EnginePart]) -> None:
+        await self._do(partial(self._sleep, frozenset(parts)))
+
+    async def wake(self, parts: frozenset[EnginePart]) -> None:
+        await self._do(partial(self._wake, frozenset(parts)))
+
+    def _sleep(self, parts: frozenset[EnginePart]) -> None:
+        """Weights move to the machine's memory, the cache is given up; on a CPU weights stay where they are."""
+        self.asleep |= parts
+        self.scheduler.asleep = True
+        if "kv_cache" in parts:
+            self.scheduler.release()
+        if parts & {"graphs", "weights"}:
+            self.scheduler.drop_graphs()
+        if "weights" in parts and self.device.type == "cuda":
+            self.scheduler.decoder.move(torch.device("cpu"))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _wake(self, parts: frozenset[EnginePart]) -> None:
+        if "weights" in parts & self.asleep:
+            self.scheduler.decoder.move(self.device)
+        self.asleep -= parts
+        self.scheduler.asleep = bool(self.asleep)
