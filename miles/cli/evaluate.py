@@ -31,10 +31,10 @@ def run(call: Call) -> int:
     extra = []
     if checkpoint is not None and (checkpoint / "config.json").exists():
         extra, checkpoint = ["--hf-checkpoint", str(checkpoint)], None
-    resolved, plugins = resolve_call(call, "eval", extra)
+    resolved, _ = resolve_call(call, "eval", extra)
     from miles.jobs import run_evaluation
 
-    results = run_evaluation(resolved.config, plugins, checkpoint)
+    results = run_evaluation(resolved, checkpoint)
     if as_json:
         print(json.dumps(results, indent=2))
     else:

@@ -24,5 +24,5 @@ def run(call: Call) -> int:
         return 0
     from miles.jobs import run_training
 
-    run_training(resolved.config, plugins)
+    run_training(resolved)
     return 0
