@@ -7,6 +7,7 @@ from typing import Any
 
 from miles.config import Config, Spec
 from miles.errors import ConfigError
+from miles.kinds import KINDS
 from miles.protocols import Bridge, ChatContext, ChatFormat, ModelTransform, PrecisionScheme
 from miles.registry import Registry
 
@@ -28,9 +29,16 @@ def load_tokenizer(checkpoint: Path, trust_remote_code: bool = False) -> Any:
 
 
 def providing(registry: Registry, kind: str, model_type: str) -> str | None:
-    """Name of the component of a kind that says it serves this Hugging Face model type."""
-    names = [name for name in registry.names(kind) if model_type in registry.component(kind, name).provides]
-    return names[0] if names else None
+    """Name of the component of a kind that says it serves this Hugging Face model type.
+
+    Raises:
+        ConfigError: two of them do, and somebody has to choose.
+    """
+    offers = [offer for offer in registry.offers(kind) if model_type in offer.value.provides]
+    if len(offers) > 1:
+        claims = " and ".join(f"{offer.name!r} ({offer.plugin})" for offer in offers)
+        raise ConfigError(f"model type {model_type!r} is served by {claims}: choose one with {KINDS[kind].key}")
+    return offers[0].name if offers else None
 
 
 def bridge_for(registry: Registry, config: Config, hf_config: Any) -> Bridge:
@@ -39,7 +47,7 @@ def bridge_for(registry: Registry, config: Config, hf_config: Any) -> Bridge:
     if spec.name == AUTO:
         name = providing(registry, "bridges", hf_config.model_type)
         if name is None:
-            known = sorted({t for n in registry.names("bridges") for t in registry.component("bridges", n).provides})
+            known = sorted({t for offer in registry.offers("bridges") for t in offer.value.provides})
             raise ConfigError(
                 f"no installed bridge knows model type {hf_config.model_type!r} (known: {', '.join(known) or 'none'}); "
                 "install a plugin that provides it, or name one with --bridge"

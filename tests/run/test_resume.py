@@ -1,0 +1,162 @@
+"""A run that is killed and started again ends bit for bit where one that was left alone does."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+JUDGE = """
+def short(sample):
+    return float(any(c.isdigit() for c in sample.text)) - 0.1 * sample.response_length
+"""
+
+
+@pytest.fixture
+def command(config, tmp_path):
+    """A command line that trains for eight steps, saving every second one, in a run directory of one's choice."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    for task_set in (*config["data"]["sets"], *config["eval"]["sets"]):
+        task_set["reward"] = "judge:short"
+    config["rollout"]["num_rollout"] = 8
+    config["eval"]["interval"] = 3
+    config["checkpoint"] = {"interval": 2, "keep": 3}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def start(run_dir, *flags):
+        words = [
+            sys.executable,
+            "-m",
+            "miles",
+            "train",
+            str(tmp_path / "config.yaml"),
+            "--run-dir",
+            str(run_dir),
+            *flags,
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+
+    return start
+
+
+def finish(process, code=0):
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return errors
+
+
+def metrics(run_dir):
+    """Every step's metrics but for clock times."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "time"))} for line in lines]
+
+
+def final_state(run_dir):
+    folder = run_dir / "checkpoints" / "step_000008" / "actor"
+    return {f"{path.name}:{k}": v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def assert_same_end(one: Path, two: Path):
+    first, second = final_state(one), final_state(two)
+    assert first.keys() == second.keys()
+    assert first, "no state was found"
+    for name in first:
+        if not torch.equal(first[name], second[name]):
+            where = (first[name] != second[name]).nonzero()[0].tolist()
+            raise AssertionError(f"first differing tensor: {name} at {where}")
+    for before, after in zip(metrics(one), metrics(two), strict=True):
+        assert before == after
+    rollouts = [sorted((run_dir / "rollouts").iterdir()) for run_dir in (one, two)]
+    for before, after in zip(*rollouts, strict=True):
+        assert before.read_text() == after.read_text(), before.name
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(command, tmp_path):
+    finish(command(tmp_path / "whole"))
+    rng = random.Random(os.environ.get("MILES_TEST_SEED", "1"))
+    kills = 0
+    for _ in range(4):
+        process = command(tmp_path / "killed")
+        steps = rng.randint(1, 3)
+        for line in process.stderr:  # a line a step
+            steps -= line.startswith("step ")
+            if not steps:
+                break
+        time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    finish(command(tmp_path / "killed"))
+    assert kills >= 2
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_asked_to_stop(command, tmp_path, number, code):
+    finish(command(tmp_path / "whole"))
+    process = command(tmp_path / "stopped")
+    for line in process.stderr:
+        if line.startswith("step 3/"):
+            break
+    process.send_signal(number)
+    errors = finish(process, code)
+    assert "Traceback" not in errors
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] >= 3
+    finish(command(tmp_path / "stopped"))
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["resumed_from"] == summary["steps"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(config, tmp_path, caplog):
+    import miles
+
+    flags = {"num_rollout": 3, "save_interval": 1, "keep_checkpoints": 3}
+    miles.train(config, **flags, run_dir=str(tmp_path / "whole"))
+    miles.train(config, **flags, run_dir=str(tmp_path / "hurt"))
+    newest = tmp_path / "hurt" / "checkpoints" / "step_000003" / "actor"
+    next(newest.iterdir()).write_bytes(b"not a checkpoint")
+    run = miles.train(config, **flags, run_dir=str(tmp_path / "hurt"))
+    assert "step_000003 is damaged" in caplog.text
+    assert run.resumed_from == 2
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "hurt")
+
+
+def test_a_finished_run_has_nothing_to_do(config, tmp_path):
+    import miles
+
+    miles.train(config)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = miles.train(config)
+    assert (again.status, again.step, again.resumed_from) == ("completed", 2, 2)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == len(before.splitlines())
+
+
+def test_an_earlier_run_moves_aside(config, tmp_path):
+    import miles
+
+    miles.train(config, num_rollout=1)
+    run = miles.train(config, num_rollout=1, resume="never")
+    assert run.resumed_from is None
+    assert (tmp_path / "run.old-1" / "summary.json").exists()
+
+
+def test_a_disk_that_cannot_be_written_is_a_clear_error(config, tmp_path):
+    import miles
+    from miles.errors import CheckpointError
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"could not be written.*--save"):
+        miles.train(config, save=str(tmp_path / "file" / "checkpoints"))
