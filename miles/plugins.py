@@ -197,17 +197,16 @@ def compare_provenance(expected: Sequence[Mapping[str, Any]], actual: Sequence[M
 def _candidates(plugins: Plugins, extra: Iterable[Any]) -> Iterable[tuple[PluginInfo, Callable[[], Any]]]:
     found: dict[str, list[EntryPoint]] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        found.setdefault(point.name, []).append(point)
+        if point.name not in plugins.blocked and _info(point).distribution not in plugins.blocked:
+            found.setdefault(point.name, []).append(point)
     for name, points in found.items():
         infos = [_info(point) for point in points]
-        if name in plugins.blocked or any(info.distribution in plugins.blocked for info in infos):
-            continue
         if len(points) > 1:
             claims = " and ".join(f"{info.distribution} {info.version} ({info.module})" for info in infos)
             plugins.faults.append(
                 PluginConflictError(
                     f"plugin {name!r} is claimed by {claims}: "
-                    f"uninstall one of them, or leave both out with -p no:{name}"
+                    f"uninstall one of them, or leave it out with -p no:{infos[-1].distribution}"
                 )
             )
             continue

@@ -37,7 +37,8 @@ class Entry:
     """The object itself, when it was given in Python rather than registered by name."""
 
     def __str__(self) -> str:
-        return f"{KINDS[self.kind].singular} {self.name!r} of {self.plugin}"
+        what = f"{KINDS[self.kind].singular} {self.name!r}"
+        return what if self.live is not None else f"{what} of {self.plugin}"
 
 
 class Registry:

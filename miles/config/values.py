@@ -33,6 +33,8 @@ def from_text(text: str, annotation: Any) -> Any:
         return next((arg for arg in args if str(arg) == text), text)
     if annotation is bool:
         return _BOOLS.get(text.lower(), text)
+    if annotation in (int, float):
+        return _number(text, annotation)
     if origin in (tuple, list):
         return _list(text, args[0] if args else Any)
     if origin is dict or annotation is dict:
@@ -45,9 +47,16 @@ def from_text(text: str, annotation: Any) -> Any:
 def _first_fit(text: str, members: list[Any]) -> Any:
     for member in members:
         value = from_text(text, member)
-        if value != text or member in (str, int, float) or len(members) == 1:
+        if not isinstance(value, str) or member is str:
             return value
     return text
+
+
+def _number(text: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        return text
 
 
 def _list(text: str, item: Any) -> Any:
