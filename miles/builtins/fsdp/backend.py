@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from miles.builtins.fsdp.attention import PackedLayout
 from miles.builtins.fsdp.memory import one_out_of_memory_error
-from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
+from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, forget_iteration, initial_weights, whole
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.fsdp.state import Placement, read_state, write_state
 from miles.errors import TrainError
@@ -154,8 +154,8 @@ class FsdpBackend:
             with one_out_of_memory_error():
                 yield
         except torch.OutOfMemoryError:
-            if isinstance(self.scorer, FSDPModule) and hasattr(self.scorer, "reset_iter_state"):
-                self.scorer.reset_iter_state()
+            if isinstance(self.scorer, FSDPModule):
+                forget_iteration(self.scorer)
             raise
         finally:
             if isinstance(self.scorer, FSDPModule):

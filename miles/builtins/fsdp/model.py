@@ -183,6 +183,20 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
 
 
+def forget_iteration(scorer: FSDPModule) -> None:
+    """Make the module usable after an exception in the middle of forward or backward.
+
+    Gathered parameters may hold gradients that never were reduced; `reset_iter_state` leaves them, and the next
+    backward would add to them. Where torch has no such method yet, resharding is all that is done.
+    """
+    assert isinstance(scorer, nn.Module)
+    for parameter in scorer.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.grad = None
+    if hasattr(scorer, "reset_iter_state"):
+        scorer.reset_iter_state()
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 

@@ -1,0 +1,198 @@
+"""One rank of the seam test: trains a tiny model, writes what it ended with to a folder.
+
+    python fsdp2_rank.py RANK SIZE FOLDER CASE
+
+With SIZE 1 the model is a plain module and sees the samples of all ranks.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from miles_qwen.bridge import QwenBridge
+from safetensors.torch import save_file
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from miles.builtins.fsdp.backend import FsdpBackend
+from miles.config import Config
+from miles.protocols import BackendContext
+from miles.train.packing import build_micro_batch
+from miles.types import LossResult
+
+SHAPE = {
+    "vocab_size": 37,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
+CASES = {
+    "dense": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {}, "actor"),
+    "moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False), {"gradient_checkpointing": True}, "actor"),
+    "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16"}, "actor"),
+    "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {}, "critic"),
+}
+SHARES = [[[0, 1], [2]], [[3], [4, 5]]]
+"""Rank -> micro-batches -> samples."""
+
+
+def make_backend(case: str, rank: int, size: int) -> FsdpBackend:
+    hf_config, train, role = CASES[case]
+    config = Config.model_validate(
+        {
+            "model": {"random_init": True},
+            "train": {"log_probs_chunk_size": 7, **train},
+            "optimizer": {"lr": 2e-3, "lr_schedule": "linear", "weight_decay": 0.1, "clip_grad": 0.5},
+        }
+    )
+    return FsdpBackend(
+        context=BackendContext(
+            config=config,
+            role=role,
+            checkpoint=Path("unused"),
+            hf_config=hf_config,
+            bridge=QwenBridge(),
+            precision=None,
+            transforms=(),
+            rank=rank,
+            world_size=size,
+            device="cpu",
+            total_steps=8,
+        )
+    )
+
+
+def make_batches(rank: int, size: int):
+    generator = np.random.default_rng(1)
+    samples = [generator.integers(0, 37, length) for length in (9, 4, 12, 5, 7, 11)]
+    columns = {"weights": [generator.random(len(s), dtype=np.float32) / 10 for s in samples]}
+    plans = SHARES[rank] if size > 1 else [rows for share in SHARES for rows in share]
+    return [build_micro_batch(rows, samples, columns) for rows in plans]
+
+
+def loss(batch, outputs):
+    if outputs.values_T is not None:
+        return LossResult(((outputs.values_T - 1) ** 2 * batch.columns["weights"]).sum())
+    return LossResult(-(outputs.log_probs_T * batch.columns["weights"]).sum())
+
+
+def step(backend, batches):
+    wanted = frozenset({"values" if backend.context.role == "critic" else "log_probs"})
+    backend.zero_grad()
+    sums = backend.forward_backward(batches, loss, wanted)
+    return backend.optim_step(), sums
+
+
+def weights(backend) -> dict[str, torch.Tensor]:
+    found = {name: tensor.clone() for group in backend.named_weights() for name, tensor in group.items()}
+    if backend.scorer.value_head is not None:
+        found["value_head"] = whole_value_head(backend)
+    return found
+
+
+def whole_value_head(backend) -> torch.Tensor:
+    weight = backend.scorer.value_head.weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.clone()
+
+
+def run(case: str, rank: int, size: int, folder: Path) -> dict:
+    backend, batches = make_backend(case, rank, size), make_batches(rank, size)
+    reports = [step(backend, batches) for _ in range(3)]
+    trained = weights(backend)
+    if rank == 0:
+        save_file(trained, folder / f"{case}-{size}.safetensors")
+    wanted = frozenset(
+        {"values", "log_probs", "entropy", "logits"} if backend.context.role == "critic" else {"log_probs"}
+    )
+    scored = backend.forward(batches, wanted)
+    facts = {
+        "norms": [report.grad_norm for report, _ in reports],
+        "aux": sum(float(sums.get("train/router_balance", 0.0)) for _, sums in reports),
+        "scores": [float(outputs.log_probs_T.sum()) for outputs in scored],
+    }
+    if size > 1:
+        facts |= after_training(backend, batches, trained, folder / f"{case}-state")
+    return facts
+
+
+def after_training(backend, batches, trained, state: Path) -> dict:
+    """What must hold on sharded weights as on whole ones: resuming, offloading, skipping, retrying."""
+    backend.save(state)
+    step(backend, batches)
+    once = weights(backend)
+    backend.load(state)
+    restored = weights(backend)
+    everything = frozenset({"parameters", "gradients", "optimizer"})
+    backend.offload(everything)
+    backend.onload(everything)
+    step(backend, batches)
+    again = weights(backend)
+    skipped = step(backend, [spoiled(batches[0], backend.data_rank), *batches[1:]])[0].skipped
+    after_skip = weights(backend)
+    backend.load(state)
+    retried = out_of_memory_then_step(backend, batches)
+    return {
+        "restored": same(restored, trained),
+        "moved_on": not same(once, trained),
+        "resumed": same(once, again),
+        "skipped": skipped and same(again, after_skip),
+        "retried": same(retried, once),
+        "empty": empty_on_rank_one(backend, batches),
+    }
+
+
+def spoiled(batch, rank: int):
+    """A loss that is not a number, on one rank only."""
+    poison = torch.full_like(batch.columns["weights"], float("nan") if rank == 1 else 1.0)
+    return batch.with_columns(weights=batch.columns["weights"] * poison)
+
+
+def out_of_memory_then_step(backend, batches) -> dict[str, torch.Tensor]:
+    """The last layer runs out of memory on the second micro-batch, when the first has left its gradients."""
+    layer = backend.scorer.lm.model.layers[-1].mlp
+    seen = []
+
+    def fail_on_second(module, args):
+        seen.append(module)
+        if len(seen) == 2:
+            raise torch.OutOfMemoryError("injected")
+
+    hook = layer.register_forward_pre_hook(fail_on_second)
+    try:
+        step(backend, batches)
+    except torch.OutOfMemoryError:
+        hook.remove()
+        step(backend, batches)
+    return weights(backend)
+
+
+def empty_on_rank_one(backend, batches) -> bool:
+    """Ranks keep step when one has nothing to do."""
+    mine = batches[:1] if backend.data_rank == 0 else [build_micro_batch([], [], {"weights": []})]
+    return not step(backend, mine)[0].skipped
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+if __name__ == "__main__":
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+    facts = {case: run(case, rank, size, folder) for case in sys.argv[4:]}
+    (folder / f"facts-{rank}-of-{size}.json").write_text(json.dumps(facts))
+    if size > 1:
+        dist.destroy_process_group()
