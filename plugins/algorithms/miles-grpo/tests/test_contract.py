@@ -41,3 +41,14 @@ def test_registering_imports_no_torch():
         "import sys, miles_grpo.plugin as p; p.miles_register_advantage_estimators(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_preset_is_a_config_that_validates():
+    from miles.config import Config
+
+    [(name, overlay)] = plugin.miles_register_presets().items()
+    config = Config.model_validate(overlay)
+    assert name == "dapo"
+    assert config.algorithm.loss_aggregation == "token_mean"
+    assert config.algorithm.policy_loss.options == {"eps": 0.2, "eps_high": 0.28}
+    assert [str(spec) for spec in config.rollout.filters] == ["agreeing_rewards"]
