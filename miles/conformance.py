@@ -98,7 +98,7 @@ def _problems(built: Any, protocol: type) -> list[str]:
 
 
 def _members(protocol: type) -> tuple[dict[str, Callable], list[str]]:
-    methods = {
+    methods: dict[str, Callable] = {
         name: member
         for name, member in vars(protocol).items()
         if inspect.isfunction(member)

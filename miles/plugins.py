@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from typing import Any
 
@@ -213,7 +214,11 @@ def _candidates(plugins: Plugins, extra: Iterable[Any]) -> Iterable[tuple[Plugin
         yield infos[0], points[0].load
     for thing in extra:
         name = getattr(thing, "__name__", type(thing).__name__)
-        yield PluginInfo(name, "(given in Python)", "", name), lambda thing=thing: thing
+        yield PluginInfo(name, "(given in Python)", "", name), partial(_itself, thing)
+
+
+def _itself(thing: Any) -> Any:
+    return thing
 
 
 def _info(point: EntryPoint) -> PluginInfo:
@@ -286,7 +291,7 @@ def _collect(manager: pluggy.PluginManager, info: PluginInfo) -> list[Registrati
         kind = caller.name.removeprefix(REGISTERS)
         for impl in caller.get_hookimpls():
             if impl.plugin is plugin:
-                offered = impl.function()
+                offered: Any = impl.function()
                 _check_offer(info, caller.name, kind, offered)
                 collected += [Registration(kind, name, value, info) for name, value in offered.items()]
     return collected

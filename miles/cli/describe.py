@@ -13,7 +13,7 @@ from miles.plugins import Plugins
 
 def describe(resolved: Resolved, plugins: Plugins) -> str:
     """The whole description."""
-    blocks = [
+    blocks: list[tuple[str, Sequence[Sequence[str]]]] = [
         ("plugins", [(info.name, f"{info.distribution} {info.version}") for info in plugins.infos.values()]),
         ("components", component_rows(resolved)),
         ("numbers", _numbers(resolved)),

@@ -9,7 +9,7 @@ from typing import Any
 from miles.config.base import as_reward, as_spec, as_spec_list, as_weighted
 from miles.config.leaves import SETS, Leaf, Path, leaves
 from miles.config.schema import Config
-from miles.config.values import Text, from_text
+from miles.config.values import Text, from_text, item_type
 from miles.options import options_of
 
 
@@ -49,7 +49,8 @@ def read_texts(options: dict[str, Any], kind: type | None) -> None:
         if isinstance(value, Text):
             options[key] = from_text(value, annotation)
         elif isinstance(value, list):
-            options[key] = [str(item) if isinstance(item, Text) else item for item in value]
+            item = item_type(annotation)
+            options[key] = [from_text(text, item) if isinstance(text, Text) else text for text in value]
 
 
 def _holders(nested: dict[str, Any], leaf: Leaf) -> Iterator[tuple[Path, dict[str, Any]]]:

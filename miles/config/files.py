@@ -17,7 +17,7 @@ _ROWS = re.compile(r"@\[[^\]]*\]$")
 def missing_files(resolved: Resolved) -> list[Fault]:
     """One fault for each file or folder that is named and is not there. Hub names are not looked up."""
     config = resolved.config
-    faults = []
+    faults: list[Fault] = []
     for where in ("data", "eval"):
         for task_set in getattr(config, where).sets:
             if task_set.path and not task_set.path.startswith("hub:"):

@@ -67,10 +67,10 @@ class Flattener:
         wrong = path[len(parent)]
         close = get_close_matches(wrong, known, n=1)
         flag = flag_table().get(f"--{path[-1].replace('_', '-')}")
-        if close:
-            remedy = f"did you mean {'.'.join((*parent, close[0]))}?"
-        elif flag is not None:
+        if flag is not None and flag.path[-1] == path[-1]:
             remedy = f"did you mean {flag.dotted}?"
+        elif close:
+            remedy = f"did you mean {'.'.join((*parent, close[0]))}?"
         else:
             elsewhere = get_close_matches(path[-1], {leaf.path[-1]: leaf for leaf in leaves().values()}, n=1)
             place = next((leaf.dotted for leaf in leaves().values() if elsewhere and leaf.path[-1] == elsewhere[0]), "")

@@ -26,7 +26,7 @@ class Row:
 
 def values_of(resolved: Resolved) -> list[Row]:
     """Every leaf in the order of the schema, options of components (their defaults too) below the components."""
-    rows = []
+    rows: list[Row] = []
     for leaf in leaves().values():
         for path, value in _instances(resolved, leaf):
             rows += _rows(resolved, leaf, path, value)

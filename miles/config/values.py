@@ -44,6 +44,14 @@ def from_text(text: str, annotation: Any) -> Any:
     return _structure(text) if annotation is Any else text
 
 
+def item_type(annotation: Any) -> Any:
+    """What the items of a list are; str when it is no list."""
+    for member in (annotation, *typing.get_args(annotation)):
+        if typing.get_origin(member) in (tuple, list):
+            return typing.get_args(member)[0]
+    return str
+
+
 def _first_fit(text: str, members: list[Any]) -> Any:
     for member in members:
         value = from_text(text, member)

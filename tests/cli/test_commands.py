@@ -1,0 +1,155 @@
+"""Commands, exit codes, and what they print."""
+
+import json
+import sys
+import types
+
+import pytest
+
+import miles as package
+from miles.errors import EngineError, RunInterrupted
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    """The jobs replaced by ones that note what they were asked."""
+    module = types.ModuleType("miles.jobs")
+    module.calls = []
+    module.run_training = lambda config, plugins: module.calls.append(("train", config))
+
+    def evaluate(config, plugins, checkpoint=None):
+        module.calls.append(("eval", config, checkpoint))
+        return {"sums": {"accuracy": 0.5}}
+
+    module.run_evaluation = evaluate
+    monkeypatch.setitem(sys.modules, "miles.jobs", module)
+    return module
+
+
+def test_usage_version_and_unknown_commands(miles):
+    code, out, _ = miles("--help")
+    assert code == 0
+    assert all(command in out for command in ("train", "eval", "config", "plugins"))
+    assert miles("--version") == (0, f"miles {package.__version__}\n", "")
+    assert miles()[0] == 2
+    code, _, err = miles("trian")
+    assert code == 2
+    assert "did you mean 'train'" in err
+    code, _, err = miles("-p", "wandb", "plugins")
+    assert code == 2
+    assert "no:NAME" in err
+
+
+def test_train_hands_over_the_configuration(miles, jobs, base):
+    assert miles("train", *base, "--lr", "1e-3", "-p", "no:llama")[0] == 0
+    ((_, config),) = jobs.calls
+    assert config.optimizer.lr == 1e-3
+    assert config.plugins.block == ("llama",)
+
+
+def test_dry_run_prints_components_numbers_and_placement_and_builds_nothing(miles, jobs, base):
+    code, out, _ = miles("train", "--dry-run", *base)
+    assert code == 0
+    assert jobs.calls == []
+    lines = [line.split() for line in out.splitlines()]
+    assert ["rollout.engine", "torch", "miles", package.__version__] in lines
+    assert ["algorithm.policy_loss", "ppo_clip", "miles", package.__version__] in lines
+    assert ["samples_per_rollout", "256"] in lines
+    assert ["total_optimizer_steps", "2"] in lines
+    assert "trainer" in out
+
+
+def test_a_wrong_configuration_is_one_message_and_exit_code_2(miles, jobs, base):
+    code, out, err = miles("train", *base, "--kl-coef", "-1", "--colocat")
+    assert (code, out, jobs.calls) == (2, "", [])
+    assert err.startswith("miles: 2 problems in the configuration")
+    assert "Traceback" not in err
+    with pytest.raises(ValueError, match="2 problems"):
+        miles("train", *base, "--kl-coef", "-1", "--colocat", "--debug")
+
+
+def test_files_that_are_not_there(miles, jobs, base):
+    code, _, err = miles("train", *base, "--data.sets.0.path=trian.jsonl@[0:2]", "--ref-load", "./nowhere/at/all")
+    assert code == 2
+    assert "did you mean train.jsonl?" in err
+    assert "model.ref_load" in err
+    assert miles("train", *base, "--data.sets.0.path=hub:somebody/something")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RunInterrupted("stopped by SIGTERM", 15), 143),
+        (RunInterrupted("stopped by Ctrl-C", 2), 130),
+        (KeyboardInterrupt(), 130),
+        (EngineError("the engine is gone"), 1),
+    ],
+)
+def test_exit_codes(miles, jobs, base, error, code):
+    def fail(config, plugins):
+        raise error
+
+    jobs.run_training = fail
+    got, _, err = miles("train", *base)
+    assert got == code
+    assert str(error) in err
+    assert "Traceback" not in err
+
+
+def test_eval(miles, jobs, base, tmp_path):
+    flags = [*base, "--eval-prompt-data", "sums", "train.jsonl"]
+    code, out, _ = miles("eval", *flags)
+    assert (code, out) == (0, "sums/accuracy: 0.5\n")
+    assert json.loads(miles("eval", *flags, "--json")[1]) == {"sums": {"accuracy": 0.5}}
+    run = tmp_path / "run"
+    run.mkdir()
+    miles("eval", *flags, "--checkpoint", run)
+    assert jobs.calls[-1][2] == run
+    (run / "config.json").write_text("{}")
+    miles("eval", *flags, "--checkpoint", run)
+    assert jobs.calls[-1][2] is None
+    assert jobs.calls[-1][1].model.hf_checkpoint == str(run)
+    assert miles("eval", *base)[0] == 2
+    assert miles("eval", *flags, "--checkpoint", "nowhere")[0] == 2
+
+
+def test_config_prints_values_with_origins(miles, base, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "rollout:\n  batch_size: 4\nalgorithm: {policy_loss: {name: ppo_clip, eps: 0.1}}\n"
+    )
+    code, out, _ = miles("config", "run.yaml", "--lr", "0.5", "--json")
+    assert code == 0
+    rows = json.loads(out)
+    assert rows["rollout.batch_size"] == {"value": 4, "origin": "run.yaml:2"}
+    assert rows["optimizer.lr"] == {"value": 0.5, "origin": "--lr"}
+    assert rows["algorithm.policy_loss"] == {"value": "ppo_clip", "origin": "run.yaml:3"}
+    assert rows["algorithm.policy_loss.eps"] == {"value": 0.1, "origin": "run.yaml:3"}
+    assert rows["algorithm.policy_loss.eps_high"] == {"value": None, "origin": "default"}
+    assert rows["run.seed"] == {"value": 1234, "origin": "default"}
+    changed = miles("config", "run.yaml", "--lr", "0.5", "--changed")[1].splitlines()
+    assert [line.split("#")[1].strip() for line in changed] == ["run.yaml:2", "run.yaml:3", "run.yaml:3", "--lr"]
+
+
+def test_plugins_are_listed(miles):
+    code, out, err = miles("plugins")
+    assert (code, err) == (0, "")
+    assert "ppo_clip" in out
+    code, out, _ = miles("plugins", "--json", "--kind", "policy_losses")
+    table = json.loads(out)
+    assert {c["kind"] for c in table["components"]} == {"policy_losses"}
+    assert any(p["name"] == "builtin" and p["distribution"] == "miles" for p in table["plugins"])
+    assert miles("plugins", "--kind", "policy_loss")[0] == 2
+    assert "builtin" not in miles("plugins", "-p", "no:builtin")[1].split()
+
+
+def test_help_lists_every_flag(miles):
+    from miles.config.leaves import flag_table
+
+    out = miles("train", "--help")[1].split()
+    words = {word.strip(",") for word in out}
+    assert [flag for flag in flag_table() if flag not in words] == []
+    assert "--eps-clip" in words
+    for command in ("eval", "config", "plugins"):
+        code, out, _ = miles(command, "--help")
+        assert code == 0
+        assert out.startswith(f"usage: miles {command}")

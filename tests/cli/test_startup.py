@@ -1,0 +1,59 @@
+"""The command line starts quickly, and without torch."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAVY = ("torch", "transformers", "safetensors")
+DRY_RUN = [
+    "train", "--dry-run", "--hf-checkpoint", "org/x", "--num-rollout", "1", "--prompt-data", "hub:a/b", "--generate", "single_turn",
+]  # fmt: skip
+
+
+def loaded_after(source):
+    program = f"{source}\nimport sys; print('LOADED', *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split("LOADED", 1)[1].split())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import miles.cli",
+        "import miles.api",
+        "import miles.config.load",
+        "from miles.plugins import load_plugins; load_plugins()",
+        "from miles.cli import main; main(['train', '--help'])",
+        "from miles.cli import main; main(['plugins'])",
+        f"from miles.cli import main; assert main({DRY_RUN}) == 0",
+    ],
+)
+def test_no_torch_is_loaded(source):
+    assert loaded_after(source).isdisjoint(HEAVY)
+
+
+def test_importing_the_command_line_loads_no_numpy_and_no_pydantic():
+    assert loaded_after("import miles.cli").isdisjoint(("numpy", "pydantic", "pluggy", "yaml"))
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "miles.cli", "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
+
+
+def test_the_shims_are_the_command_line():
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    for name, words in (("train.py", "usage: miles train"), ("train_async.py", "usage: miles train")):
+        done = subprocess.run([sys.executable, root / name, "--help"], capture_output=True, text=True, check=True)
+        assert words in done.stdout
+    refused = subprocess.run([sys.executable, root / "train_async.py"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "one_step_off" in refused.stderr

@@ -1,0 +1,85 @@
+"""A process with a few light components, and `resolve` on it."""
+
+import types
+from dataclasses import dataclass
+
+import pytest
+
+from miles.api import Component, hookimpl
+from miles.config.load import resolve
+from miles.plugins import load_plugins
+from miles.registry import Registry
+
+MODEL = ("--hf-checkpoint", "org/tiny", "--num-rollout", "3", "--prompt-data", "train.jsonl", "--rm-type", "one")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    low: float = 0.2
+    high: float | None = None
+    on: bool = False
+    sizes: tuple[int, ...] = ()
+
+
+class Extra(types.SimpleNamespace):
+    """A plugin given as an object."""
+
+    __name__ = "extra"
+
+    @hookimpl
+    def miles_register_policy_losses(self):
+        flags = {"--loss-low": "low", "--loss-on": "on", "--loss-sizes": "sizes"}
+        return {
+            "soft": Component("parts:soft", options=LossOptions, flags=flags),
+            "hard": Component("parts:hard", options=LossOptions),
+        }
+
+    @hookimpl
+    def miles_register_advantage_estimators(self):
+        return {"flat": Component("parts:flat"), "steep": Component("parts:steep", options=LossOptions)}
+
+    @hookimpl
+    def miles_register_rewards(self):
+        return {
+            "one": Component("parts:one"),
+            "two": Component("parts:two", options=LossOptions),
+            "world": Component("parts:world", needs={"environment"}),
+        }
+
+    @hookimpl
+    def miles_register_sample_filters(self):
+        return {"sieve": Component("parts:sieve", options=LossOptions)}
+
+    @hookimpl
+    def miles_register_environments(self):
+        return {"maze": Component("parts:Maze", options=LossOptions)}
+
+    @hookimpl
+    def miles_register_presets(self):
+        return {
+            "recipe": {
+                "algorithm": {
+                    "advantage_estimator": "steep",
+                    "policy_loss": {"name": "soft", "low": 0.1, "high": 0.3},
+                    "kl_loss_coef": 0.05,
+                },
+                "rollout": {"batch_size": 7},
+            },
+            "typo": {"algorithm": {"kl_los_coef": 1}},
+        }
+
+
+@pytest.fixture(scope="session")
+def plugins():
+    return load_plugins(extra=[Extra()])
+
+
+@pytest.fixture
+def solve(plugins):
+    """`solve(files, "--flag", "value", ..., overrides=...)`, with model, data and steps given already."""
+
+    def solve(files=(), *arguments, overrides=None, purpose="train", base=MODEL):
+        registry = Registry(plugins)
+        return resolve(files, [*base, *arguments], plugins, overrides, registry=registry, purpose=purpose)
+
+    return solve

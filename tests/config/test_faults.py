@@ -1,0 +1,150 @@
+"""Everything that is wrong, in one report, with key, value, origin and remedy."""
+
+import pytest
+
+from miles.config.faults import ConfigFaults
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def faults_of(solve, *arguments, files=(), **more):
+    with pytest.raises(ConfigFaults) as caught:
+        solve(files, *arguments, **more)
+    assert caught.value.exit_code == 2
+    return {fault.key: fault for fault in caught.value.faults}
+
+
+def test_one_report_for_everything(solve, write):
+    file = write(
+        "rollout:\n  batch_sice: 4\n  num_rollout: many\nalgorithm:\n  policy_loss: {name: soft, lo: 1}\n"
+        "  advantage_estimator: flatt\nlogging: {a: 1}\noptimizer:\n  lr: -1\n"
+    )
+    faults = faults_of(solve, "--colocatte", "--kl-loss-type", "k9", files=(file,), base=())
+    assert set(faults) == {
+        "rollout.batch_sice",
+        "rollout.num_rollout",
+        "algorithm.policy_loss.lo",
+        "algorithm.advantage_estimator",
+        "logging",
+        "optimizer.lr",
+        "--colocatte",
+        "algorithm.kl_type",
+    }
+    assert str(faults["rollout.num_rollout"].origin) == f"{file}:3"
+    assert "integer" in faults["rollout.num_rollout"].problem
+    assert faults["rollout.batch_sice"].remedy == "did you mean rollout.batch_size?"
+    assert "did you mean 'low'" in faults["algorithm.policy_loss.lo"].problem
+    assert str(faults["algorithm.policy_loss.lo"].origin) == f"{file}:5"
+    assert "did you mean 'flat'" in faults["algorithm.advantage_estimator"].problem
+    assert str(faults["algorithm.kl_type"].origin) == "--kl-loss-type"
+    assert "'k1', 'k2', 'k3' or 'low_var_kl'" in faults["algorithm.kl_type"].problem
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "run.yaml:1"),
+        ("- 1", "mapping of sections"),
+        ("rollout:\n  batch_size: 1\n  batch_size: 2\n", "run.yaml:3(?s:.*)line 2"),
+        ("rollout: 3", "is a section"),
+        ("data: {sets: 3}", "must be a list of task sets"),
+        ("data: {sets: [{name: a}, {name: a}]}", "two task sets have this name"),
+        ("data: {sets: [words]}", "a task set is a mapping"),
+        ("hf_checkpoint: x", "did you mean model.hf_checkpoint"),
+        ("rollout: {lr: 1}", "did you mean optimizer.lr"),
+        ("rollout: {engine: 3}", "rollout.engine"),
+    ],
+)
+def test_malformed_files(solve, write, text, words):
+    with pytest.raises(ConfigFaults, match=words):
+        solve((write(text),))
+
+
+def test_a_file_that_is_not_there(solve):
+    with pytest.raises(ConfigFaults, match=r"nowhere\.yaml cannot be read"):
+        solve(("nowhere.yaml",))
+
+
+def test_numbers_in_scientific_notation_are_numbers(solve, write):
+    assert solve(
+        (write("algorithm: {policy_loss: {name: soft, low: 1e-3}}"),)
+    ).config.algorithm.policy_loss.options == {"low": 0.001}
+
+
+def test_what_is_missing(solve):
+    assert set(faults_of(solve, base=())) == {"model.hf_checkpoint", "data.sets", "numbers"}
+    assert set(faults_of(solve, base=(), purpose="eval")) == {"model.hf_checkpoint", "eval.sets"}
+    solve(base=(), purpose="show")
+    no_reward = ("--hf-checkpoint", "org/x", "--num-rollout", "1", "--prompt-data", "x.jsonl")
+    assert set(faults_of(solve, base=no_reward)) == {"data.sets.default.reward"}
+    solve((), "--rollout-engine", "none", base=no_reward)
+    solve((), "--generate", "single_turn", base=no_reward)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "words"),
+    [
+        (["--kl-coef", "0.1", "--kl-loss-coef", "0.1"], "algorithm.kl_coef", "twice"),
+        (["--use-unbiased-kl"], "algorithm.unbiased_kl", "kl_loss_coef is 0"),
+        (["--rollout-top-p", "0.9"], "data.sets.default.sampling.top_p", "policy that acted"),
+        (["--rollout-top-k", "50"], "data.sets.default.sampling.top_k", "policy that acted"),
+        (["--rollout-min-p", "0.1"], "data.sets.default.sampling.min_p", "policy that acted"),
+        (["--rollout-temperature", "0"], "data.sets.default.sampling.temperature", "greedy"),
+        (["--rollout-mode", "one_step_off"], "rollout.mode", "not in this version"),
+        (["--rollout-mode", "fully_async", "--colocate"], "resources.colocate", "take turns"),
+        (["--rollout-mode", "fully_async", "--deterministic-mode"], "run.deterministic", "cannot be promised"),
+        (["--loss-aggregation-constant", "512"], "algorithm.aggregation_constant", "sample_mean"),
+        (["--rollout-min-response-len", "999"], "data.sets.default.sampling.min_new_tokens", "max_new_tokens=256"),
+        (["--rollout-max-context-len", "100"], "data.sets.default.sampling.max_new_tokens", "no room"),
+        (["--min-lr", "1", "--lr-decay-style", "cosine"], "optimizer.min_lr", "peak"),
+        (["--lr-warmup-iters", "9", "--lr-decay-iters", "5"], "optimizer.lr_decay_steps", "warm-up"),
+        (["--eval-interval", "5"], "eval.interval", "nothing to evaluate"),
+        (["--eval-prompt-data", "a", "a.jsonl", "--eval-pass-k", "8"], "eval.pass_k", "1 at most"),
+        (["--rm-type", "world"], "data.sets.default.reward", "needs an environment"),
+        (["--generate", "multi_turn"], "data.sets.default.generate", "needs an environment"),
+        (["--global-batch-size", "7"], "numbers", "does not divide"),
+    ],
+)
+def test_contradictions(solve, arguments, key, words):
+    faults = faults_of(solve, *arguments)
+    assert words in faults[key].problem
+    assert faults[key].remedy or key == "numbers"
+
+
+def test_evaluation_may_do_what_training_may_not(solve):
+    flags = [
+        "--eval-prompt-data",
+        "a",
+        "a.jsonl",
+        "--eval-top-p",
+        "0.9",
+        "--eval-temperature",
+        "0",
+        "--eval-top-k",
+        "5",
+    ]
+    assert solve((), *flags).config.eval.sets[0].sampling.top_k == 5
+
+
+def test_temperatures_of_training_sets_agree(solve):
+    sets = {"a": {"path": "a", "reward": "one"}, "b": {"path": "b", "reward": "one", "sampling": {"temperature": 0.5}}}
+    with pytest.raises(ConfigFaults, match="temperatures differ"):
+        solve(({"data": {"sets": sets}},), base=("--hf-checkpoint", "org/x", "--num-rollout", "1"))
+
+
+def test_a_correction_of_equal_numbers_is_refused(solve, plugins):
+    with pytest.raises(ConfigFaults, match="same numbers"):
+        solve((), "--old-logprobs", "rollout", "--is-correction", "json:dumps")
+
+
+def test_an_environment_answers_those_who_need_one(solve):
+    config = solve((), "--rm-type", "world", "--environment", "{name: maze, low: 2}").config
+    assert config.data.sets[0].environment.options == {"low": 2}
