@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import time
 
 import miles_wandb.plugin as plugin
 import pytest
@@ -38,11 +39,21 @@ def track(directory, steps, resumed_from=None, status="completed", **options):
 
 
 def records_of(directory):
-    """Records of an offline run's file: LevelDB's log format, each record a protocol buffer."""
+    """All records of an offline run. wandb's own process writes them, a moment after `finish` has returned."""
+    [path] = directory.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = list(parsed(path.read_bytes()))
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.05)
+    raise TimeoutError(f"{path} has no exit record")
+
+
+def parsed(data):
+    """LevelDB's log format, each record a protocol buffer."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    [path] = directory.glob("wandb/offline-run-*/run-*.wandb")
-    data = path.read_bytes()
     position, whole = 7, b""
     while position + 7 <= len(data):
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
