@@ -437,7 +437,8 @@ class TrainBackend(Protocol):
     """
 
     data_rank: int
-    """Which share of the batch this rank works on; ranks that split a model share one."""
+    """Which share of the batch this rank works on. Ranks that split a model share one: they are given the same batches,
+    return the same outputs and sums (pipeline stages pass on those of the last), and count once."""
     data_size: int
     sums_gradients: bool
     """Gradients are summed over data ranks, not averaged: denominators handed to the loss are global."""
