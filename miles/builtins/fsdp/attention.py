@@ -147,13 +147,21 @@ def sdpa_packed(
         block = slice(first, first + count * length)
         q, k, v = (x[block].unflatten(0, (count, length)).transpose(1, 2) for x in (query_SAD, key_SAD, value_SAD))
         mask = packed.band(length, sliding_window) if sliding_window and sliding_window < length else None
+        shared = repeats > 1 and _shares_keys(q, mask)
+        if repeats > 1 and not shared:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=repeats > 1
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=shared
         )
         blocks.append(out.transpose(1, 2).flatten(0, 1))
     out_SAD = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     out_TAD = out_SAD if packed.slot_T is None else _FromSlots.apply(out_SAD, packed.slot_T)
     return out_TAD.unsqueeze(0), None
+
+
+def _shares_keys(query: Tensor, mask: Tensor | None) -> bool:
+    """Whether a fused kernel takes fewer key heads than query heads: on CUDA flash does, memory-efficient does not."""
+    return not query.is_cuda or (mask is None and query.dtype in (torch.bfloat16, torch.float16))
 
 
 def flash_packed(

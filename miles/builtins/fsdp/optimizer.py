@@ -73,8 +73,8 @@ class Optimizer:
         """
         rate = learning_rate(self.steps, self.section, self.total_steps)
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(grads)).to(torch.float64)
-        if any(isinstance(grad, DTensor) for grad in grads):
+        norm = whole(torch.nn.utils.get_total_norm(grads)).double() if grads else loss_total.double() * 0
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters.values()):
             dist.all_reduce(loss_total)
         grad_norm, loss = torch.stack([norm, loss_total.to(norm)]).tolist()
         if not (math.isfinite(grad_norm) and math.isfinite(loss)):

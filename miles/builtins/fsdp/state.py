@@ -83,7 +83,7 @@ class Placement:
     def offload(self, parts: Iterable[TrainPart]) -> None:
         for part in reversed(ORDER):
             if part in parts and part not in self.away:
-                self._move(part, torch.device("cpu"))
+                self._move(part, torch.device("cpu"), away=True)
                 self.away.add(part)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -91,14 +91,14 @@ class Placement:
     def onload(self, parts: Iterable[TrainPart]) -> None:
         for part in ORDER:
             if part in parts and part in self.away:
-                self._move(part, self.device)
+                self._move(part, self.device, away=False)
                 self.away.discard(part)
 
-    def _move(self, part: TrainPart, device: torch.device) -> None:
+    def _move(self, part: TrainPart, device: torch.device, away: bool) -> None:
         if part == "parameters":
             self._move_parameters(device)
         elif part == "gradients":
-            self._move_gradients(device)
+            (self._park_gradients if away else self._return_gradients)(device)
         elif self.optimizer is not None:
             self.optimizer.move(device)
 
@@ -109,16 +109,16 @@ class Placement:
         for parameter in self.module.parameters():
             parameter.data = parameter.data.to(device)
 
-    def _move_gradients(self, device: torch.device) -> None:
+    def _park_gradients(self, device: torch.device) -> None:
         """A gradient may not live elsewhere than its parameter, so those that are away are kept here."""
-        if device == self.device:
-            for parameter, gradient in self._gradients:
-                parameter.grad = gradient.to(device)
-            self._gradients = []
-            return
         owners = list(self.module.parameters())
         if self.optimizer is not None:
             owners += [m for name, m in self.optimizer.masters.items() if m is not self.optimizer.parameters[name]]
         self._gradients = [(owner, owner.grad.to(device)) for owner in owners if owner.grad is not None]
         for owner, _ in self._gradients:
             owner.grad = None
+
+    def _return_gradients(self, device: torch.device) -> None:
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient.to(device)
+        self._gradients = []

@@ -1,0 +1,187 @@
+"""Save and load bit for bit; offload and onload without a trace; weights from a checkpoint."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from miles.builtins.fsdp.backend import FsdpBackend
+from miles.builtins.fsdp.model import initial_weights
+from miles.errors import CheckpointError, TrainError
+from miles.types import LossResult
+
+EVERYTHING = frozenset({"parameters", "gradients", "optimizer"})
+
+
+def step(backend, batch, loss):
+    backend.zero_grad()
+    backend.forward_backward([batch], loss)
+    return backend.optim_step()
+
+
+def tensors(backend):
+    return {name: tensor.detach().clone() for name, tensor in backend._state().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_loaded_backend_goes_on_bit_for_bit(kind, dtype, request, make_backend, samples, pack, weighted, tmp_path):
+    config = request.getfixturevalue(kind)()
+    options = {"train": {"dtype": dtype}, "optimizer": {"lr_schedule": "cosine", "weight_decay": 0.1}}
+    first = make_backend(config, **options)
+    for _ in range(2):
+        step(first, pack(samples), weighted)
+    first.save(tmp_path / "state")
+    report = step(first, pack(samples), weighted)
+    second = make_backend(config, **options)
+    assert not same(tensors(first), tensors(second))
+    second.load(tmp_path / "state")
+    assert step(second, pack(samples), weighted) == report
+    assert same(tensors(first), tensors(second))
+
+
+def test_a_critics_value_head_is_saved(make_backend, samples, pack, tmp_path):
+    first, second = make_backend(role="critic"), make_backend(role="critic")
+    loss = lambda batch, outputs: LossResult((outputs.values_T - 3).square().sum())  # noqa: E731
+    first.forward_backward([pack(samples)], loss, frozenset({"values"}))
+    first.optim_step()
+    first.save(tmp_path)
+    assert not torch.equal(first.scorer.value_head.weight, second.scorer.value_head.weight)
+    second.load(tmp_path)
+    assert torch.equal(first.scorer.value_head.weight, second.scorer.value_head.weight)
+
+
+def test_what_cannot_be_loaded_says_why(make_backend, dense, tmp_path):
+    backend = make_backend()
+    with pytest.raises(CheckpointError, match="missing"):
+        backend.load(tmp_path)
+    backend.save(tmp_path)
+    with pytest.raises(CheckpointError, match="names differ"):
+        make_backend(dense(num_hidden_layers=1)).load(tmp_path)
+    with pytest.raises(CheckpointError, match="is torch.float32"):
+        make_backend(dense(intermediate_size=40)).load(tmp_path)
+    with pytest.raises(CheckpointError, match="names differ"):
+        make_backend(train={"dtype": "bf16"}).load(tmp_path)
+    backend.data_size = 2
+    with pytest.raises(CheckpointError, match="world_size=1"):
+        backend.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_offloading_leaves_no_trace(dtype, make_backend, samples, pack, weighted):
+    still, moved = (make_backend(train={"dtype": dtype}) for _ in range(2))
+    for backend in (still, moved):
+        backend.forward_backward([pack(samples)], weighted)
+    moved.offload(EVERYTHING)
+    moved.offload(EVERYTHING)
+    moved.onload(frozenset({"parameters"}))
+    moved.onload(EVERYTHING)
+    assert still.optim_step() == moved.optim_step()
+    assert same(tensors(still), tensors(moved))
+
+
+def test_gradients_that_are_away_are_not_held(make_backend, samples, pack, weighted):
+    backend = make_backend()
+    backend.forward_backward([pack(samples)], weighted)
+    backend.offload(frozenset({"gradients"}))
+    assert all(p.grad is None for p in backend.scorer.parameters())
+
+
+@pytest.mark.parametrize(
+    ("part", "call"),
+    [
+        ("parameters", lambda b, batch, loss: b.forward([batch], frozenset({"log_probs"}))),
+        ("parameters", lambda b, batch, loss: list(b.named_weights())),
+        ("gradients", lambda b, batch, loss: b.forward_backward([batch], loss)),
+        ("optimizer", lambda b, batch, loss: b.optim_step()),
+    ],
+)
+def test_work_on_what_is_away_is_refused(part, call, make_backend, samples, pack, weighted):
+    backend = make_backend()
+    backend.offload(frozenset({part}))
+    with pytest.raises(TrainError, match=f"{part} are offloaded"):
+        call(backend, pack(samples), weighted)
+
+
+# ------------------------------------------------------------------------------------------------------ initial weights
+
+
+def from_checkpoint(backend, folder) -> FsdpBackend:
+    """The same context, but with the weights that lie in `folder`."""
+    context = backend.context
+    model = context.config.model.model_copy(update={"random_init": False})
+    config = context.config.model_copy(update={"model": model})
+    return FsdpBackend(context=type(context)(**{**vars(context), "config": config, "checkpoint": folder}))
+
+
+def test_weights_come_from_the_checkpoint(make_backend, samples, pack, weighted, tmp_path):
+    trained = make_backend()
+    step(trained, pack(samples), weighted)
+    sent = {name: tensor.clone() for group in trained.named_weights() for name, tensor in group.items()}
+    save_file(sent, tmp_path / "model.safetensors")
+    loaded = {
+        name: t for group in from_checkpoint(make_backend(), tmp_path).named_weights() for name, t in group.items()
+    }
+    assert same(sent, loaded)
+    repeated = {**sent, "lm_head.weight": sent["model.embed_tokens.weight"].clone()}
+    save_file(repeated, tmp_path / "model.safetensors")
+    assert same(
+        sent, {n: t for group in from_checkpoint(make_backend(), tmp_path).named_weights() for n, t in group.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "lack 1 .*model.norm.weight"),
+        (lambda w: w.update(odd=torch.zeros(2)), "'odd'"),
+        (lambda w: w.update({"model.norm.weight": torch.zeros(3)}), r"\(3,\)"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(change, message, make_backend, tmp_path):
+    backend = make_backend()
+    weights = {name: tensor for group in initial_weights(backend.context) for name, tensor in group.items()}
+    change(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(TrainError, match=message):
+        from_checkpoint(backend, tmp_path)
+
+
+def test_transforms_freeze_and_wrap(make_backend, samples, pack, weighted):
+    """An adapter wraps the query projection; only the adapter learns; the base keeps its names."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+            self.extra = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+            torch.nn.init.zeros_(self.extra.weight)
+
+        def forward(self, x):
+            return self.base(x) + self.extra(x)
+
+    class Adapting:
+        def prepare(self, model, role):
+            for layer in model.model.layers:
+                layer.self_attn.q_proj = Adapter(layer.self_attn.q_proj)
+            return model
+
+        def trainable(self, name):
+            return ".extra." in name
+
+        def synced(self, groups):
+            return groups
+
+    plain, adapted = make_backend(), make_backend(transforms=(Adapting(),))
+    want = frozenset({"log_probs"})
+    first, second = (b.forward([pack(samples)], want)[0].log_probs_T for b in (plain, adapted))
+    assert torch.equal(first, second)
+    before = {name: t.clone() for group in adapted.named_weights() for name, t in group.items()}
+    assert before.keys() == {name for group in plain.named_weights() for name in group}
+    step(adapted, pack(samples), weighted)
+    assert same(before, {name: t for group in adapted.named_weights() for name, t in group.items()})
+    assert not torch.equal(adapted.forward([pack(samples)], want)[0].log_probs_T, second)
+    assert len(adapted.optimizer.masters) == 2
