@@ -275,6 +275,8 @@ class OpBridge(ABC):
 
     ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Patterns of checkpoint tensors that say nothing: buffers that older checkpoints kept."""
+    _shardings: tuple[Any, dict[str, Sharding]] | None = None
+    """Of the config last asked for: an export asks once a tensor."""
 
     @abstractmethod
     def weights(self, hf_config: Any) -> Sequence[Weight]:
@@ -290,11 +292,14 @@ class OpBridge(ABC):
         raise self._unknown_world(world, hf_config)
 
     def sharding(self, hf_config: Any, name: str) -> Sharding:
+        if self._shardings is None or self._shardings[0] is not hf_config:
+            weights = self.weights(hf_config)
+            by_pattern = {known.format(i="*", e="*"): weight.sharding for weight in weights for known in weight.hf}
+            self._shardings = (hf_config, by_pattern)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-        for weight in self.weights(hf_config):
-            if any(pattern == known.format(i="*", e="*") for known in weight.hf):
-                return weight.sharding
-        raise WeightError(f"unknown tensor {name!r} in a checkpoint of {hf_config.model_type!r}")
+        if pattern not in self._shardings[1]:
+            raise WeightError(f"unknown tensor {name!r} in a checkpoint of {hf_config.model_type!r}")
+        return self._shardings[1][pattern]
 
     def to_world(
         self, world: str, hf_config: Any, groups: Iterable[WeightGroup], part: Part = WHOLE
