@@ -235,7 +235,7 @@ def test_router_balance_is_that_of_transformers(moe, make_backend, samples, pack
     logits = lm.model(tokens, position_ids=positions, output_router_logits=True, use_cache=False).router_logits
     expected = 0.1 * load_balancing_loss_func(logits, 4, 2)
     assert float(sums["train/router_balance"]) == pytest.approx(expected.item(), rel=1e-5)
-    assert float(seen[0].aux_losses["router_balance"]) == pytest.approx(expected.item(), rel=1e-5)
+    assert seen[0].aux_losses["router_balance"].item() == pytest.approx(expected.item(), rel=1e-5)
     backend.scorer.lm.config.router_aux_loss_coef = 0.0
     backend.zero_grad()
     backend.forward_backward([pack(samples)], weighted)
