@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from miles.api import Bridge, ConfigError
+from miles.builtins.torch_engine.decoder import DecoderConfig, weight_shapes
 from miles.checkpoint_io import read_weights
 
 DIMS = {
@@ -72,6 +73,13 @@ def test_round_trip(saved, world):
     backwards = [{name: tensor} for name, tensor in reversed(there.items())]
     checkpoint = load_file(folder / "model.safetensors")
     assert same(merged(LlamaBridge().from_world(world, model.config, backwards)), checkpoint)
+
+
+def test_the_engine_takes_names_and_shapes(saved):
+    model, folder = saved
+    options = DecoderConfig(**LlamaBridge().config_for("decoder", model.config))
+    tensors = merged(LlamaBridge().to_world("decoder", model.config, read_weights(folder)))
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == weight_shapes(options)
 
 
 def test_decoder_dimensions():

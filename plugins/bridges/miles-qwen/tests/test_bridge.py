@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from miles.api import Bridge, ConfigError, Part, Share, WeightError
+from miles.builtins.torch_engine.decoder import DecoderConfig, weight_shapes
 from miles.checkpoint_io import read_weights
 from miles.toolkit import join_shards
 
@@ -169,6 +170,13 @@ def test_missing_and_foreign_tensors_are_named(saved):
     foreign = tensors | {"model.layers.1.self_attn.q_proj.weight_scale_inv": torch.zeros(1)}
     with pytest.raises(WeightError, match="unknown tensor .*weight_scale_inv"):
         list(QwenBridge().to_world("decoder", config, singly(foreign)))
+
+
+def test_the_engine_takes_names_and_shapes(saved):
+    _, config, folder = saved
+    options = DecoderConfig(**QwenBridge().config_for("decoder", config))
+    tensors = merged(QwenBridge().to_world("decoder", config, read_weights(folder)))
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == weight_shapes(options)
 
 
 def test_decoder_dimensions():
