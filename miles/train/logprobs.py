@@ -152,6 +152,5 @@ def _logits_gradient(
         coefficient_CV = coefficient_CV - grad_entropy_C.unsqueeze(-1) * (log_p_CV + entropy_C.unsqueeze(-1))
     grad_CV = p_CV.mul_(coefficient_CV)
     if grad_C is not None:
-        index_C1 = targets_C.unsqueeze(-1)
-        grad_CV.scatter_(-1, index_C1, grad_CV.gather(-1, index_C1) + grad_C.unsqueeze(-1))
+        grad_CV[torch.arange(len(targets_C), device=targets_C.device), targets_C] += grad_C
     return grad_CV

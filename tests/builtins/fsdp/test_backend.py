@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from miles.builtins.fsdp.model import initial_weights
 from miles.errors import ConfigError
 from miles.protocols import TrainBackend
-from miles.train.packing import split_by_sample, split_micro_batch
+from miles.train.packing import plan_micro_batches, split_by_sample, split_micro_batch
 from miles.types import LossResult, Outputs
 
 LOG_PROBS = frozenset({"log_probs"})
@@ -99,6 +101,29 @@ def test_gradients_do_not_depend_on_micro_batches(any_config, way, make_backend,
     backend.forward_backward(batches, weighted)
     for name, gradient in gradients(backend).items():
         torch.testing.assert_close(gradient, expected[name], atol=2e-6, rtol=2e-6)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=9),
+    cap=st.integers(1, 60),
+    chunk_size=st.integers(1, 30),
+    kind=st.sampled_from(["dense", "moe"]),
+)
+def test_gradients_do_not_depend_on_any_plan(
+    lengths, cap, chunk_size, kind, request, make_backend, pack, weighted, gradients
+):
+    """Whatever the lengths, the cap of a micro-batch, and the chunks of the head."""
+    generator = np.random.default_rng(0)
+    samples = [generator.integers(0, 37, length) for length in lengths]
+    config = request.getfixturevalue(kind)()
+    packed, alone = make_backend(config, train={"log_probs_chunk_size": chunk_size}), make_backend(config)
+    packed.forward_backward([pack(samples, rows) for rows in plan_micro_batches(lengths, cap)], weighted)
+    alone.forward_backward([pack(samples, [row]) for row in range(len(samples))], weighted)
+    found, expected = gradients(packed), gradients(alone)
+    norm = float(torch.nn.utils.get_total_norm(list(expected.values())))
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6 * max(norm, 1.0), rtol=0)
 
 
 def test_sums_are_summed_over_micro_batches(make_backend, samples, pack, weighted):
@@ -242,7 +267,16 @@ def test_router_balance_is_that_of_transformers(moe, make_backend, samples, pack
     assert any(not torch.equal(with_balance[n], g) for n, g in gradients(backend).items() if "gate" in n)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_same_inputs_same_bits(any_config, make_backend, samples, pack, weighted):
+    """And every kernel on the way has a deterministic form."""
     ends = []
     for _ in range(2):
         backend = make_backend(any_config)

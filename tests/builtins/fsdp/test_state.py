@@ -1,5 +1,7 @@
 """Save and load bit for bit; offload and onload without a trace; weights from a checkpoint."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -148,6 +150,30 @@ def test_a_checkpoint_of_another_model_is_refused(change, message, make_backend,
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(TrainError, match=message):
         from_checkpoint(backend, tmp_path)
+
+
+def test_a_precision_scheme_is_asked_in_order(make_backend, samples, pack, weighted):
+    """`configure` before the model exists, `prepare` before its weights do, `autocast` around every forward."""
+    calls = []
+
+    class Scheme:
+        def configure(self, backend, model_config):
+            calls.append(("configure", backend, model_config["dtype"], model_config["hidden_size"]))
+
+        def prepare(self, model):
+            calls.append(("prepare", next(model.parameters()).is_meta))
+            return model
+
+        @contextmanager
+        def autocast(self):
+            calls.append(("autocast",))
+            yield
+
+    backend = make_backend(precision=Scheme(), train={"dtype": "bf16"})
+    assert calls == [("configure", "fsdp", "bf16", 32), ("prepare", True)]
+    backend.forward_backward([pack(samples)], weighted)
+    backend.forward([pack(samples)], frozenset({"log_probs"}))
+    assert calls[2:] == [("autocast",)] * 2
 
 
 def test_transforms_freeze_and_wrap(make_backend, samples, pack, weighted):
