@@ -391,7 +391,7 @@ class Outputs:
     logits: Callable[[int, int], Tensor] | None = None
     """`logits(start, end) -> [end - start, V]`, float32, divided by the rollout temperature, rows predicting
     `tokens[start:end]` (void for a sample's first token): for losses that need them, in chunks, so that nobody holds
-    `[T, V]`. They carry a gradient: wrap the work on a chunk in `torch.utils.checkpoint`, or backward holds them all."""
+    `[T, V]`. They carry a gradient: put the work on a chunk in `torch.utils.checkpoint`, or backward holds all."""
     aux_losses: dict[str, Tensor] = field(default_factory=dict)
     """A model's own losses (router balance, z-loss, MTP), already weighted, as scalars."""
 
