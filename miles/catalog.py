@@ -29,7 +29,7 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
         "miles-grpo": ("dapo",),
     },
     "is_corrections": {"miles-is-correction": ("tis", "mis", "icepop", "m2po")},
-    "bridges": {"miles-qwen": ("qwen2", "qwen3"), "miles-llama": ("llama",)},
+    "bridges": {"miles-qwen": ("qwen",), "miles-llama": ("llama",)},
     "chat_formats": {"miles-qwen": ("qwen3",)},
     "rewards": {"miles-math": ("exact_match", "math")},
     "routing_replays": {"miles-routing-replay": ("r2", "r3")},

@@ -54,7 +54,7 @@ def train(
     """
     loaded = load_plugins(extra=plugins)
     files = (config,) if isinstance(config, str | Path | Mapping) else config
-    overrides = flags if reward is None else {**flags, "reward": reward, "eval_reward": reward}
+    overrides = flags if reward is None else {**flags, "data.sets.*.reward": reward, "eval.sets.*.reward": reward}
     resolved = resolve(files, (), loaded, overrides=overrides)
     return _in_event_loop(run_job(resolved))
 

@@ -37,7 +37,7 @@ def providing(registry: Registry, kind: str, model_type: str) -> str | None:
     offers = [offer for offer in registry.offers(kind) if model_type in offer.value.provides]
     if len(offers) > 1:
         claims = " and ".join(f"{offer.name!r} ({offer.plugin})" for offer in offers)
-        raise ConfigError(f"model type {model_type!r} is served by {claims}: choose one with {KINDS[kind].key}")
+        raise ConfigError(f"model type {model_type!r} is served by {claims}: choose one with {KINDS[kind].keys[0]}")
     return offers[0].name if offers else None
 
 
@@ -78,7 +78,10 @@ def chat_format_for(
 
 
 def precision_for(registry: Registry, config: Config) -> PrecisionScheme:
-    return registry.build("precision_schemes", config.precision.scheme)
+    """The configured scheme, told what the trainer computes in; a backend tells it about its model besides."""
+    scheme: PrecisionScheme = registry.build("precision_schemes", config.precision.scheme)
+    scheme.configure(config.train.train_backend.name, {"dtype": config.train.dtype})
+    return scheme
 
 
 def transforms_for(registry: Registry, config: Config) -> list[ModelTransform]:

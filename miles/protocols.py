@@ -13,10 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from miles.contexts import BackendContext as BackendContext
+from miles.contexts import ChatContext as ChatContext
+from miles.contexts import DataContext as DataContext
+from miles.contexts import EngineContext as EngineContext
+from miles.contexts import GenerateContext, Role
+from miles.contexts import RunInfo as RunInfo
 from miles.parts import WHOLE, Part, Sharding
 from miles.types import (
     Action,
@@ -36,7 +42,6 @@ from miles.types import (
     PolicyLoss,
     Prompt,
     Sample,
-    SamplingParams,
     StepReport,
     StepResult,
     Verdict,
@@ -47,9 +52,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-    from miles.config import Config, TaskSet
 
-Role = Literal["actor", "critic", "reference", "teacher"]
 Want = Literal["log_probs", "entropy", "values", "logits"]
 TrainPart = Literal["parameters", "gradients", "optimizer"]
 EnginePart = Literal["weights", "kv_cache", "graphs"]
@@ -82,15 +85,6 @@ class Bridge(Protocol):
 
     def config_for(self, world: str, hf_config: Any) -> Mapping[str, Any]:
         """The model's dimensions under the names that world uses."""
-
-
-@dataclass(frozen=True)
-class ChatContext:
-    tokenizer: Any
-    """A transformers tokenizer."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    eos_token_ids: tuple[int, ...] = ()
-    """What the checkpoint's generation config says ends a response, besides the tokenizer's own end token."""
 
 
 @runtime_checkable
@@ -217,18 +211,6 @@ class Executor(Protocol):
 # --------------------------------------------------------------------------------------------------------------- data
 
 
-@dataclass(frozen=True)
-class DataContext:
-    sets: Sequence[TaskSet]
-    chat: ChatFormat
-    seed: int
-    max_prompt_tokens: int | None
-    """Longer prompts are dropped and counted."""
-    shuffle: bool
-    bad_lines: Literal["error", "skip"] = "error"
-    """Whether a malformed row stops the run or is skipped and counted."""
-
-
 @runtime_checkable
 class DataSource(Protocol):
     """Where prompts come from. Context: `DataContext`.
@@ -251,22 +233,6 @@ class DataSource(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
-
-
-@dataclass(frozen=True)
-class EngineContext:
-    checkpoint: Path
-    """A Hugging Face checkpoint: config, tokenizer and (unless `load_weights` is False) weights."""
-    hf_config: Any
-    tokenizer: Any
-    bridge: Bridge
-    device: str
-    dtype: str
-    load_weights: bool
-    """False when the first weight sync brings them before the first request."""
-    run_dir: Path
-    precision: PrecisionScheme | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -331,21 +297,6 @@ class Environment(Protocol):
     async def close(self) -> None: ...
 
 
-@dataclass
-class GenerateContext:
-    """What a generate function works with."""
-
-    generate: Callable[[GenerateRequest], Any]
-    """Awaitable: routes to an engine, counts, honours priority."""
-    chat: ChatFormat
-    sampling: SamplingParams
-    make_environment: Callable[[], Environment] | None = None
-    max_context_tokens: int | None = None
-    max_turns: int = 16
-    evaluation: bool = False
-    routed_experts: bool = False
-
-
 @runtime_checkable
 class GenerateFunction(Protocol):
     """Turns a fresh (or resumed) sample into a finished one, or into siblings that share its `rollout_id`."""
@@ -406,26 +357,6 @@ class PolicyLossFunction(Protocol):
     """Per-token loss of one micro-batch. Aggregation, mask and corrections stay in the core."""
 
     def __call__(self, inputs: LossInputs) -> PolicyLoss: ...
-
-
-@dataclass(frozen=True)
-class BackendContext:
-    """What a train backend is built from, on one rank."""
-
-    config: Config
-    role: Role
-    checkpoint: Path
-    hf_config: Any
-    bridge: Bridge
-    precision: PrecisionScheme | None
-    transforms: Sequence[ModelTransform]
-    rank: int
-    world_size: int
-    device: str
-    total_steps: int
-    """Optimizer steps the whole run will take, for schedules."""
-    temperature: float = 1.0
-    """Logits are divided by it before the softmax."""
 
 
 @runtime_checkable
@@ -497,16 +428,6 @@ class Evaluator(Protocol):
 
     async def evaluate(self, run: Any, step: int) -> dict[str, Metrics]:
         """Set name -> metrics."""
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """What a tracker needs to know of a run."""
-
-    name: str
-    directory: Path
-    config: Mapping[str, Any]
-    resumed_from: int | None = None
 
 
 @runtime_checkable

@@ -89,11 +89,8 @@ class _Reader:
             self._set(flag, leaf, [item for word in words for item in _listed(word, leaf)])
 
     def _set(self, flag: str, leaf: Leaf, value: Any) -> None:
-        path = leaf.path
-        if flag in EVAL_FLAGS:
-            path = ("eval", "sets", "*", *path[3:])
         origin = Origin("flag", flag)
-        self._out.settings += self._flattener.value(path, value, fixed_origin(origin), origin)
+        self._out.settings += self._flattener.value(leaf.flat, value, fixed_origin(origin), origin)
 
     def _dotted(self, flag: str, text: str | None) -> None:
         parts = flag[2:].split(".")

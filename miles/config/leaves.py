@@ -21,6 +21,9 @@ Path = tuple[str, ...]
 Shape = Literal["value", "spec", "specs", "rewards"]
 SETS: frozenset[Path] = frozenset({("data", "sets"), ("eval", "sets")})
 """Where task sets are; below each, `*` stands for the name of a set."""
+FLAT = "(flat)"
+"""In the path of a flat flag, in place of the name of a set: the set called `default`, or the only one; in evaluation,
+every set."""
 
 EVAL_FLAGS: dict[str, str] = {
     "--eval-input-key": "keys.input",
@@ -55,6 +58,11 @@ class Leaf:
     @property
     def dotted(self) -> str:
         return ".".join(self.path)
+
+    @property
+    def flat(self) -> Path:
+        """The path that a flat flag sets."""
+        return tuple(FLAT if part == "*" else part for part in self.path)
 
     @property
     def is_bool(self) -> bool:

@@ -180,7 +180,7 @@ class _Resolution:
             path, flag = tuple(key.split(".")), f"--{key.replace('_', '-')}"
             leaf = flag_table().get(flag)
             if len(path) == 1 and path[0] not in children(()) and leaf is not None:
-                settings += self.flattener.value(leaf.path, value, where, Origin("python", f"{key}, given in Python"))
+                settings += self.flattener.value(leaf.flat, value, where, Origin("python", f"{key}, given in Python"))
             elif len(path) == 1 and path[0] not in children(()) and flag in self.component_flags:
                 flags.append((flag, value))
             else:

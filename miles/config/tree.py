@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from miles.config.faults import DEFAULT, Fault, Origin
-from miles.config.leaves import SETS, Leaf, Path, leaf_above, leaves, pattern
+from miles.config.leaves import FLAT, SETS, Leaf, Path, leaf_above, leaves, pattern
 from miles.config.settings import RESET, Setting
 
 _OWN = ("path", "weight", "n_samples_per_prompt")
@@ -146,6 +146,8 @@ class Tree:
         where, name = setting.path[:2], setting.path[2]
         names = self.sets[where]
         if name == "*":
+            return list(names)
+        if name == FLAT:
             return self._flat(setting, where, names)
         if name in names:
             return [name]

@@ -15,10 +15,10 @@ def jobs(monkeypatch):
     """The jobs replaced by ones that note what they were asked."""
     module = types.ModuleType("miles.jobs")
     module.calls = []
-    module.run_training = lambda config, plugins: module.calls.append(("train", config))
+    module.run_training = lambda resolved: module.calls.append(("train", resolved.config))
 
-    def evaluate(config, plugins, checkpoint=None):
-        module.calls.append(("eval", config, checkpoint))
+    def evaluate(resolved, checkpoint=None):
+        module.calls.append(("eval", resolved.config, checkpoint))
         return {"sums": {"accuracy": 0.5}}
 
     module.run_evaluation = evaluate
@@ -86,7 +86,7 @@ def test_files_that_are_not_there(miles, jobs, base):
     ],
 )
 def test_exit_codes(miles, jobs, base, error, code):
-    def fail(config, plugins):
+    def fail(resolved):
         raise error
 
     jobs.run_training = fail

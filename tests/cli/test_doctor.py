@@ -31,7 +31,7 @@ def test_every_fault_is_found():
     report = "\n".join(diagnose(load_plugins(extra=[Ill()])))
     for words in (
         "cannot import no_such_module_at_all",
-        "json has no attribute 'dumpz'; did you mean 'dumps'?",
+        "json has no attribute 'dumpz'; did you mean 'dump'?",
         "declares options but is no dataclass",
         "--lr is already that of optimizer.lr",
         "'epz', which is none of its options",

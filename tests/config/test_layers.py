@@ -86,6 +86,17 @@ def test_flat_flags_fill_the_set_called_default_or_the_only_one(solve, write):
         solve((base, other), "--input-key", "q", base=())
 
 
+def test_a_star_is_every_set(solve, write):
+    base = write(BASE)
+    two = write("data: {sets: {more: {path: m.jsonl, reward: one}}}", "two.yaml")
+    sets = solve((base, two), "--data.sets.*.sampling.temperature=0.5", base=()).config.data.sets
+    assert [s.sampling.temperature for s in sets] == [0.5, 0.5]
+    rewards = {"data.sets.*.reward": "two", "eval.sets.*.reward": "two"}
+    config = solve((base, two), base=(), overrides=rewards).config
+    assert [s.reward[0].name for s in config.data.sets] == ["two", "two"]
+    assert config.eval.sets == ()
+
+
 def test_sets_by_name_or_number(solve, write):
     base = write(BASE)
     config = solve((base,), "--data.sets.0.weight=3", "--data.sets.sums.sampling.max_new_tokens=9", base=()).config
