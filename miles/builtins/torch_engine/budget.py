@@ -11,7 +11,7 @@ from miles.builtins.torch_engine.decoder import DecoderConfig
 from miles.builtins.torch_engine.kv_cache import KVCache
 from miles.builtins.torch_engine.options import TorchEngineOptions
 
-FEWEST_SLOTS, SHORTEST_SLOT = 16, 256
+FEWEST_SLOTS, SHORTEST_SLOT = 16, 64
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,18 @@ class Budget:
         kept = options.prefix_cache_tokens
         return cls(kv_tokens, room // 3 if kept is None else kept, options.max_running, min(wanted, kv_tokens))
 
-    def geometry(self, slots: int, length: int) -> tuple[int, int]:
-        """Slots and their length for at least this length and, if they fit, this many requests. Both grow by doubling
-        so that a cache is rebuilt only a few times in its life."""
-        longer = min(_doubled(SHORTEST_SLOT, length), self.max_len)
-        more = min(_doubled(FEWEST_SLOTS, slots), self.max_running)
-        return max(min(more, self.kv_tokens // longer), 1), longer
+    def geometry(self, slots: int, length: int, wished: int) -> tuple[int, int]:
+        """Slots, and tokens in each: room for this many requests, or as many as fit.
+
+        `length` is what their tokens need now, `wished` what they may come to need; that much is given when all fit
+        with it. Sizes are doubled from the smallest, so that a cache is cut anew only a few times in its life.
+        """
+        slots = min(_doubled(FEWEST_SLOTS, slots), self.max_running)
+        for tokens in (wished, length):
+            longer = min(_doubled(SHORTEST_SLOT, tokens), self.max_len)
+            if slots * longer <= self.kv_tokens:
+                return slots, longer
+        return max(self.kv_tokens // longer, 1), longer
 
 
 def _doubled(start: int, least: int) -> int:

@@ -253,7 +253,7 @@ class TorchEngine:
         if "kv_cache" in parts:
             self.scheduler.release()
         if parts & {"graphs", "weights"}:
-            self.scheduler.drop_graphs()
+            self.scheduler.arena.drop_graphs()
         if "weights" in parts and self.device.type == "cuda":
             self.scheduler.decoder.move(torch.device("cpu"))
         if self.device.type == "cuda":

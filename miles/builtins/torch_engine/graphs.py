@@ -49,6 +49,9 @@ class DecodeGraphs:
         """Experts of other types than bf16 are computed in a way that needs the host."""
         return decoder.device.type == "cuda" and not (decoder.config.routes and decoder.dtype != torch.bfloat16)
 
+    def clear(self) -> None:
+        self.recorded.clear()
+
     def step(self, ids_B: Tensor, positions_B: Tensor, keys: int) -> Tensor:
         """Logits `[B, V]`, valid until the next step."""
         count = len(ids_B)

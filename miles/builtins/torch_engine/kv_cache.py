@@ -9,8 +9,10 @@ Dimensions: `_L` layers, `_S` slots, `_N` key-value heads, `_M` tokens a slot ho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,20 +34,41 @@ class Segment:
         return Segment(self.kv[..., start:end, :].clone(), experts)
 
 
-class KVCache:
-    def __init__(self, config: DecoderConfig, slots: int, length: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
+class Memory:
+    """What a cache is cut from. It outlives the cut, so another one starts without asking for memory again."""
+
+    def __init__(self, config: DecoderConfig, tokens: int, device: torch.device, dtype: torch.dtype):
+        self.config, self.tokens = config, tokens
         # Zeros, since a masked position still multiplies a value: what was never written must be finite.
-        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.kv = _zeros(tokens * config.num_layers * 2 * config.num_kv_heads * config.head_dim, device, dtype)
+        kind = torch.uint8 if config.num_experts <= 256 else torch.int16
+        choices = config.num_layers * config.top_k_experts if config.routes else 0
+        self.experts = torch.zeros(tokens * choices, device=device, dtype=kind)
+
+
+def _zeros(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On a CPU the system's lazy zeros: pages that nobody writes cost nothing."""
+    if device.type != "cpu":
+        return torch.zeros(count, device=device, dtype=dtype)
+    size = count * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[start : start + size]).view(dtype)
+
+
+class KVCache:
+    def __init__(self, memory: Memory, slots: int, length: int):
+        config = memory.config
+        shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
+        self.kv = memory.kv[: math.prod(shape)].view(shape)
         self.experts_SMLK: Tensor | None = None
         if config.routes:
-            kind = torch.uint8 if config.num_experts <= 256 else torch.int16
             chosen = (slots, length, config.num_layers, config.top_k_experts)
-            self.experts_SMLK = torch.zeros(chosen, device=device, dtype=kind)
+            self.experts_SMLK = memory.experts[: math.prod(chosen)].view(chosen)
         self.slots, self.length, self.heads = slots, length, config.num_kv_heads
         self.keys = [layer[0].view(-1, config.head_dim) for layer in self.kv]
         self.values = [layer[1].view(-1, config.head_dim) for layer in self.kv]
-        self._head_offsets_N = torch.arange(self.heads, device=device) * length
+        self._head_offsets_N = torch.arange(self.heads, device=self.kv.device) * length
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -61,6 +84,10 @@ class KVCache:
         self.kv[:, :, target, :, :tokens] = self.kv[:, :, source, :, :tokens]
         if self.experts_SMLK is not None:
             self.experts_SMLK[target, :tokens] = self.experts_SMLK[source, :tokens]
+
+    def clear(self, slot: int) -> None:
+        """Wipe a slot in which something is not finite."""
+        self.kv[:, :, slot].zero_()
 
     def read(self, slot: int, start: int, end: int) -> Segment:
         """A copy of what a stretch of a slot holds."""

@@ -11,7 +11,7 @@ from miles.errors import ConfigError
 class TorchEngineOptions:
     """How much runs at once, and in how much memory."""
 
-    max_running: int = 256
+    max_running: int = 512
     """Requests decoded together; more wait."""
     max_len: int | None = None
     """Longest sequence in tokens, prompt included; the model's `max_position_embeddings` when not given."""

@@ -16,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miles.builtins.torch_engine.arena import Arena
 from miles.builtins.torch_engine.attention import DecodeAttention
 from miles.builtins.torch_engine.budget import Budget
 from miles.builtins.torch_engine.decoder import Decoder
-from miles.builtins.torch_engine.graphs import DecodeGraphs
-from miles.builtins.torch_engine.kv_cache import KVCache
 from miles.builtins.torch_engine.prefill import Piece, prefill
 from miles.builtins.torch_engine.prefix_cache import Match, PrefixCache
 from miles.builtins.torch_engine.sampler import SamplingBatch, draw, uniforms
@@ -42,7 +41,6 @@ class Scheduler:
     ):
         self.decoder, self.budget = decoder, budget
         self.max_prefill_tokens = max_prefill_tokens
-        self.use_graphs = cuda_graphs and DecodeGraphs.possible(decoder)
         self.prefix = PrefixCache(budget.prefix_tokens)
         self.watch = StopWatch(strings)
         self.version = -1
@@ -51,9 +49,10 @@ class Scheduler:
         self.scores: list[ScoreJob] = []
         self.finished: list[tuple[Any, Outcome]] = []
         """Futures and what they shall hold, for the engine to hand over."""
-        self._cache: KVCache | None = None
+        self.arena = Arena(decoder, cuda_graphs)
         self.slots = Slots(0, 0)
-        self.graphs: DecodeGraphs | None = None
+        self._arrived = False
+        self._seating: list[Job] = []
         self._sampling: SamplingBatch | None = None
 
     # ------------------------------------------------------------------------------------------------- from the engine
@@ -62,13 +61,9 @@ class Scheduler:
     def runnable(self) -> bool:
         return not self.paused and not self.asleep and bool(self.slots.count or self.waiting or self.scores)
 
-    @property
-    def cache(self) -> KVCache:
-        assert self._cache is not None  # made before the first request is seated
-        return self._cache
-
     def submit(self, job: Job) -> None:
         heapq.heappush(self.waiting, job)
+        self._arrived = True
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -81,8 +76,7 @@ class Scheduler:
             if self.slots.count:
                 self._decode()
         except Exception as error:
-            # The batch that failed is lost, its cache with it; the requests that still wait are not to blame.
-            self._fail_running(error)
+            self._fail(error)
 
     def abort(self, wanted: Callable[[Job], bool]) -> None:
         """End these requests with what they have."""
@@ -115,46 +109,44 @@ class Scheduler:
                 self._remember(slot)
             job.tokens = self.slots.sequence(slot)
             _, job.log_probs = self.slots.generated(slot)
-            heapq.heappush(self.waiting, job)
+            self.submit(job)
         self.slots.clear()
         self._sampling = None
 
     def new_weights(self, version: int) -> None:
         """Later tokens are of this version; what runs goes on, but its cache is worth nothing to others."""
         self.version = version
-        self.prefix.clear()
+        self.flush()
         for slot, job in enumerate(self.slots.jobs):
             job.kv_version = -1
             job.versions.append((int(self.slots.lengths_S[slot]), version))
 
-    def drop_graphs(self) -> None:
-        if self.graphs is not None:
-            self.graphs = DecodeGraphs(self.decoder, self.cache)
-
     def flush(self) -> None:
-        """Forget prefixes; with nothing running, memory goes back to its first size too."""
+        """Forget prefixes; if nothing runs, the next request finds everything as the first one did."""
         self.prefix.clear()
         if not self.slots.count:
-            self.release()
+            self.slots = Slots(0, 0)
+            self._arrived = bool(self.waiting)
 
     def release(self) -> None:
         """Give the cache's memory back; what runs is put back to the queue."""
         self.retract()
-        self.prefix.clear()
-        self._cache, self.graphs, self.slots = None, None, Slots(0, 0)
+        self.flush()
+        self.arena.free()
 
     # ------------------------------------------------------------------------------------------------------ admission
 
     def _admit(self) -> None:
+        self._fit()
         free = self.slots.capacity - self.slots.count
-        if free * 8 < self.slots.capacity and free < len(self.waiting) and not self._can_grow():
+        if not free or (free * 8 < self.slots.capacity and free < len(self.waiting)):
             return  # seat several at once, not one whenever one leaves
-        if not self._make_room():
-            return
-        leaders, followers = self._leaders(self._next_jobs(self.slots.capacity - self.slots.count))
+        self._seating = self._next_jobs(free)
+        leaders, followers = self._leaders(self._seating)
         self._seat(leaders)
         if followers:
             self._seat([(job, self.prefix.match(job.tokens)) for job in followers])
+        self._seating = []
 
     def _next_jobs(self, free: int) -> list[Job]:
         """At most `free` and at most one prefill of tokens, but at least one."""
@@ -166,27 +158,22 @@ class Scheduler:
             jobs.append(heapq.heappop(self.waiting))
         return jobs
 
-    def _can_grow(self) -> bool:
-        wanted = self.slots.count + len(self.waiting)
-        return self.budget.geometry(wanted, self.slots.length)[0] > self.slots.capacity
+    def _fit(self) -> None:
+        """Cut the cache anew if what has arrived, or has grown, calls for more or longer slots."""
+        if not self._arrived:
+            return
+        self._arrived = False
+        slots, jobs = self.slots, [*self.slots.jobs, *self.waiting]
+        longest = max(max(len(job.tokens) for job in self.waiting), *slots.lengths_S[: slots.count], slots.length)
+        more, longer = self.budget.geometry(len(jobs), int(longest), max(job.limit for job in jobs))
+        idle_and_longer = not slots.count and longer > slots.length and more >= slots.capacity
+        if longest > slots.length or more > slots.capacity or idle_and_longer:
+            self._cut(more, longer)
 
-    def _make_room(self) -> bool:
-        """Rebuild the cache if more or longer slots are called for; returns whether a slot is free."""
-        longest = max(len(job.tokens) for job in self.waiting)
-        length = max(longest, self.slots.length)
-        if self._cache is None or longest > self.slots.length or self._can_grow():
-            self._rebuild(self.slots.count + len(self.waiting), length)
-        return self.slots.count < self.slots.capacity
-
-    def _rebuild(self, slots: int, length: int) -> None:
+    def _cut(self, slots: int, length: int) -> None:
         self.retract(keep_cache=True)
-        self.graphs, self._cache = None, None
-        capacity, length = self.budget.geometry(max(slots, self.slots.capacity), max(length, self.slots.length))
-        with torch.inference_mode(False):
-            self._cache = KVCache(self.decoder.config, capacity, length, self.decoder.device, self.decoder.dtype)
-        self.slots = Slots(capacity, length)
-        if self.use_graphs:
-            self.graphs = DecodeGraphs(self.decoder, self.cache)
+        self.arena.cut(slots, length)
+        self.slots = Slots(slots, length)
 
     def _leaders(self, jobs: Sequence[Job]) -> tuple[list[tuple[Job, Match]], list[Job]]:
         """Requests to compute first, and those that can then start from what they share with one of them."""
@@ -227,7 +214,7 @@ class Scheduler:
             end = slot + len(list(same))
             position = 0
             for node, used in path:
-                self.cache.write(slice(slot, end), position, node.segment, used)
+                self.arena.cache.write(slice(slot, end), position, node.segment, used)
                 position += used
             slot = end
 
@@ -240,13 +227,13 @@ class Scheduler:
         if pieces:
             last: dict[int, Tensor] = {}
             for group, counts, hidden_TH in prefill(
-                self.decoder, self.cache, first + len(known), pieces, self.max_prefill_tokens
+                self.decoder, self.arena.cache, first + len(known), pieces, self.max_prefill_tokens
             ):
                 ends = torch.tensor(counts, device=hidden_TH.device).cumsum(0) - 1
                 last |= dict(zip(group, hidden_TH[ends], strict=True))
             rows.append(torch.stack([last[i] for i in range(len(pieces))]))
             for i, piece in enumerate(pieces):
-                read = partial(self.cache.read, first + len(known) + i)
+                read = partial(self.arena.cache.read, first + len(known) + i)
                 self.prefix.insert(piece.tokens, read, last[i].clone())
         return torch.cat(rows)
 
@@ -257,7 +244,8 @@ class Scheduler:
         lengths = slots.lengths_S[: slots.count]
         longest, shortest = int(lengths.max()), int(lengths.min())
         if longest > slots.length:
-            self._rebuild(slots.count, longest)
+            self._arrived = True
+            self.retract(keep_cache=True)
             self._admit()
             return
         if self._sampling is None:
@@ -266,12 +254,13 @@ class Scheduler:
             self.watch.attend(params)
         inputs = np.stack((slots.tokens_SM[np.arange(slots.count), lengths - 1], lengths - 1))
         ids_B, positions_B = torch.from_numpy(inputs).to(self.decoder.device)
-        if self.graphs is not None:
-            logits_BV = self.graphs.step(ids_B, positions_B, longest)
+        graphs = self.arena.graphs
+        if graphs is not None:
+            logits_BV = graphs.step(ids_B, positions_B, longest)
         else:
             self.decoder.rope.reserve(slots.length)
             even = longest == shortest
-            attention = DecodeAttention(self.decoder.config, self.cache, positions_B, longest, even)
+            attention = DecodeAttention(self.decoder.config, self.arena.cache, positions_B, longest, even)
             logits_BV = self.decoder.logits(self.decoder.forward(ids_B, positions_B, attention))
         self._draw(slice(0, slots.count), logits_BV, self._sampling)
 
@@ -306,6 +295,7 @@ class Scheduler:
         if not np.isfinite(slots.log_probs_SM[slot, length - 1]):
             problem = f"torch engine: the model's output for request {job.request.id!r} is not finite"
             self.finished.append((job.future, EngineError(f"{problem}; its weights may have diverged")))
+            self.arena.cache.clear(slot)
             self._vacate(slot)
             return
         generated = slots.tokens_SM[slot, job.prompt_length : length].tolist()
@@ -319,8 +309,8 @@ class Scheduler:
     def _finish(self, slot: int, reason: str) -> None:
         job = self.slots.jobs[slot]
         experts = None
-        if job.request.routed_experts and self.cache.experts_SMLK is not None:
-            experts = self.cache.experts_SMLK[slot, : self.slots.lengths_S[slot] - 1].cpu().numpy().copy()
+        if job.request.routed_experts and self.arena.cache.experts_SMLK is not None:
+            experts = self.arena.cache.experts_SMLK[slot, : self.slots.lengths_S[slot] - 1].cpu().numpy().copy()
         self._remember(slot)
         self._resolve(job, *self.slots.generated(slot), reason, experts)
         self._vacate(slot)
@@ -328,12 +318,12 @@ class Scheduler:
     def _remember(self, slot: int) -> None:
         """Keep what a request computed for others, if all of it is of the current weights."""
         if self.prefix.budget and self.slots.jobs[slot].kv_version == self.version:
-            self.prefix.insert(self.slots.sequence(slot)[:-1], partial(self.cache.read, slot))
+            self.prefix.insert(self.slots.sequence(slot)[:-1], partial(self.arena.cache.read, slot))
 
     def _vacate(self, slot: int) -> None:
         moved = self.slots.remove(slot)
         if moved is not None:
-            self.cache.move(moved, slot, int(self.slots.lengths_S[slot]) - 1)
+            self.arena.cache.move(moved, slot, int(self.slots.lengths_S[slot]) - 1)
         self._sampling = None
 
     def _resolve(
@@ -346,11 +336,16 @@ class Scheduler:
         result = GenerateResult(tokens, log_probs, reason, versions, experts, job.cached_tokens or 0)
         self.finished.append((job.future, result))
 
-    def _fail_running(self, error: Exception) -> None:
-        for job in self.slots.jobs:
+    def _fail(self, error: Exception) -> None:
+        """A step went wrong: what it was about is lost, with the cache. If it was about nothing yet, what waits is."""
+        jobs = list(dict.fromkeys([*self.slots.jobs, *self._seating])) or self.waiting
+        for job in jobs:
             failure = EngineError(f"torch engine: a step failed: {type(error).__name__}: {error}")
             failure.__cause__ = error
             self.finished.append((job.future, failure))
+        if jobs is self.waiting:
+            self.waiting = []
+        self._seating = []
         self.slots.clear()
         self.release()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miles.builtins.torch_engine.decoder import Decoder
-from miles.builtins.torch_engine.kv_cache import KVCache
+from miles.builtins.torch_engine.kv_cache import KVCache, Memory
 from miles.builtins.torch_engine.prefill import Piece, prefill
 
 ROWS = 1024
@@ -40,7 +40,7 @@ def score(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[n
 
 def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[np.ndarray]:
     longest = max(len(job.tokens) for job in jobs)
-    cache = KVCache(decoder.config, len(jobs), longest, decoder.device, decoder.dtype)
+    cache = KVCache(Memory(decoder.config, len(jobs) * longest, decoder.device, decoder.dtype), len(jobs), longest)
     pieces = [Piece(job.tokens) for job in jobs]
     found: list[list[Tensor]] = [[] for _ in jobs]
     done = [0] * len(jobs)

@@ -141,7 +141,9 @@ class LetterTokenizer:
     @staticmethod
     def _bytes(token: int) -> bytes:
         special = {60: b"ab", 61: b"\xc3", 62: b"\xa9"}
-        return special.get(token) or (bytes([97 + token]) if token < 26 else bytes([65 + token - 26 - 8 * (token > 57)]))
+        return special.get(token) or (
+            bytes([97 + token]) if token < 26 else bytes([65 + token - 26 - 8 * (token > 57)])
+        )
 
 
 def make_engine(model: nn.Module, load: bool = True, **options: Any) -> TorchEngine:
@@ -170,7 +172,9 @@ async def started(model: nn.Module, **options: Any) -> TorchEngine:
     return engine
 
 
-def request(tokens: list[int], seed: int = 0, *, id: str = "r", experts: bool = False, **params: Any) -> GenerateRequest:
+def request(
+    tokens: list[int], seed: int = 0, *, id: str = "r", experts: bool = False, **params: Any
+) -> GenerateRequest:
     return GenerateRequest(id, list(tokens), SamplingParams(**params), seed=seed, routed_experts=experts)
 
 
