@@ -16,7 +16,7 @@ import yaml
 from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
 from miles.config import Config
-from miles.config.load import Resolved, resolve
+from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepare_process
 from miles.errors import RunInterrupted
 from miles.log import logger
@@ -52,8 +52,9 @@ def train(
 
         run = miles.train("config.yaml", reward=reward, lr=1e-5)
     """
-    loaded = load_plugins(extra=plugins)
     files = (config,) if isinstance(config, str | Path | Mapping) else config
+    block, require = plugin_wishes(files, ())
+    loaded = load_plugins(block, require, extra=plugins)
     overrides = flags if reward is None else {**flags, "data.sets.*.reward": reward, "eval.sets.*.reward": reward}
     resolved = resolve(files, (), loaded, overrides=overrides)
     return _in_event_loop(run_job(resolved))

@@ -207,7 +207,20 @@ def _environments(c: _Checked) -> Iterator[Fault]:
             )
 
 
-_CHECKS = (_kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _environments)
+def _plugins(c: _Checked) -> Iterator[Fault]:
+    """Plugins are loaded before the configuration is complete; nothing said later may differ."""
+    loaded = c.registry.plugins
+    for key, known in (("block", loaded.blocked), ("require", loaded.required)):
+        late = set(getattr(c.config.plugins, key)) - set(known)
+        if late:
+            yield c.fault(
+                f"plugins.{key}",
+                f"{', '.join(sorted(late))}: plugins were loaded without knowing this",
+                f"say it in a config file, with --plugins-{key}, or to load_plugins({key}=...)",
+            )
+
+
+_CHECKS = (_plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _environments)
 
 
 # ---------------------------------------------------------------------------------------- what must be there, and when

@@ -148,3 +148,9 @@ def test_a_correction_of_equal_numbers_is_refused(solve, plugins):
 def test_an_environment_answers_those_who_need_one(solve):
     config = solve((), "--rm-type", "world", "--environment", "{name: maze, low: 2}").config
     assert config.data.sets[0].environment.options == {"low": 2}
+
+
+def test_wishes_about_plugins_come_before_plugins_are_loaded(solve):
+    faults = faults_of(solve, "--plugins-block", "wandb", "--plugins-require", "miles>=0")
+    assert set(faults) == {"plugins.block", "plugins.require"}
+    assert "wandb" in faults["plugins.block"].problem
