@@ -82,13 +82,6 @@ def leaves() -> dict[Path, Leaf]:
 
 
 @cache
-def sections() -> frozenset[Path]:
-    """Paths that have leaves below them and are neither leaves nor task-set lists."""
-    prefixes = {leaf.path[:i] for leaf in leaves().values() for i in range(len(leaf.path))}
-    return frozenset(prefixes - SETS)
-
-
-@cache
 def flag_table() -> dict[str, Leaf]:
     """Flag -> leaf, aliases and the flags of evaluation included.
 
