@@ -99,9 +99,12 @@ class TorchEngine:
             if scheduler.runnable:
                 scheduler.step()
                 side.clock += 1
-            self._outbox += scheduler.finished
-            scheduler.finished = []
+            self._collect()
         side.hand_out(self._outbox)
+
+    def _collect(self) -> None:
+        self._outbox += self.scheduler.finished
+        self.scheduler.finished = []
 
     async def _do(self, function: Callable[[], Any]) -> Any:
         """Run a function in the engine's thread, between two steps."""
@@ -109,9 +112,11 @@ class TorchEngine:
 
         def action() -> None:
             try:
-                self._outbox.append((future, function()))
+                outcome = function()
             except Exception as error:
-                self._outbox.append((future, error))
+                outcome = error
+            self._collect()  # what it ended is known before it is
+            self._outbox.append((future, outcome))
 
         self._loop_side.submit(action)
         return await future

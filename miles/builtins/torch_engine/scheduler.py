@@ -332,7 +332,7 @@ class Scheduler:
         end = job.prompt_length + len(tokens)
         starts = [(max(start, job.prompt_length), version) for start, version in job.versions]
         ends = [start for start, _ in starts[1:]] + [end]
-        versions = [v for (start, v), stop in zip(starts, ends, strict=True) for _ in range(start, stop)]
+        versions = [v for (start, v), stop in zip(starts, ends, strict=False) for _ in range(start, stop)]
         result = GenerateResult(tokens, log_probs, reason, versions, experts, job.cached_tokens or 0)
         self.finished.append((job.future, result))
 

@@ -60,7 +60,7 @@ class WeightLoader:
             for group in self.bridge.to_world("decoder", self.hf_config, groups):
                 for name, tensor in group.items():
                     self._copy(name, tensor, targets, missing)
-        except WeightSyncError:
+        except (WeightSyncError, EngineError):
             raise
         except MilesError as error:
             raise WeightSyncError(f"torch engine: {error}") from error

@@ -146,15 +146,16 @@ class LetterTokenizer:
         )
 
 
-def make_engine(model: nn.Module, load: bool = True, **options: Any) -> TorchEngine:
+def make_engine(model: nn.Module, checkpoint: Path | None = None, **options: Any) -> TorchEngine:
+    """Without weights, unless a checkpoint is given."""
     context = EngineContext(
-        checkpoint=Path("."),
+        checkpoint=checkpoint or Path("."),
         hf_config=model.config,
         tokenizer=LetterTokenizer(),
         bridge=HandBridge(),
         device="cpu",
         dtype="fp32",
-        load_weights=False,
+        load_weights=checkpoint is not None,
         run_dir=Path("."),
     )
     return TorchEngine(TorchEngineOptions(**options), context=context)

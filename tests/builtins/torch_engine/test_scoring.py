@@ -1,0 +1,90 @@
+"""Log-probabilities of given tokens, and the experts that tokens were routed to."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from miles.errors import EngineError
+
+
+def sequences(count=5, seed=0):
+    generator = random.Random(seed)
+    return [[generator.randrange(60) for _ in range(generator.randrange(1, 40))] for _ in range(count)]
+
+
+@pytest.mark.parametrize("max_prefill_tokens", [8192, 16])
+def test_scores_are_transformers_log_probs(lab, max_prefill_tokens):
+    model, batch = lab.model("qwen3"), sequences()
+
+    async def main():
+        engine = await lab.started(model, max_prefill_tokens=max_prefill_tokens)
+        running = asyncio.ensure_future(engine.generate(lab.request([1, 2], max_new_tokens=50)))
+        scores = await asyncio.gather(*(engine.score(tokens, 0.7) for tokens in batch))
+        await running
+        await engine.close()
+        return scores
+
+    for tokens, score in zip(batch, asyncio.run(main()), strict=True):
+        assert (score.dtype, score.shape) == (np.float32, (len(tokens),))
+        assert score[0] == 0
+        rows = lab.reference(model, tokens, 0.7)[:-1]
+        expected = rows.gather(-1, torch.tensor(tokens[1:], dtype=torch.int64)[:, None])[:, 0]
+        np.testing.assert_allclose(score[1:], expected, atol=1e-5)
+
+
+def test_scores_that_cannot_be_computed(lab):
+    async def main(tokens, temperature=1.0):
+        engine = await lab.started(lab.model("qwen3"))
+        try:
+            return await engine.score(tokens, temperature)
+        finally:
+            await engine.close()
+
+    with pytest.raises(EngineError, match="temperature 0.0"):
+        asyncio.run(main([1, 2], 0.0))
+    with pytest.raises(EngineError, match="outside the vocabulary"):
+        asyncio.run(main([1, 67]))
+    assert len(asyncio.run(main([1] * 512))) == 512
+
+
+def router_choices(model, tokens, layers, k):
+    """`[T - 1, L, K]`, sorted, by hooks on transformers' routers; layers without experts hold 0."""
+    chosen = torch.zeros(len(tokens), layers, k, dtype=torch.int64)
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate"):
+
+            def note(_module, _inputs, output, i=i):
+                chosen[:, i] = output[2].sort(-1).values
+
+            hooks.append(layer.mlp.gate.register_forward_hook(note))
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return chosen[:-1].numpy()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
+@pytest.mark.parametrize("prefix_cache_tokens", [None, 0])
+def test_routed_experts_are_transformers_choices(lab, family, prefix_cache_tokens):
+    """Prompt rows too, also when the prompt came from the cache; and after a slot was given to another request."""
+    model = lab.model(family)
+    prompts = [[5, 6, 7, 8]] * 3 + [[5, 6, 9]]
+    requests = [
+        lab.request(p, seed=i, max_new_tokens=4 + 3 * i, temperature=1.0, experts=i != 1) for i, p in enumerate(prompts)
+    ]
+    results = lab.run(model, requests, prefix_cache_tokens=prefix_cache_tokens)
+    for request, result in zip(requests, results, strict=True):
+        if not request.routed_experts:
+            assert result.routed_experts is None
+            continue
+        tokens = request.tokens + result.tokens
+        assert result.routed_experts.shape == (len(tokens) - 1, 3, 2)
+        expected = router_choices(model, tokens, layers=3, k=2)
+        np.testing.assert_array_equal(np.sort(result.routed_experts, -1), expected)
