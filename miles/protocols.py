@@ -258,27 +258,39 @@ class RolloutEngine(Protocol):
         """Raises EngineError when the request cannot be served; an aborted one returns what it has."""
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-        """Log-probability of each given token, `[T]` float32, 0 at position 0."""
+        """Log-probability of each given token, `[T]` float32, 0 at position 0.
+
+        Raises:
+            EngineError: the engine cannot score at this temperature (SGLang: only at 1).
+        """
 
     async def abort(self, request_id: str | None = None) -> None:
-        """One request, or all of them."""
+        """One request, or all of them. On return they have ended, also those that were still on their way."""
 
     async def pause(self, mode: PauseMode = "retract") -> None:
         """Stop between two forward passes. New requests wait; running ones are aborted, put back to the queue without
-        their cache (`retract`), or frozen as they are (`in_place`)."""
+        their cache (`retract`), or frozen as they are (`in_place`: after a push they go on from the cache that the old
+        weights filled, so that their later tokens come from neither policy alone)."""
 
     async def resume(self) -> None: ...
 
     async def flush_cache(self) -> None:
         """Forget every cached prefix."""
 
-    async def sleep(self, parts: frozenset[EnginePart]) -> None: ...
+    async def sleep(self, parts: frozenset[EnginePart]) -> None:
+        """Give back the memory of these parts. The caller pauses first (`abort` or `retract`), or nothing runs."""
 
-    async def wake(self, parts: frozenset[EnginePart]) -> None: ...
+    async def wake(self, parts: frozenset[EnginePart]) -> None:
+        """Weights that slept may be undefined until the next `receive`."""
 
     async def receive(self, transport: str, version: int, payload: Any) -> None:
         """The receiving half of a weight sync. On return the engine serves `version`, its cache of older versions
-        gone; on an error it serves the old weights or refuses requests, but never a mixture."""
+        gone; on an error it serves the old weights or refuses requests, but never a mixture.
+
+        While requests run, an engine swaps weights between two steps or refuses; to serve any engine, pause first. A
+        payload in several buckets is an iterator, sync or async: drawing the next bucket tells the sender that the one
+        before it has been copied.
+        """
 
     async def health(self) -> EngineHealth: ...
 

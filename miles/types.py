@@ -279,7 +279,8 @@ class GenerateRequest:
     sampling: SamplingParams
     seed: int = 0
     """With the position of a token it decides its random draw: the same request gives the same output whatever else
-    the engine is doing, up to ties closer than floating-point error."""
+    the engine is doing, up to ties closer than floating-point error. (SGLang promises this only with deterministic
+    inference, and ignores the seed without.)"""
     routed_experts: bool = False
     multimodal: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
@@ -297,7 +298,8 @@ class GenerateResult:
     weight_versions: list[int]
     """`[n]`: the version that produced each token."""
     routed_experts: np.ndarray | None = None
-    """`[len(request.tokens) + n - 1, layers, top_k]`, the prompt's rows included."""
+    """`[len(request.tokens) + n - 1, layers, top_k]`, the prompt's rows included: those of the pass that filled the
+    cache. None when not asked for, and possibly after an abort."""
     cached_tokens: int = 0
     """How many tokens of the request came from the prefix cache."""
 
