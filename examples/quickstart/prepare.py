@@ -2,12 +2,13 @@
 
     python prepare.py --out data --seed 1
 
-The task is `123+456=` -> `579`. The model is warmed up by imitating a careless pupil (`sft.jsonl`), who forgets each
-carry with probability `FORGETS`. Imitation cannot do better than its teacher: the likeliest answer to a sum with a
-carry is a wrong one. Reinforcement learning then sees other sums (`train.jsonl`) and only whether an answer is right.
+The task is `123+456=` -> `0579`, always with four digits. The model is warmed up by imitating a careless pupil
+(`sft.jsonl`), who forgets each carry with probability `FORGETS`. Imitation does not do better than its teacher: to a
+sum with a carry, the likeliest answer is a wrong one. Reinforcement learning then sees other sums (`train.jsonl`), and
+only whether an answer is right.
 
-    sft.jsonl      {"input": "123+459=", "label": "572"}   the pupil's answers, many of them wrong
-    train.jsonl    {"input": "123+459=", "label": "582"}   prompts; the label is what the reward compares with
+    sft.jsonl      {"input": "123+459=", "label": "0572"}   the pupil's answers, many of them wrong
+    train.jsonl    {"input": "123+459=", "label": "0582"}   prompts; the label is what the reward compares with
     dev.jsonl      the same, to tune by
     heldout.jsonl  the same, to report
     model/         config, tokenizer (bytes, ChatML) and random weights, as AutoModel and AutoTokenizer load them
@@ -51,13 +52,13 @@ def sums(rng: random.Random) -> Iterator[tuple[int, int]]:
 
 
 def careless_sum(a: int, b: int, rng: random.Random) -> str:
-    """Column addition by a pupil who forgets each carry with probability `FORGETS`."""
+    """Column addition, in four digits, by a pupil who forgets each carry with probability `FORGETS`."""
     written, carry = "", 0
     for column in range(DIGITS):
         total = a // 10**column % 10 + b // 10**column % 10 + carry
         written = str(total % 10) + written
         carry = total // 10 if rng.random() >= FORGETS else 0
-    return "1" + written if carry else written
+    return str(carry) + written
 
 
 def task(seed: int) -> dict[str, list[dict[str, str]]]:
@@ -67,7 +68,7 @@ def task(seed: int) -> dict[str, list[dict[str, str]]]:
     splits = {}
     for split, size in SIZES.items():
         splits[split] = [
-            {"input": f"{a}+{b}=", "label": careless_sum(a, b, rng) if split == "sft" else str(a + b)}
+            {"input": f"{a}+{b}=", "label": careless_sum(a, b, rng) if split == "sft" else f"{a + b:04}"}
             for a, b in (next(pairs) for _ in range(size))
         ]
     return splits
@@ -110,7 +111,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).to(torch.float32)
+        return Qwen3ForCausalLM(config)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
