@@ -42,10 +42,10 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
-from miles.train.advantages import NONE, needs_reference
-from miles.train.probe import WeightProbe
-from miles.train.trainer import Trainer
-from miles.train.worker import WorkerSetup
+from miles.training.advantages import NONE, needs_reference
+from miles.training.probe import WeightProbe
+from miles.training.trainer import Trainer
+from miles.training.worker import WorkerSetup
 from miles.types import Prompt
 
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
@@ -229,7 +229,7 @@ async def launch_workers(
         provenance=registry.plugins.provenance(),
     )
     shared = {"registry": registry} if executor.shares_process else {}
-    return await executor.launch("miles.train.worker:TrainWorker", derived.world_size, setup, **shared)
+    return await executor.launch("miles.training.worker:TrainWorker", derived.world_size, setup, **shared)
 
 
 def _needs(config: Config, registry: Registry, need: Need) -> bool:

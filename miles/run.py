@@ -32,7 +32,7 @@ from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Progress, Tracking, dump_samples
-from miles.train.trainer import Trainer
+from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
 T = TypeVar("T")

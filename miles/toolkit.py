@@ -1,7 +1,7 @@
 """The second public module, for components that compute: what backends, bridges and losses share. Needs torch."""
 
-from miles.train.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
-from miles.train.packing import (
+from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
+from miles.training.packing import (
     build_micro_batch,
     chunk_micro_batches,
     gather_rows,

@@ -117,6 +117,6 @@ def sample_record(sample: Sample) -> dict[str, Any]:
         "error": sample.error,
         "tokens": sample.tokens,
         "prompt_length": sample.prompt_length,
-        "turns": [vars(turn) for turn in sample.turns],
+        "turns": [{k: v for k, v in vars(turn).items() if not k.endswith("seconds")} for turn in sample.turns],
         **{name: [round(v, 5) for v in values.tolist()] for name, values in narrow.items()},
     }

@@ -15,7 +15,7 @@ LAYERS = [
     {
         "toolkit",
         "rollout",
-        "train",
+        "training",
         "residency",
         "evaluate",
         "report",

@@ -20,7 +20,7 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from miles.builtins.fsdp.backend import FsdpBackend
 from miles.config import Config
 from miles.protocols import BackendContext
-from miles.train.packing import build_micro_batch
+from miles.training.packing import build_micro_batch
 from miles.types import LossResult
 
 SHAPE = {

@@ -28,7 +28,7 @@ from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.fsdp.state import Placement, read_state, write_state
 from miles.errors import TrainError
 from miles.protocols import BackendContext, LossFunction, TrainPart, Want
-from miles.train.packing import move_micro_batch
+from miles.training.packing import move_micro_batch
 from miles.types import MicroBatch, Outputs, StepReport, WeightGroup
 
 LOG_PROBS: frozenset[Want] = frozenset({"log_probs"})

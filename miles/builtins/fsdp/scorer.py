@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from miles.builtins.fsdp.attention import PackedLayout
 from miles.protocols import Want
-from miles.train.logprobs import align_with_tokens, next_tokens, selected_log_probs
+from miles.training.logprobs import align_with_tokens, next_tokens, selected_log_probs
 
 
 class TokenScorer(nn.Module):

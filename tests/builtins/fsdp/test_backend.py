@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from miles.builtins.fsdp.model import initial_weights
 from miles.errors import ConfigError
 from miles.protocols import TrainBackend
-from miles.train.packing import plan_micro_batches, split_by_sample, split_micro_batch
+from miles.training.packing import plan_micro_batches, split_by_sample, split_micro_batch
 from miles.types import LossResult, Outputs
 
 LOG_PROBS = frozenset({"log_probs"})

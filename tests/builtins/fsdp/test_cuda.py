@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from miles.train.packing import build_micro_batch, split_micro_batch
+from miles.training.packing import build_micro_batch, split_micro_batch
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from miles.builtins.fsdp.memory import one_out_of_memory_error
-from miles.train.packing import split_micro_batch
+from miles.training.packing import split_micro_batch
 
 CPU_MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
 

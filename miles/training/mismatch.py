@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from miles.train.kl import kl_estimate
+from miles.training.kl import kl_estimate
 from miles.types import Metrics
 
 PREFIX = "train/train_rollout"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles.train.packing import chunk_micro_batches, plan_micro_batches
+from miles.training.packing import chunk_micro_batches, plan_micro_batches
 
 
 def optimizer_steps(rollout_ids: Sequence[int], steps: int, epochs: int = 1) -> list[list[int]]:

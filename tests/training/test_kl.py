@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from miles.train.kl import kl_estimate
+from miles.training.kl import kl_estimate
 
 L = math.log(2)  # the policy is twice as likely as the reference
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.train.aggregation import sum_per_sample, token_weights
+from miles.training.aggregation import sum_per_sample, token_weights
 
 # Two samples of 3 and 2 tokens; trainable: 2 of the first, 1 of the second. Losses 1 2 3 | 4 5.
 MASK = torch.tensor([0.0, 1, 1, 0, 1])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from miles.train.logprobs import (
+from miles.training.logprobs import (
     _LinearScores,
     align_with_tokens,
     log_probs_from_logits,

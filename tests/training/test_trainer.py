@@ -12,8 +12,8 @@ from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
 from miles.plugins import load_plugins
 from miles.registry import Registry
-from miles.train.trainer import Trainer
-from miles.train.worker import StepOutcome
+from miles.training.trainer import Trainer
+from miles.training.worker import StepOutcome
 from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Group, Prompt, Sample, Status, StepReport
 
 
@@ -171,7 +171,7 @@ def test_nothing_trainable_is_an_error():
 
 
 def test_whitening():
-    from miles.train.advantages import whiten
+    from miles.training.advantages import whiten
 
     values, mask = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 1, 0])
     assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from miles.errors import DataError
-from miles.train.packing import (
+from miles.training.packing import (
     build_micro_batch,
     chunk_micro_batches,
     gather_rows,

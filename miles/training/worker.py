@@ -23,9 +23,10 @@ from miles.plugins import load_plugins
 from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
-from miles.train.objective import Objective, StepScope
-from miles.train.packing import build_micro_batch, split_micro_batch
-from miles.train.table import Table
+from miles.training.advantages import component_needs
+from miles.training.objective import Objective, StepScope
+from miles.training.packing import build_micro_batch, split_micro_batch
+from miles.training.table import Table
 from miles.types import Metrics, MicroBatch, StepReport
 
 
@@ -70,6 +71,7 @@ class TrainWorker:
         self.models: dict[Role, TrainBackend] = {role: self._build(role) for role in setup.roles}
         loss = registry.build("policy_losses", config.algorithm.policy_loss)
         self.objective = Objective(config.algorithm, loss)
+        self.want = loss_wants(config, registry)
 
     def _build(self, role: Role) -> TrainBackend:
         setup, config = self.setup, self.setup.config
@@ -119,7 +121,7 @@ class TrainWorker:
         while True:
             try:
                 actor.zero_grad()
-                sums = actor.forward_backward(batches, self.objective)
+                sums = actor.forward_backward(batches, self.objective, self.want)
                 report = actor.optim_step()
                 break
             except torch.OutOfMemoryError as error:
@@ -185,6 +187,17 @@ class TrainWorker:
     def onload(self, parts: frozenset[TrainPart]) -> None:
         for model in self.models.values():
             model.onload(parts)
+
+
+def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:
+    """What the objective is given besides log-probabilities."""
+    needs = component_needs(config, registry)
+    wanted: set[Want] = {"log_probs"}
+    if config.algorithm.entropy_coef or "entropy" in needs:
+        wanted.add("entropy")
+    if "logits" in needs:
+        wanted.add("logits")
+    return frozenset(wanted)
 
 
 def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from miles.config.algorithm import AlgorithmSection
-from miles.train.aggregation import token_weights
-from miles.train.objective import Objective, StepScope
-from miles.train.packing import build_micro_batch
+from miles.training.aggregation import token_weights
+from miles.training.objective import Objective, StepScope
+from miles.training.packing import build_micro_batch
 from miles.types import Outputs, PolicyLoss
 
 

@@ -9,8 +9,8 @@ from miles.component import Need
 from miles.config import Config
 from miles.errors import TrainError
 from miles.registry import Registry
-from miles.train.kl import kl_estimate
-from miles.train.table import Table
+from miles.training.kl import kl_estimate
+from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
 
 NONE = "none"

@@ -14,7 +14,7 @@ import torch
 
 from miles.errors import WeightSyncError
 from miles.protocols import RolloutEngine, WorkerGroup
-from miles.train.table import Table
+from miles.training.table import Table
 
 SEQUENCES, LENGTH = 4, 48
 

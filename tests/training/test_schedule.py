@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.train.schedule import optimizer_steps, rank_micro_batches
+from miles.training.schedule import optimizer_steps, rank_micro_batches
 
 
 def test_steps_take_rollouts_in_order_and_keep_siblings_together():

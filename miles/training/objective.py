@@ -3,7 +3,7 @@
 Runs inside the backend, where the logits live. Everything that needs the whole batch (advantages, importance weights,
 the weight of each token in the average) was computed by the driver and arrives as columns of the micro-batch:
 
-    mask, weights           always; `weights` already averages over the optimizer step (miles.train.aggregation)
+    mask, weights           always; `weights` already averages over the optimizer step (miles.training.aggregation)
     advantages              unless the loss is supervised
     old_log_probs           absent when the old policy is this very forward pass (then the ratio is exactly 1)
     rollout_log_probs, ref_log_probs, teacher_log_probs, is_weights, keep      when they exist
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from miles.config.algorithm import AlgorithmSection
-from miles.train.kl import kl_estimate
-from miles.train.mismatch import mismatch_terms
+from miles.training.kl import kl_estimate
+from miles.training.mismatch import mismatch_terms
 from miles.types import LossInputs, LossResult, MicroBatch, Outputs, PolicyLoss
 
 

@@ -20,13 +20,13 @@ from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
 from miles.protocols import Role, WorkerGroup
 from miles.registry import Registry
-from miles.train.advantages import AdvantageStage, needs_reference
-from miles.train.aggregation import token_weights
-from miles.train.mismatch import mismatch_metrics, mismatch_terms
-from miles.train.objective import StepScope
-from miles.train.schedule import optimizer_steps, rank_micro_batches
-from miles.train.table import Table
-from miles.train.worker import StepOutcome
+from miles.training.advantages import AdvantageStage, needs_reference
+from miles.training.aggregation import token_weights
+from miles.training.mismatch import mismatch_metrics, mismatch_terms
+from miles.training.objective import StepScope
+from miles.training.schedule import optimizer_steps, rank_micro_batches
+from miles.training.table import Table
+from miles.training.worker import StepOutcome
 from miles.types import Group, Metrics
 
 
