@@ -82,9 +82,11 @@ class PrefillAttention(_Cached):
             q_BQND.view(-1, heads, width).index_copy_(0, self.padded_T, q_TND)
         k, v = self.cache.kv[layer, :, self.slots, :, : self.keys]
         mask = self.masks.get(self.config.window(layer))
-        grouped = heads != self.config.num_kv_heads
+        group = heads // self.config.num_kv_heads
+        if mask is not None and group > 1:  # the fused kernels take a mask or groups of heads, not both
+            k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
         out = F.scaled_dot_product_attention(
-            q_BQND.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q_BQND.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1
         )
         out_TX = out.transpose(1, 2).reshape(-1, heads * width)
         return out_TX if self.padded_T is None else out_TX[self.padded_T]

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miles.types import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_BLOCK = 512
-"""Vocabularies above twice this size are searched in two steps, block first."""
+_UNITS = 2.0**52
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -53,7 +51,7 @@ class SamplingBatch:
     truncated: Tensor | None
     """Indices of the requests whose support is cut."""
     limits: Tensor | None
-    """`[3, len(truncated), 1]` float32: top_k, top_p, min_p of these."""
+    """`[3, len(truncated), 1]` float64: top_k, top_p, min_p of these."""
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], device: torch.device) -> SamplingBatch:
@@ -72,7 +70,7 @@ class SamplingBatch:
                 torch.tensor(temperature, device=device)[:, None] if any(t != 1.0 for t in temperature) else None
             ),
             truncated=torch.tensor(cut, device=device) if cut else None,
-            limits=torch.tensor(limits, device=device)[:, :, None] if cut else None,
+            limits=torch.tensor(limits, dtype=torch.float64, device=device)[:, :, None] if cut else None,
         )
 
 
@@ -112,38 +110,20 @@ def truncate(logits_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor, min_p_B1: Te
     sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
     keep_BV = torch.arange(logits_BV.shape[-1], device=logits_BV.device) < top_k_B1
     probs_BV = sorted_BV.masked_fill(~keep_BV, -torch.inf).softmax(-1)
-    keep_BV &= probs_BV.cumsum(-1) - probs_BV < top_p_B1  # what the more probable ones leave open
+    mass_BV = _fixed_point(probs_BV)
+    keep_BV &= mass_BV.cumsum(-1) - mass_BV < top_p_B1 * _UNITS  # what the more probable ones leave open
     keep_BV &= probs_BV >= min_p_B1 * probs_BV[:, :1]
     support_BV = torch.empty_like(keep_BV).scatter_(-1, order_BV, keep_BV)
     return logits_BV.masked_fill(~support_BV, -torch.inf)
 
 
 def invert_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes `uniform`; probabilities need not sum to exactly 1.
-
-    A large vocabulary is searched by blocks of tokens, then within the block at which the search arrived.
-    """
-    vocabulary = probs_BV.shape[-1]
-    if vocabulary <= 2 * _BLOCK:
-        return _search(*_cumulate(probs_BV, uniform_B))[:, 0]
-    blocks = -(-vocabulary // _BLOCK)
-    padded = F.pad(probs_BV, (0, blocks * _BLOCK - vocabulary)).unflatten(-1, (blocks, _BLOCK))
-    mass_BX = padded.sum(-1)
-    ends_BX, target_B1 = _cumulate(mass_BX, uniform_B)
-    block_B1 = _search(ends_BX, target_B1)
-    size_B1 = mass_BX.gather(-1, block_B1).double()
-    depth_B1 = (target_B1 - ends_BX.gather(-1, block_B1)) / size_B1 + 1  # how far into the block, in (0, 1)
-    within = padded[torch.arange(len(padded), device=padded.device), block_B1[:, 0]]
-    token_B1 = _search(*_cumulate(within, depth_B1[:, 0].clamp(2.0**-48, 1 - 2.0**-48)))
-    return (block_B1 * _BLOCK + token_B1)[:, 0]
+    """The token at which the cumulative distribution passes `uniform`; it has probability above 0."""
+    ends_BV = _fixed_point(probs_BV).cumsum(-1)
+    target_B1 = (uniform_B[:, None] * ends_BV[:, -1:]).long()
+    return torch.searchsorted(ends_BV, target_B1, right=True)[:, 0]
 
 
-def _cumulate(mass_BX: Tensor, fraction_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Cumulative mass, float64, and the point that has this fraction of all mass before it, `[B, 1]`."""
-    ends_BX = mass_BX.cumsum(-1, dtype=torch.float64)
-    return ends_BX, fraction_B[:, None] * ends_BX[:, -1:]
-
-
-def _search(ends_BX: Tensor, target_B1: Tensor) -> Tensor:
-    """The first entry whose cumulative mass is above the target; it has mass itself."""
-    return torch.searchsorted(ends_BX, target_B1, right=True).clamp_(max=ends_BX.shape[-1] - 1)
+def _fixed_point(probs_BV: Tensor) -> Tensor:
+    """Probabilities in units of 2^-52, as integers: their sums are exact, in whatever order a device adds them."""
+    return (probs_BV * _UNITS).long()

@@ -51,11 +51,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(family: str, seed: int = 0) -> nn.Module:
+def make_model(family: str, seed: int = 0, **more: Any) -> nn.Module:
     """A transformers model whose logits are spread enough to tell tokens apart."""
     name, changes = FAMILIES[family]
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes})
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **changes, **more})
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
@@ -87,6 +87,7 @@ class HandBridge:
             "tie_word_embeddings": hf.tie_word_embeddings,
             "sliding_window": getattr(hf, "sliding_window", None) or None,
             "layer_types": tuple(hf.layer_types) if getattr(hf, "layer_types", None) else None,
+            "hidden_act": hf.hidden_act,
             "num_experts": moe,
             "top_k_experts": hf.num_experts_per_tok if moe else 0,
             "moe_intermediate_size": hf.moe_intermediate_size if moe else 0,
@@ -146,7 +147,7 @@ class LetterTokenizer:
         )
 
 
-def make_engine(model: nn.Module, checkpoint: Path | None = None, **options: Any) -> TorchEngine:
+def make_engine(model: nn.Module, checkpoint: Path | None = None, dtype: str = "fp32", **options: Any) -> TorchEngine:
     """Without weights, unless a checkpoint is given."""
     context = EngineContext(
         checkpoint=checkpoint or Path("."),
@@ -154,7 +155,7 @@ def make_engine(model: nn.Module, checkpoint: Path | None = None, **options: Any
         tokenizer=LetterTokenizer(),
         bridge=HandBridge(),
         device="cpu",
-        dtype="fp32",
+        dtype=dtype,
         load_weights=checkpoint is not None,
         run_dir=Path("."),
     )

@@ -49,6 +49,7 @@ def test_inverse_of_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(0)
     probs = (torch.randn(300, vocabulary, generator=generator) * 3).softmax(-1)
     probs[:, 1:5] = 0
+    probs[:, -1] = 0
     uniform = many_uniforms(300)
     found = invert_cdf(probs, uniform).numpy()
     ends = probs.double().cumsum(-1).numpy()
@@ -68,9 +69,8 @@ def test_extreme_draws_stay_within_the_support(vocabulary):
     assert invert_cdf(probs, edges).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("shape", [(7,), (1100,)], ids=["one search", "by blocks"])
-def test_draws_follow_the_distribution(shape):
-    (vocabulary,) = shape
+@pytest.mark.parametrize("vocabulary", [7, 1100])
+def test_draws_follow_the_distribution(vocabulary):
     logits = torch.full((1, vocabulary), -torch.inf)
     logits[0, -5:] = torch.tensor([0.1, 1.0, -1.0, 2.0, 0.5])
     count = 20000
