@@ -177,7 +177,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking) -> tuple
         residency=Residency(workers, engines, derived.offload_train, derived.offload_rollout),
         weight_sync=weight_sync,
         producer=Producer(config, source, {s.name: task(s) for s in config.data.sets}, filters),
-        trainer=Trainer(config, derived, registry, workers),
+        trainer=Trainer(config, derived, registry, workers, shares=await workers.call("data_share")),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
         probe=make_probe(config, registry, model) if engines[0].generates else None,

@@ -33,8 +33,12 @@ from miles.types import Group, Metrics
 class Trainer:
     """Drives the train workers through one rollout batch after the other."""
 
-    def __init__(self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup):
+    def __init__(
+        self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup, shares: Sequence[int]
+    ):
+        """`shares[rank]`: which share of a batch the rank works on; ranks that split a model have the same one."""
         self.config, self.derived, self.workers = config, derived, workers
+        self.shares = list(shares)
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.skipped_in_a_row = 0
@@ -80,11 +84,10 @@ class Trainer:
 
     async def _forward(self, role: Role, table: Table) -> list[np.ndarray]:
         """Log-probabilities of every row under the model of this role."""
-        plan = self._plan(table, range(len(table)), self.derived.log_probs_max_tokens)
-        arguments = [(role, [table.take(rows) for rows in batches], ("log_probs",)) for batches in plan]
-        results = await self.workers.call_each("forward", arguments)
+        plan = self._plan(table, self.derived.log_probs_max_tokens)
+        calls = [(role, [table.take(rows) for rows in batches], ("log_probs",)) for batches in plan]
         found: dict[int, np.ndarray] = {}
-        for batches, outputs in zip(plan, results, strict=True):
+        for batches, outputs in zip(plan, await self._on_shares("forward", calls), strict=True):
             for rows, output in zip(batches, outputs, strict=True):
                 found.update(zip(rows, output["log_probs"], strict=True))
         return [found[row] for row in range(len(table))]
@@ -146,18 +149,23 @@ class Trainer:
             present_T = self._has_rollout_log_probs(table)
             table.put("has_rollout_log_probs", present_T)
             scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))
-        plan = self._plan(table, range(len(table)), self.config.train.max_tokens_per_gpu)
-        arguments = [([table.take(rows) for rows in batches], scope) for batches in plan]
-        return await self.workers.call_each("train_step", arguments)
+        plan = self._plan(table, self.config.train.max_tokens_per_gpu)
+        return await self._on_shares("train_step", [([table.take(rows) for rows in b], scope) for b in plan])
+
+    async def _on_shares(self, method: str, calls: Sequence[tuple]) -> list[Any]:
+        """One call a share, made on every rank that works on it; one answer a share."""
+        answers = await self.workers.call_each(method, [calls[share] for share in self.shares])
+        return [answers[self.shares.index(share)] for share in range(len(calls))]
 
     @property
     def _longest_response(self) -> float:
         return float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
 
-    def _plan(self, table: Table, rows: Sequence[int], max_tokens: int) -> list[list[list[int]]]:
+    def _plan(self, table: Table, max_tokens: int) -> list[list[list[int]]]:
+        """`[share][micro-batch][row]`."""
         train = self.config.train
         cap = max_tokens if train.use_dynamic_batch_size else None
-        return rank_micro_batches(rows, table.lengths, self.workers.size, cap, train.micro_batch_size)
+        return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size)
 
     def _watch_skips(self, skipped: bool) -> None:
         limit = self.config.train.max_nonfinite_steps

@@ -23,7 +23,7 @@ from miles.plugins import load_plugins
 from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
-from miles.training.advantages import component_needs
+from miles.training.advantages import NONE, component_needs
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch
 from miles.training.table import Table
@@ -94,6 +94,10 @@ class TrainWorker:
         return self.registry.build("train_backends", config.train.train_backend, context=context)
 
     # ------------------------------------------------------------------------------------------------------ numbers
+
+    def data_share(self) -> int:
+        """Which share of each batch this rank works on; ranks that split a model have the same one."""
+        return self.models["actor"].data_rank
 
     def forward(self, role: Role, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
         """Per table, per wanted quantity, one array a sample. Micro-batches that do not fit are halved."""
@@ -193,8 +197,8 @@ def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:
     """What the objective is given besides log-probabilities."""
     needs = component_needs(config, registry)
     wanted: set[Want] = {"log_probs"}
-    if config.algorithm.entropy_coef or "entropy" in needs:
-        wanted.add("entropy")
+    if config.algorithm.advantage_estimator.name != NONE or "entropy" in needs:
+        wanted.add("entropy")  # a policy that explores is watched by its entropy, whether it is paid for it or not
     if "logits" in needs:
         wanted.add("logits")
     return frozenset(wanted)

@@ -24,7 +24,7 @@ def test_epochs_repeat_the_steps():
     st.integers(1, 8),
 )
 def test_every_row_once_and_ranks_in_step(lengths, data_size, cap, micro):
-    plan = rank_micro_batches(range(len(lengths)), lengths, data_size, cap, micro)
+    plan = rank_micro_batches(lengths, data_size, cap, micro)
     assert len(plan) == data_size
     assert len({len(batches) for batches in plan}) == 1
     assert sorted(row for batches in plan for batch in batches for row in batch) == list(range(len(lengths)))

@@ -65,7 +65,7 @@ def make(skip=False, algorithm=None, **train):
         }
     )
     workers = Workers(skip)
-    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers), workers
+    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers, shares=[0]), workers
 
 
 def step(trainer, batch):
