@@ -161,6 +161,7 @@ class Run:
         return {
             **batch_metrics(groups),
             **self.producer.metrics(),
+            "perf/generate_time": traffic.seconds,
             "rollout/cached_ratio": cached,
             "rollout/generated_tokens": float(traffic.generated_tokens),
         }
@@ -184,12 +185,13 @@ class Run:
         """Write down a step, with where its time went."""
         now = time.perf_counter()
         seconds, self._step_clock = now - self._step_clock, now
-        phases = self.residency.take_seconds()
-        metrics = {**metrics, **phases, "perf/step_time": seconds}
-        metrics["perf/other_share"] = max(0.0, 1 - sum(phases.values()) / seconds) if seconds else 0.0
-        if rollout := phases.get("perf/rollout_time"):
-            metrics["perf/rollout_tokens_per_second"] = metrics.get("rollout/generated_tokens", 0.0) / rollout
-        metrics["perf/tokens_per_second"] = metrics.get("rollout/generated_tokens", 0.0) / max(seconds, 1e-9)
+        metrics = {**metrics, **self.residency.take_seconds(), "perf/step_time": seconds}
+        generated, generating = metrics.get("rollout/generated_tokens", 0.0), metrics.get("perf/generate_time", 0.0)
+        if generating:
+            metrics["perf/generate_tokens_per_second"] = generated / generating
+        if seconds and "perf/workers_time" in metrics and not self.eval_due():
+            metrics["perf/overhead_share"] = 1 - (generating + metrics["perf/workers_time"]) / seconds
+        metrics["perf/tokens_per_second"] = generated / max(seconds, 1e-9)
         self.tracking.log(self.step, metrics)
         self.progress.line(self.step, metrics)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ class Traffic:
     """Counters since they were last taken."""
 
     requests: int = 0
+    seconds: float = 0.0
+    """Wall time during which at least one request was in flight."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
@@ -27,6 +30,7 @@ class EngineFront:
         self.engines = list(engines)
         self.traffic = Traffic()
         self._in_flight = [0] * len(self.engines)
+        self._busy_since = 0.0
         self._slots = asyncio.Semaphore(concurrency)
 
     @property
@@ -35,18 +39,29 @@ class EngineFront:
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         async with self._slots:
-            index = self._in_flight.index(min(self._in_flight))
-            self._in_flight[index] += 1
+            index = self._enter()
             try:
                 result = await self.engines[index].generate(request)
             finally:
-                self._in_flight[index] -= 1
+                self._leave(index)
         traffic = self.traffic
         traffic.requests += 1
         traffic.prompt_tokens += len(request.tokens)
         traffic.cached_tokens += result.cached_tokens
         traffic.generated_tokens += len(result.tokens)
         return result
+
+    def _enter(self) -> int:
+        if not any(self._in_flight):
+            self._busy_since = time.perf_counter()
+        index = self._in_flight.index(min(self._in_flight))
+        self._in_flight[index] += 1
+        return index
+
+    def _leave(self, index: int) -> None:
+        self._in_flight[index] -= 1
+        if not any(self._in_flight):
+            self.traffic.seconds += time.perf_counter() - self._busy_since
 
     async def abort(self) -> None:
         await asyncio.gather(*(engine.abort() for engine in self.engines))

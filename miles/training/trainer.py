@@ -8,6 +8,7 @@ travel as columns of a `Table`, which is cut into micro-batches anew for each pa
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -42,6 +43,8 @@ class Trainer:
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.skipped_in_a_row = 0
+        self.seconds = 0.0
+        """Time in which the workers worked on the last batch."""
 
     async def step(self, groups: Sequence[Group]) -> Metrics:
         """Train on a batch; returns its metrics.
@@ -55,10 +58,11 @@ class Trainer:
         if not any(mask.any() for mask in table.columns["mask"]):
             raise TrainError("no sample of this rollout batch has a trainable token: see the statuses in rollouts/")
         metrics: Metrics = {}
+        self.seconds = 0.0
         await self._log_probs(table, metrics)
         metrics.update(self.stage(table))
         metrics.update(await self._optimize(table))
-        return metrics
+        return metrics | {"perf/workers_time": self.seconds}
 
     # --------------------------------------------------------------------------------------------------- log-probs
 
@@ -154,7 +158,9 @@ class Trainer:
 
     async def _on_shares(self, method: str, calls: Sequence[tuple]) -> list[Any]:
         """One call a share, made on every rank that works on it; one answer a share."""
+        started = time.perf_counter()
         answers = await self.workers.call_each(method, [calls[share] for share in self.shares])
+        self.seconds += time.perf_counter() - started
         return [answers[self.shares.index(share)] for share in range(len(calls))]
 
     @property
