@@ -1,0 +1,47 @@
+import math
+
+import pytest
+
+from miles.rollout.measure import batch_metrics, pass_at_k
+from miles.types import Group, Prompt, Sample, Status
+
+
+def test_pass_at_k_by_hand():
+    # 4 samples, 1 right: any 2 of them hold it in 3 of 6 cases. 4 of 4 right: always.
+    assert pass_at_k([[True, False, False, False]], 2) == pytest.approx(0.5)
+    assert pass_at_k([[True, False, False, False], [True] * 4], 2) == pytest.approx(0.75)
+    assert pass_at_k([[False] * 4], 4) == 0
+    assert pass_at_k([[True, False]], 1) == 0.5
+
+
+def test_prompts_with_too_few_samples_do_not_count():
+    assert pass_at_k([[True, True], [False]], 2) == 1
+    assert math.isnan(pass_at_k([[True]], 2))
+
+
+def sample(reward, length, status=Status.COMPLETED, **parts):
+    one = Sample.begin(Prompt(id="s:0", task_set="s", text="x", tokens=[1]), id=0, group_id=0)
+    one.append([2] * length)
+    one.reward, one.status, one.reward_parts = reward, status, parts
+    return one
+
+
+def test_a_batch():
+    groups = [
+        Group(0, None, [sample(1.0, 2, a=1.0), sample(0.0, 4, Status.TRUNCATED, a=0.0)]),
+        Group(1, None, [sample(2.0, 6), sample(2.0, 8)]),
+    ]
+    metrics = batch_metrics(groups)
+    assert metrics["rollout/reward"] == pytest.approx(5 / 4)
+    assert metrics["rollout/accuracy"] == pytest.approx(3 / 4)
+    assert metrics["rollout/response_len/mean"] == 5
+    assert (metrics["rollout/response_len/min"], metrics["rollout/response_len/max"]) == (2, 8)
+    assert metrics["rollout/truncated_ratio"] == 0.25
+    assert metrics["rollout/groups_agreeing"] == 0.5
+    assert metrics["rollout/reward_parts/a"] == 0.5
+
+
+def test_without_rewards_nothing_is_said_of_them():
+    metrics = batch_metrics([Group(0, None, [sample(None, 3)])])
+    assert "rollout/reward" not in metrics
+    assert "rollout/groups_agreeing" not in metrics
