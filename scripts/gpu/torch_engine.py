@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import transformers
 from miles_qwen.bridge import QwenBridge
-from torch import Tensor, nn
+from torch import nn
 
 from miles.builtins.torch_engine.engine import TorchEngine
 from miles.builtins.torch_engine.options import TorchEngineOptions
-from miles.protocols import EngineContext
-from miles.types import GenerateRequest, GenerateResult, SamplingParams
+from miles.protocols import EngineContext, EnginePart
+from miles.types import GenerateRequest, GenerateResult, SamplingParams, WeightGroup
 
 SMALL = {
     "vocab_size": 2048,
@@ -71,7 +71,7 @@ CASES = (
 )
 
 
-def make_model(case: Case, device: str) -> nn.Module:
+def make_model(case: Case, device: str) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{case.family}Config")(**case.config)
     model = getattr(transformers, f"{case.family}ForCausalLM")(config).eval()
@@ -81,12 +81,12 @@ def make_model(case: Case, device: str) -> nn.Module:
     return model.to(device, torch.bfloat16 if case.dtype == "bf16" else torch.float32)
 
 
-def weights_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+def weights_of(model: Any) -> Iterator[WeightGroup]:
     groups = ({name: tensor} for name, tensor in model.state_dict().items())
     return QwenBridge().from_world("torch", model.config, groups)
 
 
-async def started(model: nn.Module, dtype: str, device: str, **options: Any) -> TorchEngine:
+async def started(model: Any, dtype: str, device: str, **options: Any) -> TorchEngine:
     context = EngineContext(
         checkpoint=Path(),
         hf_config=model.config,
@@ -120,7 +120,7 @@ async def generate(engine: TorchEngine, batch: list[GenerateRequest]) -> list[Ge
 
 
 @torch.no_grad()
-def gap_to_transformers(model: nn.Module, batch: list[GenerateRequest], results: list[GenerateResult]) -> float:
+def gap_to_transformers(model: Any, batch: list[GenerateRequest], results: list[GenerateResult]) -> float:
     gaps = []
     for request, result in zip(batch, results, strict=True):
         ids = torch.tensor([request.tokens + result.tokens], device=model.device)
@@ -163,7 +163,7 @@ def recorded(engine: TorchEngine) -> int:
 
 async def nap(engine: TorchEngine, batch: list[GenerateRequest], before: list[GenerateResult]) -> dict[str, Any]:
     """Sleep, wake, sync, generate again."""
-    parts = frozenset({"weights", "kv_cache", "graphs"})
+    parts: frozenset[EnginePart] = frozenset({"weights", "kv_cache", "graphs"})
     held = allocated()
     await engine.sleep(parts)
     freed = held - allocated()
