@@ -12,7 +12,7 @@ from miles.builtins.torch_engine.kv_cache import KVCache
 from miles.builtins.torch_engine.options import TorchEngineOptions
 
 FEWEST_SLOTS, SHORTEST_SLOT = 16, 64
-SPARE_BYTES = 128 * 2**20
+SPARE_BYTES = 512 * 2**20
 """Of a machine without an accelerator, where memory that is never used is better not touched."""
 
 

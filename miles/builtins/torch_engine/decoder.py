@@ -216,13 +216,14 @@ def _grouped(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 class Decoder:
     """The model: weights under their `decoder` names, and the forward pass."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: DecoderConfig, max_len: int, device: torch.device, dtype: torch.dtype):
+        """`max_len` is the longest sequence it will see; weights are uninitialised."""
         if config.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"torch engine: hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}"
             )
         self.config, self.device, self.dtype = config, device, dtype
-        self.rope = RotaryTable(config, device, dtype)
+        self.rope = RotaryTable(config, max_len, device, dtype)
         shapes = weight_shapes(config)
         self.place({name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
 
@@ -243,7 +244,7 @@ class Decoder:
             layer.refresh()
 
     def forward(self, ids_T: Tensor, positions_T: Tensor, attention: Attention) -> Tensor:
-        """Hidden states after the last norm, `[T, H]`. Positions must have been reserved in `rope`."""
+        """Hidden states after the last norm, `[T, H]`."""
         c = self.config
         x_TH = F.embedding(ids_T, self.weights["embed.weight"])
         rope = self.rope.at(positions_T)

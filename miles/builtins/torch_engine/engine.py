@@ -48,6 +48,7 @@ class TorchEngine:
         self.unusable: str | None = NO_WEIGHTS
         """Why no request can be served, if none can."""
         self.asleep: frozenset[EnginePart] = frozenset()
+        self._thread: threading.Thread | None = None
         self._arrivals = itertools.count()
         self._pending: set[asyncio.Future] = set()
         self._outbox: list[tuple[Any, Any]] = []
@@ -82,7 +83,7 @@ class TorchEngine:
     def _build(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        decoder = Decoder(self.config, self.device, self.dtype)
+        decoder = Decoder(self.config, self.budget.max_len, self.device, self.dtype)
         strings = StopStrings(self.context.tokenizer, self.config.vocab_size)
         options = self.options
         self.scheduler = Scheduler(decoder, self.budget, strings, options.max_prefill_tokens, options.cuda_graphs)
@@ -122,18 +123,21 @@ class TorchEngine:
         return await future
 
     def _future(self) -> asyncio.Future:
-        if not self._thread.is_alive():
-            raise EngineError("torch engine: it is not running; it was closed or has stopped working")
+        self._check_alive()
         future = asyncio.get_running_loop().create_future()
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         return future
 
+    def _check_alive(self) -> None:
+        if self._thread is None or not self._thread.is_alive():
+            raise EngineError("torch engine: it is not running; it was not started, was closed or has stopped working")
+
     def _fail_pending(self, reason: str) -> None:
         self._loop_side.deliver([(future, EngineError(reason)) for future in self._pending])
 
     async def close(self) -> None:
-        if not self._thread.is_alive():
+        if self._thread is None or not self._thread.is_alive():
             return
         self._loop_side.submit(lambda: setattr(self, "_closing", True))
         await asyncio.to_thread(self._thread.join)
@@ -207,8 +211,7 @@ class TorchEngine:
         await self._do(self.scheduler.flush)
 
     async def health(self) -> EngineHealth:
-        if not self._thread.is_alive():
-            raise EngineError("torch engine: it is not running; it was closed or has stopped working")
+        self._check_alive()
         scheduler = self.scheduler
         return EngineHealth(scheduler.version, scheduler.slots.count, len(scheduler.waiting), self.asleep)
 

@@ -65,7 +65,6 @@ class DecodeGraphs:
         return logits[:count]
 
     def _record(self, size: int, keys: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        self.decoder.rope.reserve(self.cache.length)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -32,7 +32,6 @@ def prefill(
     Yields, for each forward pass, which pieces it was about, how many tokens of each it computed, and their hidden
     states end to end, `[T, H]`. A piece of more than `max_tokens` takes several passes of its own.
     """
-    decoder.rope.reserve(max(len(piece.tokens) for piece in pieces))
     for group in _groups(pieces, max_tokens):
         starts = [pieces[i].start for i in group]
         while any(starts[j] < len(pieces[i].tokens) for j, i in enumerate(group)):

@@ -45,21 +45,14 @@ def inverse_frequencies(config: DecoderConfig) -> tuple[Tensor, float]:
 
 
 class RotaryTable:
-    """Cosines and sines of the positions seen so far, looked up by position."""
+    """Cosines and sines of all positions below `positions`, looked up by position."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype):
-        self.inv_freq, self.scale = inverse_frequencies(config)
-        self.device, self.dtype = device, dtype
-        self.cos_PD = self.sin_PD = torch.empty(0)
-
-    def reserve(self, positions: int) -> None:
-        """Make sure that positions below this number are in the table."""
-        if len(self.cos_PD) >= positions:
-            return
-        angles = torch.outer(torch.arange(positions).float(), self.inv_freq)
-        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
-        self.cos_PD = torch.cat((cos, cos), -1).to(self.device, self.dtype)
-        self.sin_PD = torch.cat((-sin, sin), -1).to(self.device, self.dtype)
+    def __init__(self, config: DecoderConfig, positions: int, device: torch.device, dtype: torch.dtype):
+        inv_freq, scale = inverse_frequencies(config)
+        angles = torch.outer(torch.arange(positions).float(), inv_freq)
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        self.cos_PD = torch.cat((cos, cos), -1).to(device, dtype)
+        self.sin_PD = torch.cat((-sin, sin), -1).to(device, dtype)
 
     def at(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and signed sine of each token, `[T, 1, head_dim]`."""

@@ -20,6 +20,8 @@ from miles.types import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _UNITS = 2.0**52
+_AT_ONCE = 2**25
+"""Probabilities whose cumulative sums, which take twice their memory, exist at once."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -118,10 +120,15 @@ def truncate(logits_BV: Tensor, top_k_B1: Tensor, top_p_B1: Tensor, min_p_B1: Te
 
 
 def invert_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes `uniform`; it has probability above 0."""
-    ends_BV = _fixed_point(probs_BV).cumsum(-1)
-    target_B1 = (uniform_B[:, None] * ends_BV[:, -1:]).long()
-    return torch.searchsorted(ends_BV, target_B1, right=True)[:, 0]
+    """The token at which the cumulative distribution passes `uniform`; it has probability above 0. (Of probabilities
+    that are not finite some token comes, and its log-probability tells.)"""
+    rows = max(_AT_ONCE // probs_BV.shape[-1], 1)
+    found: list[Tensor] = []
+    for probs, uniform in zip(probs_BV.split(rows), uniform_B.split(rows), strict=True):
+        ends = _fixed_point(probs).cumsum(-1)
+        target = (uniform[:, None] * ends[:, -1:]).long()
+        found.append(torch.searchsorted(ends, target, right=True)[:, 0].clamp_(0, probs.shape[-1] - 1))
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _fixed_point(probs_BV: Tensor) -> Tensor:

@@ -258,7 +258,6 @@ class Scheduler:
         if graphs is not None:
             logits_BV = graphs.step(ids_B, positions_B, longest)
         else:
-            self.decoder.rope.reserve(slots.length)
             even = longest == shortest
             attention = DecodeAttention(self.decoder.config, self.arena.cache, positions_B, longest, even)
             logits_BV = self.decoder.logits(self.decoder.forward(ids_B, positions_B, attention))

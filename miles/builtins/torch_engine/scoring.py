@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,24 @@ class ScoreJob:
 
 def score(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[np.ndarray]:
     """For each job `[T]` float32, 0 at position 0. Keys and values are kept only while a group is computed."""
-    order = sorted(range(len(jobs)), key=lambda i: len(jobs[i].tokens))
     scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(jobs)
-    while order:
-        group, total = [order.pop(0)], len(jobs[order[0]].tokens) if order else 0
-        while order and (total := total + len(jobs[order[0]].tokens)) <= max_tokens:
-            group.append(order.pop(0))
+    for group in _groups(jobs, max_tokens):
         for i, log_probs in zip(group, _score_group(decoder, [jobs[i] for i in group], max_tokens), strict=True):
             scores[i] = log_probs
     return scores
+
+
+def _groups(jobs: Sequence[ScoreJob], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in ascending order of length, cut where the tokens exceed one forward pass."""
+    group: list[int] = []
+    total = 0
+    for i in sorted(range(len(jobs)), key=lambda i: len(jobs[i].tokens)):
+        if group and total + len(jobs[i].tokens) > max_tokens:
+            yield group
+            group, total = [], 0
+        group.append(i)
+        total += len(jobs[i].tokens)
+    yield group
 
 
 def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[np.ndarray]:

@@ -132,3 +132,10 @@ def test_banned_tokens_do_not_come_and_greedy_log_probs_are_the_models():
     assert chosen.tolist() == [2, 2]
     full, rest = logits[0].log_softmax(-1), logits[0, 1:].log_softmax(-1)
     torch.testing.assert_close(log_probs, torch.stack([full[2], rest[1]]))
+
+
+def test_logits_that_are_not_finite_do_not_point_outside_the_vocabulary():
+    logits = torch.tensor([[0.0, torch.nan, 1.0], [torch.inf, 0.0, 0.0], [0.0, 1.0, 2.0]])
+    chosen, log_probs = draw(logits, SamplingBatch.of([SamplingParams()] * 3, CPU), many_uniforms(3))
+    assert ((chosen >= 0) & (chosen < 3)).all()
+    assert log_probs.isfinite().tolist() == [False, False, True]
