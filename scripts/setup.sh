@@ -11,11 +11,10 @@ MILES_VENV=${VENV:-$MILES_ROOT/.venv}
 miles_setup() (
   set -euo pipefail
   cd "$MILES_ROOT"
-  python=${PYTHON:-$(command -v python3.12 || command -v python3.11 || command -v python3)}
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-    echo "miles needs Python 3.11 or newer; $python is $("$python" --version 2>&1). Name another: PYTHON=..." >&2
-    exit 1
-  }
+  for python in ${PYTHON:-python3 python3.12 python3.11} ""; do
+    "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break
+  done
+  [[ $python ]] || { echo "miles needs Python 3.11 or newer with venv. Where is one? PYTHON=/path/to/python3.12" >&2; exit 1; }
   stamp=$(cat constraints.txt requirements-dev.txt pyproject.toml plugins/*/*/pyproject.toml scripts/setup.sh | cksum)
   [[ -f $MILES_VENV/.stamp && $(<"$MILES_VENV/.stamp") == "$stamp" ]] && exit 0
 
