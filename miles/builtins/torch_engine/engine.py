@@ -81,8 +81,8 @@ class TorchEngine:
         side.loop.call_soon_threadsafe(self._fail_pending, f"torch engine: it {reason}")
 
     def _build(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # of this thread
         decoder = Decoder(self.config, self.budget.max_len, self.device, self.dtype)
         strings = StopStrings(self.context.tokenizer, self.config.vocab_size)
         options = self.options
