@@ -107,6 +107,7 @@ async def run_job(resolved: Resolved) -> Run:
         tracking.finish(run.status)
         plugins.hook.miles_on_run_end(run=run, error=error)
         await run.close()
+        gc.unfreeze()  # whoever lets go of the run gets its memory back
     return run
 
 

@@ -132,15 +132,15 @@ def _open_parquet(path: Path, rows: slice) -> Rows:
 
 def _open_hub(name: str, rows: slice) -> Rows:
     """A data set by name (or local folder) through the `datasets` library; split `train` when none is given."""
+    source, *rest = name.removeprefix("hub:").split(":")
+    if not source or len(rest) > 2:
+        raise DataError(f"prompt data {name!r}: expected hub:owner/name[:config][:split]")
     try:
         import datasets
     except ImportError as error:
         raise DataError(
             f"{name}: reading a hub data set needs the datasets library: pip install 'miles[hub]'"
         ) from error
-    source, *rest = name.removeprefix("hub:").split(":")
-    if not source or len(rest) > 2:
-        raise DataError(f"prompt data {name!r}: expected hub:owner/name[:config][:split]")
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
     try:
