@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
-from miles.config.derived import Derived
+from miles.config.derived import Numbers
 from miles.config.load import Resolved
 from miles.config.show import component_rows
 from miles.plugins import Plugins
@@ -26,21 +26,25 @@ def describe(resolved: Resolved, plugins: Plugins) -> str:
 
 
 def _numbers(resolved: Resolved) -> list[tuple[str, str]]:
-    derived = asdict(Derived.of(resolved.config))
-    epochs = resolved.config.rollout.num_rollout is None
-    for name in ("num_rollout", "total_optimizer_steps"):
-        if epochs:
-            derived[name] = f"as many as {resolved.config.rollout.num_epoch:g} epochs of the prompts take"
-    return [(name, str(value)) for name, value in derived.items()]
+    """What follows from the configuration; where it depends on the data, in words."""
+    rollout, numbers = resolved.config.rollout, Numbers.of(resolved.config)
+    steps = f"as many as {rollout.num_epoch} epochs of the prompts take" if rollout.num_rollout is None else None
+    known = {
+        "num_rollout": steps or rollout.num_rollout,
+        **asdict(numbers),
+        "total_optimizer_steps": steps or (rollout.num_rollout or 0) * numbers.optimizer_steps_per_rollout,
+    }
+    by_sets = "as many as the task sets of its prompts draw"
+    return [(name, by_sets if value is None else str(value)) for name, value in known.items()]
 
 
 def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
-    config, derived = resolved.config, Derived.of(resolved.config)
+    config, numbers = resolved.config, Numbers.of(resolved.config)
     resources = config.resources
     nodes, each = resources.actor_num_nodes, resources.actor_num_gpus_per_node
     where = f"{resources.executor.name}, device {resources.device}"
-    asleep = "asleep while training" if derived.offload_rollout else "stays awake"
-    trainer = "offloaded during rollouts" if derived.offload_train else "stays in memory"
+    asleep = "asleep while training" if numbers.offload_rollout else "stays awake"
+    trainer = "offloaded during rollouts" if numbers.offload_train else "stays in memory"
     shared = "shares the trainer's devices" if resources.colocate else "devices of its own where there are several"
     return [
         ("role", "workers", "where", "when idle"),

@@ -59,6 +59,19 @@ def test_dry_run_prints_components_numbers_and_placement_and_builds_nothing(mile
     assert "trainer" in out
 
 
+def test_dry_run_says_what_only_the_data_can_tell(miles, jobs, base):
+    sets = [
+        "--data.sets.b.path=train.jsonl",
+        "--data.sets.b.generate=single_turn",
+        "--data.sets.b.n_samples_per_prompt=2",
+    ]
+    _, out, _ = miles("train", "--dry-run", *base, "--num-rollout", "none", "--num-epoch", "1.5", *sets)
+    lines = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "as many as 1.5 epochs of the prompts take" in lines["num_rollout"]
+    assert "as many as 1.5 epochs of the prompts take" in lines["total_optimizer_steps"]
+    assert "as many as the task sets of its prompts draw" in lines["global_batch_size"]
+
+
 def test_a_wrong_configuration_is_one_message_and_exit_code_2(miles, jobs, base):
     code, out, err = miles("train", *base, "--kl-coef", "-1", "--colocat")
     assert (code, out, jobs.calls) == (2, "", [])
