@@ -9,7 +9,7 @@ from typing import Any
 
 from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
-from miles.config.leaves import EVAL_FLAGS, SETS, Leaf, flag_table, leaf_above
+from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.settings import Flattener, Setting, fixed_origin
 from miles.config.upstream import reply_to
 from miles.config.values import Text, from_text
@@ -144,7 +144,7 @@ class _Reader:
         if reply is not None:
             self._fault(flag, "is a flag of slime and Miles that is spelt or done otherwise here", reply)
             return
-        known = [*flag_table(), *EVAL_FLAGS, *self._component_flags, EVAL_PROMPT_DATA]
+        known = {*flag_table(), *self._component_flags, EVAL_PROMPT_DATA}
         close = get_close_matches(flag, known, n=2, cutoff=0.7)
         self._fault(
             flag, "unknown flag", f"did you mean {' or '.join(close)}?" if close else "see `miles train --help`"

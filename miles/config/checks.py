@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from miles.component import Component
 from miles.config.components import Use
 from miles.config.data import TaskSet
-from miles.config.derived import Derived
+from miles.config.derived import Numbers
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import Path, pattern
 from miles.config.leaves import leaves as schema_leaves
@@ -23,6 +24,13 @@ from miles.registry import Registry
 
 MODES = ("sync",)
 """Rollout modes that this version has."""
+UNMET = {
+    "critic": "a critic",
+    "teacher": "a teacher model",
+    "greedy_rollout": "a greedy rollout of each prompt",
+    "routed_experts": "the expert choices of the rollout",
+}
+"""Needs of components that the core of this version cannot meet."""
 
 
 def check(
@@ -118,6 +126,13 @@ def _sampling(c: _Checked) -> Iterator[Fault]:
                     "importance ratios would be wrong",
                     f"use {name}={off} in training; evaluation sets may truncate",
                 )
+        if task_set.sampling.min_new_tokens:
+            yield c.fault(
+                f"{at}.min_new_tokens",
+                "forbids stop tokens at first, so that the policy that acted is not the one that is trained: "
+                "importance ratios would be wrong",
+                "use min_new_tokens=0 in training, and a reward for length if need be; evaluation sets may set it",
+            )
         if task_set.sampling.temperature == 0:
             yield c.fault(
                 f"{at}.temperature",
@@ -187,24 +202,30 @@ def _evaluation(c: _Checked) -> Iterator[Fault]:
         )
 
 
-def _environments(c: _Checked) -> Iterator[Fault]:
-    """Components that need an environment stand in sets that have one."""
+def _needs(c: _Checked) -> Iterator[Fault]:
+    """What components need of the core is there. Components that need an environment stand in sets that have one."""
     sets = {f"{where}.{task_set.name}": task_set for where, task_set in _all_sets(c.config)}
     for use in c.uses:
+        needs = () if use.name in KINDS[use.kind].words else _component(c, use.kind, use.name).needs
         task_set = sets.get(".".join(use.path[:3]))
-        if task_set is None or task_set.environment is not None or use.name in KINDS[use.kind].words:
-            continue
-        try:
-            needs = c.registry.component(use.kind, use.name).needs
-        except MilesError:  # already reported, with the names themselves
-            continue
-        if "environment" in needs:
-            key = ".".join(use.path[:4])
-            yield c.fault(
-                key,
-                f"{KINDS[use.kind].singular} {use.name!r} needs an environment",
-                f"set {key.rpartition('.')[0]}.environment",
-            )
+        who = f"{KINDS[use.kind].singular} {use.name!r} needs"
+        for need in sorted(needs):
+            problem, remedy = "", ""
+            if need in UNMET:
+                problem, remedy = f"{who} {UNMET[need]}, which is not in this version", "name another component"
+            elif need == "rollout_log_probs" and not _generates(c):
+                problem = f"{who} rollout log-probs, but the engine {c.config.rollout.engine.name!r} generates nothing"
+                remedy = "name another component, or another --rollout-engine"
+            elif need == "environment" and task_set is not None and task_set.environment is None:
+                problem, remedy = f"{who} an environment", f"set {'.'.join(use.path[:3])}.environment"
+            if problem:
+                key = ".".join(use.path[:4]) if task_set is not None else use.key
+                yield Fault(key, problem, remedy, use.name, c.origin(use.path))
+
+
+def _routing_replay(c: _Checked) -> Iterator[Fault]:
+    if c.config.moe.routing_replay.name not in KINDS["routing_replays"].words:
+        yield c.fault("moe.routing_replay", "replaying expert choices is not in this version", "--routing-replay none")
 
 
 def _plugins(c: _Checked) -> Iterator[Fault]:
@@ -220,7 +241,7 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
             )
 
 
-_CHECKS = (_plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _environments)
+_CHECKS = (_plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _needs, _routing_replay)
 
 
 # ---------------------------------------------------------------------------------------- what must be there, and when
@@ -254,11 +275,7 @@ def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
 
 def _rewards(c: _Checked) -> Iterator[Fault]:
     """Responses that nobody judges teach nothing. Generate functions other than `auto` may reward by themselves."""
-    try:
-        engine = c.registry.component("rollout_engines", c.config.rollout.engine.name)
-    except MilesError:  # already reported, with the name itself
-        return
-    if "responses" not in engine.provides:
+    if not _generates(c):
         return
     for where, task_set in _all_sets(c.config):
         at_default = c.at_default((*where.split("."), task_set.name, "generate"))
@@ -271,8 +288,11 @@ def _rewards(c: _Checked) -> Iterator[Fault]:
 
 
 def _numbers(c: _Checked) -> Iterator[Fault]:
+    rollout = c.config.rollout
+    if rollout.num_rollout is None and rollout.num_epoch is None:
+        yield c.fault("rollout.num_rollout", "how many steps?", "--num-rollout STEPS, or --num-epoch EPOCHS")
     try:
-        Derived.of(c.config)
+        Numbers.of(c.config)
     except ConfigError as error:
         yield Fault("numbers", str(error))
 
@@ -281,6 +301,19 @@ _NEEDED: dict[str, tuple[Callable[[_Checked], Iterator[Fault]], ...]] = {
     "train": (_checkpoint, _training_data, _rewards, _numbers),
     "eval": (_checkpoint, _evaluation_data, _rewards),
 }
+
+
+def _component(c: _Checked, kind: str, name: str) -> Component:
+    """The component, or one that needs and provides nothing where its name is at fault, which is reported already."""
+    try:
+        return c.registry.component(kind, name)
+    except MilesError:
+        return Component("nothing:nothing")
+
+
+def _generates(c: _Checked) -> bool:
+    """Whether the rollout engine says that it gives responses."""
+    return "responses" in _component(c, "rollout_engines", c.config.rollout.engine.name).provides
 
 
 def _all_sets(config: Config) -> list[tuple[str, TaskSet]]:

@@ -36,7 +36,18 @@ class Extra(types.SimpleNamespace):
 
     @hookimpl
     def miles_register_advantage_estimators(self):
-        return {"flat": Component("parts:flat"), "steep": Component("parts:steep", options=LossOptions)}
+        return {
+            "flat": Component("parts:flat"),
+            "steep": Component("parts:steep", options=LossOptions),
+            "valued": Component("parts:valued", needs={"critic"}),
+            "taught": Component("parts:taught", needs={"teacher", "entropy"}),
+            "greedy": Component("parts:greedy", needs={"greedy_rollout"}),
+            "compared": Component("parts:compared", needs={"rollout_log_probs"}),
+        }
+
+    @hookimpl
+    def miles_register_routing_replays(self):
+        return {"replay": Component("parts:replay", needs={"routed_experts"})}
 
     @hookimpl
     def miles_register_rewards(self):
@@ -48,7 +59,10 @@ class Extra(types.SimpleNamespace):
 
     @hookimpl
     def miles_register_sample_filters(self):
-        return {"sieve": Component("parts:sieve", options=LossOptions)}
+        return {
+            "sieve": Component("parts:sieve", options=LossOptions),
+            "by_experts": Component("parts:by_experts", needs={"routed_experts"}),
+        }
 
     @hookimpl
     def miles_register_environments(self):

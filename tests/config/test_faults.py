@@ -80,7 +80,7 @@ def test_numbers_in_scientific_notation_are_numbers(solve, write):
 
 
 def test_what_is_missing(solve):
-    assert set(faults_of(solve, base=())) == {"model.hf_checkpoint", "data.sets", "numbers"}
+    assert set(faults_of(solve, base=())) == {"model.hf_checkpoint", "data.sets", "rollout.num_rollout"}
     assert set(faults_of(solve, base=(), purpose="eval")) == {"model.hf_checkpoint", "eval.sets"}
     solve(base=(), purpose="show")
     no_reward = ("--hf-checkpoint", "org/x", "--num-rollout", "1", "--prompt-data", "x.jsonl")
@@ -97,12 +97,17 @@ def test_what_is_missing(solve):
         (["--rollout-top-p", "0.9"], "data.sets.default.sampling.top_p", "policy that acted"),
         (["--rollout-top-k", "50"], "data.sets.default.sampling.top_k", "policy that acted"),
         (["--rollout-min-p", "0.1"], "data.sets.default.sampling.min_p", "policy that acted"),
+        (["--rollout-min-response-len", "4"], "data.sets.default.sampling.min_new_tokens", "policy that acted"),
         (["--rollout-temperature", "0"], "data.sets.default.sampling.temperature", "greedy"),
         (["--rollout-mode", "one_step_off"], "rollout.mode", "not in this version"),
         (["--rollout-mode", "fully_async", "--colocate"], "resources.colocate", "take turns"),
         (["--rollout-mode", "fully_async", "--deterministic-mode"], "run.deterministic", "cannot be promised"),
         (["--loss-aggregation-constant", "512"], "algorithm.aggregation_constant", "sample_mean"),
-        (["--rollout-min-response-len", "999"], "data.sets.default.sampling.min_new_tokens", "max_new_tokens=256"),
+        (
+            ["--eval-prompt-data", "a", "a.jsonl", "--eval.sets.a.sampling.min_new_tokens=999"],
+            "eval.sets.a.sampling.min_new_tokens",
+            "max_new_tokens=256",
+        ),
         (["--rollout-max-context-len", "100"], "data.sets.default.sampling.max_new_tokens", "no room"),
         (["--min-lr", "1", "--lr-decay-style", "cosine"], "optimizer.min_lr", "peak"),
         (["--lr-warmup-iters", "9", "--lr-decay-iters", "5"], "optimizer.lr_decay_steps", "warm-up"),
@@ -110,6 +115,20 @@ def test_what_is_missing(solve):
         (["--eval-prompt-data", "a", "a.jsonl", "--eval-pass-k", "8"], "eval.pass_k", "1 at most"),
         (["--rm-type", "world"], "data.sets.default.reward", "needs an environment"),
         (["--generate", "multi_turn"], "data.sets.default.generate", "needs an environment"),
+        (
+            ["--advantage-estimator", "valued"],
+            "algorithm.advantage_estimator",
+            "a critic, which is not in this version",
+        ),
+        (["--advantage-terms", "flat", "taught"], "algorithm.advantage_terms.1", "teacher model, which is not"),
+        (["--advantage-estimator", "greedy"], "algorithm.advantage_estimator", "greedy rollout of each prompt, which"),
+        (["--rollout-filters", "by_experts"], "rollout.filters.0", "expert choices of the rollout, which is not"),
+        (["--routing-replay", "replay"], "moe.routing_replay", "not in this version"),
+        (
+            ["--advantage-estimator", "compared", "--rollout-engine", "none"],
+            "algorithm.advantage_estimator",
+            "'none' generates nothing",
+        ),
         (["--global-batch-size", "7"], "numbers", "does not divide"),
     ],
 )
@@ -130,8 +149,14 @@ def test_evaluation_may_do_what_training_may_not(solve):
         "0",
         "--eval-top-k",
         "5",
+        "--eval.sets.a.sampling.min_new_tokens=4",
     ]
-    assert solve((), *flags).config.eval.sets[0].sampling.top_k == 5
+    sampling = solve((), *flags).config.eval.sets[0].sampling
+    assert (sampling.top_k, sampling.min_new_tokens) == (5, 4)
+
+
+def test_needs_that_are_met_are_no_fault(solve):
+    assert solve((), "--advantage-estimator", "compared").config.algorithm.advantage_estimator.name == "compared"
 
 
 def test_temperatures_of_training_sets_agree(solve):
