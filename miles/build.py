@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from miles import __version__
+from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
 from miles.config import Config, TaskSet
-from miles.config.derived import Derived
+from miles.config.derived import Derived, Numbers
 from miles.errors import ConfigError
+from miles.log import logger
 from miles.modeling import (
     bridge_for,
     chat_format_for,
@@ -31,7 +34,7 @@ from miles.protocols import (
     DataSource,
     EngineContext,
     Evaluator,
-    Executor,
+    Role,
     RolloutEngine,
     WeightSync,
     WorkerGroup,
@@ -51,6 +54,10 @@ from miles.types import Prompt
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
 
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
 @dataclass
 class Model:
     """The policy's checkpoint and what is read from it."""
@@ -68,7 +75,6 @@ class Parts:
     config: Config
     registry: Registry
     model: Model
-    executor: Executor
     workers: WorkerGroup
     engines: list[RolloutEngine]
     front: EngineFront
@@ -90,9 +96,6 @@ class Parts:
             except PackageNotFoundError:
                 continue
         return found
-
-    def make_source(self, sets: Sequence[TaskSet], shuffle: bool) -> DataSource:
-        return make_source(self.config, self.registry, self.model.chat, sets, shuffle)
 
     def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
@@ -135,7 +138,9 @@ def make_task(
     )  # fmt: skip
 
 
-async def make_engine(config: Config, registry: Registry, model: Model, load_weights: bool) -> RolloutEngine:
+async def make_engine(
+    config: Config, registry: Registry, model: Model, stack: AsyncExitStack, load_weights: bool
+) -> RolloutEngine:
     """Build and start the rollout engine."""
     context = EngineContext(
         checkpoint=model.checkpoint,
@@ -149,18 +154,34 @@ async def make_engine(config: Config, registry: Registry, model: Model, load_wei
         precision=precision_for(registry, config),
     )
     engine = registry.build("rollout_engines", config.rollout.engine, context=context)
+    closing(stack, engine)
     await engine.start()
     return engine
 
 
-async def build(config: Config, registry: Registry, tracking: Tracking) -> tuple[Derived, Parts]:
-    """Build everything. Files are read and weights are loaded, but nothing is generated or trained."""
+def closing(stack: AsyncExitStack, part: Closable) -> None:
+    """Have `stack` close a part. One that cannot be closed is only logged: the first error stays the error."""
+
+    async def close() -> None:
+        try:
+            await part.close()
+        except Exception:
+            logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
+
+    stack.push_async_callback(close)
+
+
+async def build(config: Config, registry: Registry, tracking: Tracking, stack: AsyncExitStack) -> tuple[Derived, Parts]:
+    """Build everything. Files are read and weights are loaded, but nothing is generated or trained.
+
+    What has to be closed is given to `stack` as soon as it exists, so that nothing is left behind when a later part
+    cannot be built.
+    """
     model = load_model(config, registry)
     source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle)
     derived = Derived.of(config, prompts_per_epoch=len(source))
-    executor = registry.build("executors", config.resources.executor)
-    workers = await launch_workers(config, derived, registry, model, executor)
-    engines = [await make_engine(config, registry, model, load_weights=False)]
+    workers = await launch_workers(config, derived.total_optimizer_steps, registry, model, stack, derived.world_size)
+    engines = [await make_engine(config, registry, model, stack, load_weights=False)]
     front = EngineFront(engines, config.rollout.concurrency)
     task = partial(make_task, config, registry, model, front)
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
@@ -170,7 +191,6 @@ async def build(config: Config, registry: Registry, tracking: Tracking) -> tuple
         config=config,
         registry=registry,
         model=model,
-        executor=executor,
         workers=workers,
         engines=engines,
         front=front,
@@ -187,7 +207,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking) -> tuple
 
 @dataclass
 class EvaluationParts:
-    """What evaluation alone needs: an engine that loads its own weights. Stands in for a `Run` with evaluators."""
+    """What evaluation alone needs. Stands where evaluators otherwise find a `Run`."""
 
     config: Config
     registry: Registry
@@ -196,40 +216,64 @@ class EvaluationParts:
     evaluator: Evaluator
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
-        return make_source(self.config, self.registry, self.model.chat, [task_set], shuffle=False).every_prompt()
+        return load_prompts(self.config, self.registry, self.model.chat, task_set)
 
     def eval_task(self, task_set: TaskSet) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
 
-    async def close(self) -> None:
-        for engine in self.front.engines:
-            await engine.close()
 
-
-async def evaluation_parts(config: Config, registry: Registry) -> EvaluationParts:
-    """Build an engine from the checkpoint, and nothing else."""
+async def evaluation_parts(
+    config: Config, registry: Registry, stack: AsyncExitStack, checkpoint: Checkpoint | None
+) -> EvaluationParts:
+    """An engine with the weights of `model.hf_checkpoint`, or with those of a checkpoint of miles."""
     model = load_model(config, registry)
-    front = EngineFront([await make_engine(config, registry, model, load_weights=True)], config.rollout.concurrency)
+    engine = await make_engine(config, registry, model, stack, load_weights=checkpoint is None)
+    if checkpoint is not None:
+        workers = await launch_workers(config, 1, registry, model, stack, Numbers.of(config).world_size, ("actor",))
+        await workers.call("load", checkpoint.path, weights_only=True)
+        weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
+        await weight_sync.connect(workers, [engine])
+        await weight_sync.push(version=checkpoint.step)
+    front = EngineFront([engine], config.rollout.concurrency)
     return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
 
 
+def load_prompts(config: Config, registry: Registry, chat: ChatFormat, task_set: TaskSet) -> list[Prompt]:
+    """All usable prompts of a set, in file order, each once; the others are counted in a warning."""
+    source = make_source(config, registry, chat, [task_set], shuffle=False)
+    prompts = source.every_prompt()
+    if dropped := {name: count for name, count in getattr(source, "counts", {}).items() if count}:
+        logger.warning("set %s: %d prompts, without %s", task_set.name, len(prompts), dropped)
+    return prompts
+
+
 async def launch_workers(
-    config: Config, derived: Derived, registry: Registry, model: Model, executor: Executor
+    config: Config,
+    total_steps: int,
+    registry: Registry,
+    model: Model,
+    stack: AsyncExitStack,
+    size: int,
+    roles: tuple[Role, ...] | None = None,
 ) -> WorkerGroup:
-    """Start the train ranks with the roles that the algorithm needs."""
+    """Start the train ranks, with the roles that the algorithm needs if none are given."""
     reference = config.model.ref_load
     setup = WorkerSetup(
         config=config,
         checkpoint=model.checkpoint,
         reference_checkpoint=resolve_checkpoint(reference) if reference else model.checkpoint,
-        roles=("actor", "reference") if needs_reference(config, registry) else ("actor",),
+        roles=roles or (("actor", "reference") if needs_reference(config, registry) else ("actor",)),
         device=resolve_device(config.resources.device),
-        total_steps=derived.total_optimizer_steps,
+        total_steps=total_steps,
         temperature=rollout_temperature(config),
         provenance=registry.plugins.provenance(),
     )
+    executor = registry.build("executors", config.resources.executor)
+    closing(stack, executor)
     shared = {"registry": registry} if executor.shares_process else {}
-    return await executor.launch("miles.training.worker:TrainWorker", derived.world_size, setup, **shared)
+    workers = await executor.launch("miles.training.worker:TrainWorker", size, setup, **shared)
+    closing(stack, workers)
+    return workers
 
 
 def _needs(config: Config, registry: Registry, need: Need) -> bool:

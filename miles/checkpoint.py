@@ -7,20 +7,21 @@ the final name sees a complete checkpoint. Reading starts at the newest one whos
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from miles.durable import put_in_place, sync_tree
 from miles.errors import CheckpointError
 from miles.log import logger
 
 MANIFEST = "manifest.json"
-NAME = re.compile(r"step_(\d{6,})$")
+NAME = re.compile(r"step_(\d{6,})")
 CHUNK = 1 << 22
 
 
@@ -39,35 +40,38 @@ class CheckpointStore:
     async def save(self, step: int, write: Callable[[Path], Awaitable[None]]) -> Path:
         """Let `write(folder)` fill a checkpoint for `step`, make it durable, and drop the oldest ones.
 
+        A step that is there already, undamaged, is left as it is: a step has one state.
+
         Raises:
             CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         final = self.directory / f"step_{step:06d}"
         partial = self.directory / f".{final.name}.partial"
+        if final.exists() and await asyncio.to_thread(damage, final) is None:
+            return final
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             await write(partial)
-            _seal(partial, step)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync(self.directory)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            good = self.newest_names()
+            await asyncio.to_thread(_seal, partial, step)
+            put_in_place(partial, final)
+        except Exception as error:
+            good = [path for path in self.newest_names() if path != final]
             raise CheckpointError(
-                f"checkpoint of step {step} could not be written to {final}: {error}. Free some space, or choose "
-                f"another folder with --save. {f'Last good one: {good[0]}' if good else 'There is no earlier one'}."
+                f"checkpoint of step {step} could not be written to {final}: {type(error).__name__}: {error}. Free "
+                "some space, or choose another folder with --save. "
+                f"{f'Last good one: {good[0]}' if good else 'There is no earlier one'}."
             ) from error
-        self._prune()
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._prune(final)
         return final
 
     def newest_names(self) -> list[Path]:
         """Checkpoint folders, newest first, unread."""
         if not self.directory.is_dir():
             return []
-        found = [(int(m[1]), path) for path in self.directory.iterdir() if (m := NAME.search(path.name))]
+        found = [(int(m[1]), path) for path in self.directory.iterdir() if (m := NAME.fullmatch(path.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
     def newest(self) -> Checkpoint | None:
@@ -80,7 +84,7 @@ class CheckpointStore:
         for folder in folders:
             fault = damage(folder)
             if fault is None:
-                return Checkpoint(int(NAME.search(folder.name)[1]), folder)  # type: ignore[index]
+                return Checkpoint(int(NAME.fullmatch(folder.name)[1]), folder)  # type: ignore[index]
             logger.warning("checkpoint %s is damaged (%s); trying the one before it", folder, fault)
         if folders:
             raise CheckpointError(
@@ -89,9 +93,10 @@ class CheckpointStore:
             )
         return None
 
-    def _prune(self) -> None:
+    def _prune(self, written: Path) -> None:
         if self.keep is not None:
-            for folder in self.newest_names()[self.keep :]:
+            others = [folder for folder in self.newest_names() if folder != written]
+            for folder in others[self.keep - 1 :]:
                 shutil.rmtree(folder)
 
 
@@ -132,16 +137,7 @@ def _seal(folder: Path, step: int) -> None:
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "blake2b": _checksum(path)} for path in files
     }
     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": entries}, indent=1))
-    for path in [*files, folder / MANIFEST, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_tree(folder)
 
 
 def _checksum(path: Path) -> str:

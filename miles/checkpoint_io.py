@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from miles.durable import put_in_place, sync
 from miles.errors import CheckpointError, ConfigError
 from miles.types import WeightGroup
 
@@ -130,8 +131,8 @@ def write_checkpoint(
         dtype = _write_weights(partial, groups, shard_bytes)
         _copy_rest(source, partial, dtype)
         for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        _replace(partial, directory)
+            sync(path)
+        put_in_place(partial, directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the checkpoint {directory} could not be written: {error}") from error
     finally:
@@ -194,21 +195,3 @@ def _copy_rest(source: Path, folder: Path, dtype: str) -> None:
     config = json.loads((source / "config.json").read_text())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _replace(new: Path, directory: Path) -> None:
-    old = directory.parent / f".{directory.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.rename(old)
-    new.rename(directory)
-    _sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

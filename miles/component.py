@@ -17,6 +17,7 @@ Need = Literal[
     "greedy_rollout",
     "entropy",
     "logits",
+    "kl",
     "environment",
     "rollout_log_probs",
     "routed_experts",

@@ -6,8 +6,10 @@ import asyncio
 import gc
 import json
 import shutil
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +21,11 @@ from miles.checkpoint import MANIFEST, find_checkpoint
 from miles.config import Config
 from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepare_process
-from miles.errors import RunInterrupted
+from miles.errors import ConfigError, RunInterrupted
 from miles.log import logger
 from miles.loop import train as train_loop
 from miles.plugins import Plugins, load_plugins
-from miles.protocols import RunInfo
-from miles.run import Run
+from miles.run import SUMMARY, Run
 from miles.tracking import Tracking
 from miles.types import Metrics
 
@@ -77,19 +78,34 @@ async def run_job(resolved: Resolved) -> Run:
     Raises:
         RunInterrupted: a signal asked to stop; the state is saved.
     """
-    config, registry, plugins = resolved.config, resolved.registry, resolved.registry.plugins
-    plugins.hook.miles_configure(config=config)
+    config, registry = resolved.config, resolved.registry
+    hook = registry.plugins.hook
+    hook.miles_configure(config=config)
     prepare_process(config.run)
-    _prepare_directory(config, plugins)
-    tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
-    derived, parts = await build(config, registry, tracking)
-    run = Run(config, derived, parts)
-    _settle_garbage()
+    _prepare_directory(config, registry.plugins)
+    for line in _header(hook.miles_report_header(config=config)):
+        logger.info("%s", line)
+    try:
+        async with AsyncExitStack() as stack:
+            tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
+            derived, parts = await build(config, registry, tracking, stack)
+            run = Run(config, derived, parts)
+            _settle_garbage()
+            stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
+            await _drive(run)
+            return run
+    except BaseException as error:
+        _note_failure(config.run.dir, error)
+        raise
+
+
+async def _drive(run: Run) -> None:
+    """Restore and train. However that ends, trackers and plugins are told and the summary is written."""
     error: BaseException | None = None
     try:
         await run.restore()
-        tracking.start(RunInfo(config.run.name, config.run.dir, config.model_dump(mode="json"), run.resumed_from))
-        plugins.hook.miles_on_run_start(run=run)
+        run.tracking.start(run.info())
+        run.hook.miles_on_run_start(run=run)
         with run.interrupt.listening():
             await train_loop(run)
         run.status = "completed"
@@ -98,40 +114,36 @@ async def run_job(resolved: Resolved) -> Run:
         async with run.residency.training():
             path = await run.save()
         logger.warning("%s; saved %s: the same command goes on from there", stop, path)
-        raise
     except BaseException as failure:
         error, run.status = failure, "failed"
-        raise
-    finally:
-        run.write_summary()
-        tracking.finish(run.status)
-        plugins.hook.miles_on_run_end(run=run, error=error)
-        await run.close()
-        gc.unfreeze()  # whoever lets go of the run gets its memory back
-    return run
+    for last in (
+        run.write_summary,
+        partial(run.tracking.finish, run.status),
+        partial(run.hook.miles_on_run_end, run=run, error=error),
+    ):
+        try:
+            last()
+        except Exception as failure:
+            if error is not None:
+                logger.warning("at the end of the run: %s: %s", type(failure).__name__, failure)
+            error = error or failure
+    if error is not None:
+        raise error
 
 
 async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str, Metrics]:
     """Evaluate a Hugging Face checkpoint in the engine alone, or one of miles through the trainer and a weight sync."""
     config, registry = resolved.config, resolved.registry
+    registry.plugins.hook.miles_configure(config=config)
     prepare_process(config.run)
-    if checkpoint is not None and not _is_ours(checkpoint):
+    ours = None
+    if checkpoint is not None and _is_ours(checkpoint):
+        ours = find_checkpoint(checkpoint)
+    elif checkpoint is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"hf_checkpoint": str(checkpoint)})})
-        checkpoint = None
-    if checkpoint is None:
-        live = await evaluation_parts(config, registry)
-        try:
-            return await live.evaluator.evaluate(live, 0)
-        finally:
-            await live.close()
-    derived, parts = await build(config, registry, Tracking([]))
-    run = Run(config, derived, parts)
-    try:
-        await run.read(find_checkpoint(checkpoint).path)
-        await run.push_weights()
-        return await run.evaluator.evaluate(run, run.step)
-    finally:
-        await run.close()
+    async with AsyncExitStack() as stack:
+        parts = await evaluation_parts(config, registry, stack, ours)
+        return await parts.evaluator.evaluate(parts, ours.step if ours else 0)
 
 
 def _is_ours(path: Path) -> bool:
@@ -144,15 +156,41 @@ def _is_ours(path: Path) -> bool:
 
 def _prepare_directory(config: Config, plugins: Plugins) -> None:
     """Create the run directory and write what describes the run. With `resume: never` an earlier run moves aside."""
-    directory = config.run.dir
-    if config.run.resume == "never" and directory.exists() and any(directory.iterdir()):
-        aside = next(p for i in count(1) if not (p := directory.with_name(f"{directory.name}.old-{i}")).exists())
-        shutil.move(directory, aside)
-        logger.warning("--resume never: the earlier run in %s was moved to %s", directory, aside)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory, checkpoints = config.run.dir, config.checkpoint.dir
+    if config.run.resume == "never":
+        for folder in (directory, checkpoints):
+            if folder is not None and folder.is_dir() and any(folder.iterdir()):
+                _move_aside(folder)
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    (directory / "config.yaml").write_text(settings)
-    (directory / "plugins.json").write_text(json.dumps(plugins.provenance(), indent=1) + "\n")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(settings)
+        (directory / "plugins.json").write_text(json.dumps(plugins.provenance(), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"run.dir {directory} cannot be written: {error}; choose another with --run-dir") from error
+
+
+def _move_aside(folder: Path) -> None:
+    aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+    shutil.move(folder, aside)
+    logger.warning("--resume never: %s of an earlier run was moved to %s", folder, aside)
+
+
+def _note_failure(directory: Path, error: BaseException) -> None:
+    """Say in `summary.json` what went wrong, also when it happened before there was a run."""
+    if isinstance(error, RunInterrupted):
+        return
+    path = directory / SUMMARY
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+        path.write_text(json.dumps(known, indent=2) + "\n")
+    except OSError as failure:
+        logger.warning("%s cannot be written: %s", path, failure)
+
+
+def _header(answers: Iterable[str | Sequence[str]]) -> list[str]:
+    return [line for answer in answers for line in ([answer] if isinstance(answer, str) else answer)]
 
 
 def _settle_garbage() -> None:

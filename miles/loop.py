@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 async def train(run: Run) -> None:
     """Run from `run.step`, where a checkpoint (or the beginning) left it, to the end."""
-    await sync_weights(run)
-    await finish_step(run, run.metrics)
+    await finish_step(run, {**run.metrics, **await sync_weights(run)})
     while run.step < run.derived.num_rollout:
         groups, metrics = await collect(run)
         async with run.residency.training():
@@ -32,7 +31,7 @@ async def train(run: Run) -> None:
             run.advance(metrics)  # the boundary
             saved = await run.save_if_due()
         if saved or run.sync_due():
-            await sync_weights(run)
+            metrics |= await sync_weights(run)
         await finish_step(run, metrics)
 
 
@@ -46,17 +45,18 @@ async def collect(run: Run) -> tuple[list[Group], Metrics]:
     return groups, metrics
 
 
-async def sync_weights(run: Run) -> None:
+async def sync_weights(run: Run) -> Metrics:
     """Bring every engine to the trainer's weights; the version is the number of steps they were trained for."""
     metrics = await run.push_weights()
     run.hook.miles_on_weight_sync_end(run=run, version=run.step, metrics=metrics)
+    return metrics
 
 
 async def finish_step(run: Run, metrics: Metrics) -> None:
     """Evaluate if it is due, and write down what this step was like. Step 0 is the untrained policy."""
     if run.eval_due():
         if run.weights_behind():
-            await sync_weights(run)
+            metrics |= await sync_weights(run)
         async with run.residency.rollout():
             results = await run.interruptible(run.evaluator.evaluate(run, run.step))
         metrics |= run.note_evaluation(results)

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from miles.config import Config, TaskSet
+
 
 Want = Literal["log_probs", "entropy", "values", "logits"]
 TrainPart = Literal["parameters", "gradients", "optimizer"]
@@ -407,7 +409,8 @@ class TrainBackend(Protocol):
     def save(self, directory: Path) -> None:
         """Model, optimizer, schedule; each rank writes its own files."""
 
-    def load(self, directory: Path) -> None: ...
+    def load(self, directory: Path, weights_only: bool = False) -> None:
+        """Bit for bit. `weights_only` leaves the optimizer and the schedule as they are: another run's start."""
 
     def offload(self, parts: frozenset[TrainPart]) -> None: ...
 
@@ -434,11 +437,23 @@ class WeightSync(Protocol):
 # -------------------------------------------------------------------------------------------------- around the loop
 
 
+class EvaluationSite(Protocol):
+    """Where an evaluator works: a live run, or an engine that was started for the evaluation alone."""
+
+    config: Config
+
+    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
+        """Every usable prompt of a set, in file order."""
+
+    def eval_task(self, task_set: TaskSet) -> Any:
+        """The set's generate function and rewards on the live engines: a `miles.rollout.task.Task`."""
+
+
 @runtime_checkable
 class Evaluator(Protocol):
-    """Measures the policy on held-out sets. `run` is the live `miles.run.Run`."""
+    """Measures the policy on held-out sets."""
 
-    async def evaluate(self, run: Any, step: int) -> dict[str, Metrics]:
+    async def evaluate(self, run: EvaluationSite, step: int) -> dict[str, Metrics]:
         """Set name -> metrics."""
 
 

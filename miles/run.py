@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import random
@@ -18,15 +19,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
-from miles.build import Parts
+from miles.build import Parts, load_prompts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
-from miles.errors import RunInterrupted
+from miles.errors import CheckpointError, RunInterrupted
 from miles.interrupt import Interrupt
 from miles.log import logger
-from miles.protocols import Evaluator, WeightSync
+from miles.protocols import Evaluator, RunInfo, WeightSync
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
@@ -36,7 +38,9 @@ from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
 T = TypeVar("T")
-STATE = "state.json"
+STATE, SUMMARY = "state.json", "summary.json"
+CLOCK = "perf/"
+"""Metrics of wall time begin so: they belong to the process that measured them, and no checkpoint keeps them."""
 
 
 @dataclass
@@ -169,7 +173,7 @@ class Run:
     def advance(self, metrics: Metrics) -> None:
         """The step is trained: take the picture that a checkpoint would save."""
         self.step += 1
-        self.metrics = metrics
+        self.metrics = {name: float(value) for name, value in metrics.items()}
         self._count_seconds()
         self._boundary = self._snapshot()
 
@@ -199,7 +203,7 @@ class Run:
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
         """All prompts of a set, in file order, each once."""
-        return self.parts.make_source([task_set], shuffle=False).every_prompt()
+        return load_prompts(self.config, self.parts.registry, self.parts.model.chat, task_set)
 
     def eval_task(self, task_set: TaskSet) -> Task:
         return self.parts.make_task(task_set, evaluation=True)
@@ -207,10 +211,10 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def _snapshot(self) -> dict[str, Any]:
-        """Everything but the model, as JSON can hold it."""
+        """Everything but the models, as JSON can hold it."""
         state = {
             "step": self.step,
-            "metrics": self.metrics,
+            "metrics": {name: value for name, value in self.metrics.items() if not name.startswith(CLOCK)},
             "evaluation": self.evaluation,
             "totals": vars(self.totals),
             "producer": self.parts.producer.state_dict(),
@@ -243,24 +247,26 @@ class Run:
         mode = self.config.run.resume
         found: Checkpoint | None = None if mode == "never" else self.store.newest()
         if found is None and mode == "must":
-            raise FileNotFoundError(f"--resume must: there is no checkpoint in {self.store.directory}")
+            raise CheckpointError(f"--resume must: there is no checkpoint in {self.store.directory}")
         if found is not None:
             await self.read(found.path)
             self.resumed_from = self.step
             logger.info("resuming from %s, step %d", found.path, self.step)
         elif self.config.checkpoint.load is not None:
-            await self.parts.workers.call("load", find_checkpoint(self.config.checkpoint.load).path)
+            start = find_checkpoint(self.config.checkpoint.load)
+            await self.parts.workers.call("load", start.path, weights_only=True)
+            logger.info("starting from the weights of %s", start.path)
 
     async def read(self, folder: Path) -> None:
         """Take everything from a checkpoint."""
         await self.parts.workers.call("load", folder)
-        state = json.loads((folder / STATE).read_text())
+        text = (folder / STATE).read_text()
+        state, self._boundary = json.loads(text), json.loads(text)
         self.step, self.metrics = state["step"], state["metrics"]
         self.evaluation, self.totals = state["evaluation"], Totals(**state["totals"])
         self.parts.producer.load_state_dict(state["producer"])
         self.parts.trainer.load_state_dict(state["trainer"])
         _set_random_state(state["random"])
-        self._boundary = state
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -268,6 +274,11 @@ class Run:
         now = time.perf_counter()
         self.totals.seconds += now - self._clock
         self._clock = now
+
+    def info(self) -> RunInfo:
+        """What trackers are told of the run."""
+        settings = self.config.model_dump(mode="json")
+        return RunInfo(self.config.run.name, self.directory, settings, self.resumed_from)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -290,31 +301,26 @@ class Run:
     def write_summary(self) -> None:
         self._count_seconds()
         text = json.dumps(_finite(self.summary), indent=2) + "\n"
-        (self.directory / "summary.json").write_text(text)
-
-    async def close(self) -> None:
-        """Stop engines and workers; what cannot be closed is only logged, so that the first error stays the error."""
-        for close in (*(e.close for e in self.parts.engines), self.parts.workers.close, self.parts.executor.close):
-            try:
-                await close()
-            except Exception:
-                logger.warning("%s failed", close, exc_info=True)
+        (self.directory / SUMMARY).write_text(text)
 
 
 def _random_state() -> dict[str, Any]:
+    """Of Python, numpy and torch in the driver; workers keep their own."""
     version, internal, gauss = random.getstate()
-    return {"python": [version, list(internal), gauss], "numpy": _plain(np.random.get_state(legacy=False))}
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": _plain(np.random.get_state(legacy=False)),
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    numpy_state = dict(state["numpy"])
-    numpy_state["state"] = {
-        **numpy_state["state"],
-        "key": np.array(numpy_state["state"]["key"], dtype=np.uint32),
-    }
-    np.random.set_state(numpy_state)
+    twister = {**state["numpy"]["state"], "key": np.array(state["numpy"]["state"]["key"], dtype=np.uint32)}
+    np.random.set_state({**state["numpy"], "state": twister})
+    raw = bytearray(base64.b64decode(state["torch"]))
+    torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
 
 
 def sample_metrics(samples: Sequence[Sample]) -> Metrics:
-    """The same without groups and without a prefix."""
+    """The same without groups and without a prefix. A failed sample is no success; the mean reward leaves it out."""
     lengths = np.array([s.response_length for s in samples]) if samples else np.zeros(1)
     metrics: Metrics = {
         "response_len/mean": float(lengths.mean()),
@@ -36,7 +36,7 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
     }
     rewards = np.array([s.reward for s in samples if s.reward is not None])
     if len(rewards):
-        metrics |= {"reward": float(rewards.mean()), "accuracy": float((rewards >= SUCCESS).mean())}
+        metrics |= {"reward": float(rewards.mean()), "accuracy": float((rewards >= SUCCESS).sum() / len(samples))}
     for part in sorted({name for s in samples for name in s.reward_parts}):
         values = [s.reward_parts[part] for s in samples if part in s.reward_parts]
         metrics[f"reward_parts/{part}"] = float(np.mean(values))

@@ -7,7 +7,6 @@ so a run repeats itself.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
 from collections import Counter
@@ -18,8 +17,11 @@ from typing import Any
 from miles.config import Config
 from miles.errors import RolloutError
 from miles.protocols import DataSource, SampleFilter
-from miles.rollout.task import Task, usable
+from miles.rollout.concurrent import run_all
+from miles.rollout.task import JUDGED, Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
+
+NONE = "none"
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Producer:
 
     def __init__(self, config: Config, source: DataSource, tasks: Mapping[str, Task], filters: list[SampleFilter]):
         self.config, self.source, self.tasks, self.filters = config, source, tasks, filters
+        self.needs_reward = config.algorithm.advantage_estimator.name != NONE
         self.ids = Ids()
         self.fates: Counter[str] = Counter()
 
@@ -58,7 +61,7 @@ class Producer:
                 )
             wave = self._next_groups(max(target - len(kept), rollout.over_sampling_batch_size or 0))
             started += len(wave)
-            await asyncio.gather(*(self._generate(group) for group in wave))
+            await run_all(self._generate(group) for group in wave)
             self._check_failures(wave)
             for group in wave:
                 if not self._passes(group):
@@ -94,6 +97,9 @@ class Producer:
         seconds = time.perf_counter() - started
         for sample in group.samples:
             sample.metadata.setdefault("seconds", seconds)
+            if self.needs_reward and sample.reward is None and sample.status in JUDGED:
+                sample.status = Status.FAILED
+                sample.error = "nobody rewarded it: neither the generate function nor a reward of its task set"
 
     def _check_failures(self, wave: list[Group]) -> None:
         samples = [sample for group in wave for sample in group.samples]
@@ -107,8 +113,7 @@ class Producer:
 
     def _passes(self, group: Group) -> bool:
         """Drop unusable samples, then ask the filters. Every sample's fate is counted."""
-        needs_reward = bool(self.tasks[group.prompt.task_set].rewards)
-        good = usable(group.samples, needs_reward)
+        good = [sample for sample in group.samples if sample.status in JUDGED]
         lost = len(group.samples) - len(good)
         if lost and (self.config.rollout.incomplete_groups == "refill" or not good):
             self._count("incomplete_group", len(group.samples))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,13 @@ from miles.errors import ConfigError
 from miles.log import logger
 from miles.protocols import ChatFormat, GenerateContext, Score
 from miles.registry import Registry
+from miles.rollout.concurrent import run_all
 from miles.rollout.engines import EngineFront
 from miles.types import Group, Sample, Status
 
 AUTO = Spec(name="auto")
+JUDGED = (Status.COMPLETED, Status.TRUNCATED)
+"""Samples that came to an end, and so can be judged and trained."""
 
 
 class Task:
@@ -28,7 +31,7 @@ class Task:
     ):
         self.set = task_set
         self.generate = registry.build("generate_functions", _generate_spec(task_set, front.generates))
-        self.rewards = [(r.name, r.weight, _reward(registry, r)) for r in task_set.reward]
+        self.rewards = [(r.name, r.weight, _judge(registry, r)) for r in task_set.reward]
         sampling = task_set.sampling.params()
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
         environment = task_set.environment
@@ -43,7 +46,7 @@ class Task:
 
     async def run_group(self, group: Group, attempts: int, reseed: Callable[[Sample, int], int]) -> Group:
         """Generate and reward every sample of the group."""
-        results = await asyncio.gather(*(self._run(sample, attempts, reseed) for sample in group.samples))
+        results = await run_all(self._run(sample, attempts, reseed) for sample in group.samples)
         group.samples = [sample for siblings in results for sample in siblings]
         await self._reward_group(group)
         return group
@@ -70,16 +73,18 @@ class Task:
     # -------------------------------------------------------------------------------------------------------- rewards
 
     async def _reward_group(self, group: Group) -> None:
-        """Fill in `reward` and `reward_parts`; a reward that raises fails its sample."""
-        todo = [s for s in group.samples if s.status in (Status.COMPLETED, Status.TRUNCATED)]
-        if not self.rewards or not todo:
-            return
-        for name, weight, (score_group, sync) in self.rewards:
-            judged = replace(group, samples=[s for s in todo if s.status is not Status.FAILED])
-            if not sync:
-                scores = await score_group(judged)
-            else:
-                scores = await asyncio.to_thread(score_group, judged)
+        """Fill in `reward` and `reward_parts`; a reward that raises fails the samples it was asked about."""
+        for name, weight, judge in self.rewards:
+            judged = replace(group, samples=[s for s in group.samples if s.status in JUDGED])
+            if not judged.samples:
+                return
+            try:
+                scores = list(await judge(judged))
+                if len(scores) != len(judged.samples):
+                    raise ValueError(f"{len(scores)} scores for {len(judged.samples)} samples")
+            except Exception as error:
+                logger.debug("reward %s failed on group %s", name, group.id, exc_info=True)
+                scores = [error] * len(judged.samples)
             for sample, score in zip(judged.samples, scores, strict=True):
                 _add_score(sample, name, weight, score)
 
@@ -93,21 +98,29 @@ def _generate_spec(task_set: TaskSet, generates: bool) -> Spec:
     return Spec(name="multi_turn" if task_set.environment else "single_turn")
 
 
-GroupScorer = Callable[[Group], Any]
+Judge = Callable[[Group], Awaitable[Iterable[Score | BaseException]]]
 
 
-def _reward(registry: Registry, spec: Any) -> tuple[GroupScorer, bool]:
-    """A reward as a function of a group, and whether it must run in a thread because it is synchronous."""
+def _judge(registry: Registry, spec: Any) -> Judge:
+    """A reward as an asynchronous function of a group. What is synchronous runs in a thread."""
     reward = registry.build("rewards", Spec(name=spec.name, options=spec.options))
     if hasattr(reward, "score_group"):
-        method = reward.score_group
-        return method, not inspect.iscoroutinefunction(method)
+        return reward.score_group if _is_async(reward.score_group) else _threaded(reward.score_group)
     score = getattr(reward, "score", reward)
     if not callable(score):
         raise ConfigError(f"reward {spec.name!r} offers neither score(sample) nor score_group(group)")
-    if inspect.iscoroutinefunction(score) or inspect.iscoroutinefunction(getattr(score, "__call__", None)):  # noqa: B004
-        return partial(_score_all, score), False
-    return partial(_score_all_now, score), True
+    return partial(_score_all, score) if _is_async(score) else _threaded(partial(_score_all_now, score))
+
+
+def _threaded(function: Callable[[Group], Any]) -> Judge:
+    async def judge(group: Group) -> Any:
+        return await asyncio.to_thread(function, group)
+
+    return judge
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 async def _score_all(score: Callable[[Sample], Awaitable[Score]], group: Group) -> list[Score | Exception]:
@@ -124,23 +137,23 @@ def _score_all_now(score: Callable[[Sample], Score], group: Group) -> list[Score
     return scores
 
 
-def _add_score(sample: Sample, name: str, weight: float, score: Score | Exception) -> None:
-    if isinstance(score, BaseException):
-        sample.status, sample.error = Status.FAILED, f"reward {name}: {type(score).__name__}: {score}"
+def _add_score(sample: Sample, name: str, weight: float, score: Score | BaseException) -> None:
+    """Add one judge's score; whatever is no score fails the sample, which then has no reward at all."""
+    try:
+        parts = _parts(score)
+    except Exception as error:
+        sample.status, sample.reward = Status.FAILED, None
+        sample.error = f"reward {name}: {type(error).__name__}: {error}"
         return
-    if isinstance(score, Mapping):
-        if "reward" not in score:
-            sample.status, sample.error = Status.FAILED, f"reward {name}: no key 'reward' in {sorted(score)}"
-            return
-        sample.reward_parts.update({f"{name}/{k}": float(v) for k, v in score.items() if k != "reward"})
-        value = float(score["reward"])
-    else:
-        value = float(score)
-    sample.reward_parts[name] = value
-    sample.reward = (sample.reward or 0.0) + weight * value
+    sample.reward_parts.update({name if k == "reward" else f"{name}/{k}": value for k, value in parts.items()})
+    sample.reward = (sample.reward or 0.0) + weight * parts["reward"]
 
 
-def usable(samples: Sequence[Sample], needs_reward: bool) -> list[Sample]:
-    """Samples that may be trained: finished, and rewarded where rewards are needed."""
-    done = (Status.COMPLETED, Status.TRUNCATED)
-    return [s for s in samples if s.status in done and (s.reward is not None or not needs_reward)]
+def _parts(score: Score | BaseException) -> dict[str, float]:
+    if isinstance(score, BaseException):
+        raise score
+    if not isinstance(score, Mapping):
+        return {"reward": float(score)}
+    if "reward" not in score:
+        raise ValueError(f"no key 'reward' among {sorted(score)}")
+    return {name: float(value) for name, value in score.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from miles.component import Need
-from miles.config import Config
+from miles.config import Config, Spec
 from miles.errors import TrainError
 from miles.registry import Registry
+from miles.training.aggregation import sum_per_sample
 from miles.training.kl import kl_estimate
 from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
@@ -28,6 +31,10 @@ def component_needs(config: Config, registry: Registry) -> set[Need]:
     return {need for kind, spec in chosen if spec.name != NONE for need in registry.component(kind, spec.name).needs}
 
 
+def _needs(registry: Registry, estimator: Spec) -> Collection[Need]:
+    return registry.component("advantage_estimators", estimator.name).needs
+
+
 def needs_reference(config: Config, registry: Registry) -> bool:
     """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
     algorithm = config.algorithm
@@ -42,6 +49,7 @@ class AdvantageStage:
         self.algorithm = algorithm = config.algorithm
         self.has_advantages = algorithm.advantage_estimator.name != NONE
         self.has_correction = algorithm.is_correction.name != NONE
+        self.estimator_takes_kl = self.has_advantages and "kl" in _needs(registry, algorithm.advantage_estimator)
         teacher = "teacher" in component_needs(config, registry)
         self.needs_old_log_probs = self.has_correction or algorithm.kl_coef > 0 or teacher
         build = registry.build
@@ -53,8 +61,8 @@ class AdvantageStage:
         """Attach `advantages` (and `returns`, `is_weights`, `keep`) to the table."""
         metrics: Metrics = {}
         if self.estimator is not None:
-            inputs = self._inputs(table)
             _check_rewards(table)
+            inputs = self._inputs(table)
             result = _as_advantages(self.estimator(inputs), inputs)
             advantages_T = result.advantages_T
             for term in self.terms:
@@ -92,6 +100,8 @@ class AdvantageStage:
         )
         if self.algorithm.kl_coef and inputs.old_log_probs_T is not None and inputs.ref_log_probs_T is not None:
             inputs.kl_T = kl_estimate(inputs.old_log_probs_T, inputs.ref_log_probs_T, self.algorithm.kl_type)
+            if not self.estimator_takes_kl:
+                inputs.rewards_N = penalised(inputs)
         return inputs
 
     def _correct(self, table: Table) -> Metrics:
@@ -121,6 +131,18 @@ def _check_rewards(table: Table) -> None:
     bad = [i for i, finite in zip(table.ids, torch.isfinite(table.rewards_N).tolist(), strict=True) if not finite]
     if bad:
         raise TrainError(f"{len(bad)} rewards are not finite, the first that of sample {bad[0]}: look at the reward")
+
+
+def penalised(inputs: AdvantageInputs) -> Tensor:
+    """`[N]`: rewards minus `kl_coef` times the KL of the whole trajectory, over all siblings that were cut from it.
+
+    For estimators that know only rewards. One that puts the KL on tokens itself declares the need `kl`.
+    """
+    assert inputs.kl_T is not None
+    kl_N = sum_per_sample(inputs.kl_T.double() * inputs.mask_T, inputs.bounds)
+    row_N = torch.unique(inputs.rollout_N, return_inverse=True)[1]
+    kl_R = kl_N.new_zeros(int(row_N.max()) + 1).index_add(0, row_N, kl_N)
+    return inputs.rewards_N - inputs.kl_coef * kl_R[row_N]
 
 
 def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:

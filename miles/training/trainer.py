@@ -50,13 +50,13 @@ class Trainer:
         """Train on a batch; returns its metrics.
 
         Raises:
-            TrainError: no sample has a trainable token.
-            NonFiniteError: too many optimizer steps in a row were skipped.
+                NonFiniteError: too many optimizer steps in a row were skipped.
             OutOfMemoryError: a sample alone does not fit.
         """
         table = Table.from_groups(groups, self.config.algorithm.truncated)
         if not any(mask.any() for mask in table.columns["mask"]):
-            raise TrainError("no sample of this rollout batch has a trainable token: see the statuses in rollouts/")
+            self._watch_skips(True, "batches", "had no trainable token: see the statuses in rollouts/")
+            return {"train/skipped_batches": 1.0}
         metrics: Metrics = {}
         self.seconds = 0.0
         await self._log_probs(table, metrics)
@@ -122,13 +122,13 @@ class Trainer:
         for index, rows in enumerate(optimizer_steps(table.rollout_N.tolist(), steps, train.num_epochs_per_rollout)):
             outcomes = await self._optimizer_step(table.take(rows), measure=index == 0)
             report = outcomes[0].report
-            for name in outcomes[0].sums:
-                totals[name].append(sum(outcome.sums[name] for outcome in outcomes))
             retries += max(outcome.out_of_memory for outcome in outcomes)
             skipped += report.skipped
-            self._watch_skips(report.skipped)
+            self._watch_skips(report.skipped, "optimizer steps", "had a non-finite loss or gradient and were skipped")
             if not report.skipped:
                 totals["train/grad_norm"].append(report.grad_norm)
+                for name in outcomes[0].sums:
+                    totals[name].append(sum(outcome.sums[name] for outcome in outcomes))
         metrics = {name: float(np.mean(values)) for name, values in totals.items()}
         mismatch = {k.removeprefix("mismatch/"): metrics.pop(k) for k in list(metrics) if k.startswith("mismatch/")}
         if mismatch:
@@ -173,14 +173,13 @@ class Trainer:
         cap = max_tokens if train.use_dynamic_batch_size else None
         return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size)
 
-    def _watch_skips(self, skipped: bool) -> None:
+    def _watch_skips(self, skipped: bool, what: str, why: str) -> None:
         limit = self.config.train.max_nonfinite_steps
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row > limit:
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient and were skipped "
-                f"(train.max_nonfinite_steps is {limit}). Lower --lr, look at the rewards and advantages in rollouts/, "
-                "and resume from the last checkpoint."
+                f"{self.skipped_in_a_row} {what} in a row {why} (train.max_nonfinite_steps is {limit}). Look at the "
+                "rewards, lengths and advantages in rollouts/, lower --lr, and resume from the last checkpoint."
             )
 
     # ----------------------------------------------------------------------------------------------------------- state

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miles.checkpoint_io import write_checkpoint
 from miles.config import Config
 from miles.determinism import prepare_process
 from miles.errors import OutOfMemoryError
@@ -68,16 +70,18 @@ class TrainWorker:
             prepare_process(config.run, rank)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
-        self.models: dict[Role, TrainBackend] = {role: self._build(role) for role in setup.roles}
+        self.contexts = {role: self._context(role) for role in setup.roles}
+        build = partial(registry.build, "train_backends", config.train.train_backend)
+        self.models: dict[Role, TrainBackend] = {role: build(context=c) for role, c in self.contexts.items()}
         loss = registry.build("policy_losses", config.algorithm.policy_loss)
         self.objective = Objective(config.algorithm, loss)
         self.want = loss_wants(config, registry)
 
-    def _build(self, role: Role) -> TrainBackend:
+    def _context(self, role: Role) -> BackendContext:
         setup, config = self.setup, self.setup.config
         checkpoint = setup.reference_checkpoint if role == "reference" else setup.checkpoint
         hf_config = load_hf_config(checkpoint, config.model.trust_remote_code)
-        context = BackendContext(
+        return BackendContext(
             config=config,
             role=role,
             checkpoint=checkpoint,
@@ -91,7 +95,6 @@ class TrainWorker:
             total_steps=setup.total_steps,
             temperature=setup.temperature,
         )
-        return self.registry.build("train_backends", config.train.train_backend, context=context)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
@@ -162,26 +165,34 @@ class TrainWorker:
 
     def send_weights(self, target: str, **arguments: Any) -> Any:
         """The sending half of a weight sync: `target(weights, **arguments)` with this rank's weight stream."""
+        context = self.contexts["actor"]
         weights = self.models["actor"].named_weights()
-        for transform in transforms_for(self.registry, self.setup.config):
+        for transform in context.transforms:
             weights = transform.synced(weights)
-        precision = precision_for(self.registry, self.setup.config)
-        return import_target(target)(precision.export(weights) if precision else weights, **arguments)
+        exported = context.precision.export(weights) if context.precision else weights
+        return import_target(target)(exported, **arguments)
 
     def save(self, directory: Path) -> None:
+        """Every model that learns, and this rank's random states."""
         for role, model in self.models.items():
             if role != "reference":
                 model.save(directory / role)
+        torch.save(_random_state(), directory / self._random_file)
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, weights_only: bool = False) -> None:
+        """What `save` wrote; with `weights_only` another run's weights, to start from."""
         for role, model in self.models.items():
             if role != "reference":
-                model.load(directory / role)
+                model.load(directory / role, weights_only)
+        if not weights_only:
+            _set_random_state(torch.load(directory / self._random_file, weights_only=True))
+
+    @property
+    def _random_file(self) -> str:
+        return f"random-{self.rank:05d}.pt"
 
     def export_hf(self, directory: Path) -> None:
         """Write the actor as a Hugging Face checkpoint; rank 0 writes, all ranks walk the weights."""
-        from miles.checkpoint_io import write_checkpoint
-
         write_checkpoint(directory, self.models["actor"].named_weights(), self.setup.checkpoint, write=self.rank == 0)
 
     def offload(self, parts: frozenset[TrainPart]) -> None:
@@ -191,6 +202,17 @@ class TrainWorker:
     def onload(self, parts: frozenset[TrainPart]) -> None:
         for model in self.models.values():
             model.onload(parts)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:

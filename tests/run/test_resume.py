@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -55,9 +56,9 @@ def finish(process, code=0):
 
 
 def metrics(run_dir):
-    """Every step's metrics but for clock times."""
+    """Every step's metrics but for clock times and the check of a process's first weight sync."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "time"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "weight_sync/", "time"))} for line in lines]
 
 
 def final_state(run_dir):
@@ -160,3 +161,52 @@ def test_a_disk_that_cannot_be_written_is_a_clear_error(config, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"could not be written.*--save"):
         miles.train(config, save=str(tmp_path / "file" / "checkpoints"))
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoint_stays(config, tmp_path, monkeypatch):
+    import miles
+    from miles.builtins.fsdp import backend
+    from miles.errors import CheckpointError
+
+    run_dir = tmp_path / "run"
+    miles.train(config, num_rollout=1, run_dir=str(run_dir))
+
+    def full(*_):
+        raise RuntimeError("SafetensorError: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(backend, "write_state", full)
+    with pytest.raises(CheckpointError, match=r"step 2 .*No space left.*--save.*Last good one: .*step_000001"):
+        miles.train(config, num_rollout=2, run_dir=str(run_dir))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_000001"]
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    assert miles.train(config, num_rollout=2, run_dir=str(run_dir)).resumed_from == 1
+
+
+def test_checkpoints_kept_elsewhere_move_aside_too(config, tmp_path):
+    import miles
+
+    flags = {"save": str(tmp_path / "elsewhere"), "keep_checkpoints": 1, "eval_before_train": False}
+    miles.train(config, num_rollout=2, **flags)
+    miles.train(config, num_rollout=1, resume="never", **flags)
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["step_000001"]
+    assert [path.name for path in (tmp_path / "elsewhere.old-1").iterdir()] == ["step_000002"]
+
+
+def test_random_numbers_of_hooks_go_on(config, tmp_path):
+    import miles
+    from miles.api import hookimpl
+
+    def draws(run_dir, *rollouts):
+        seen = []
+
+        class Dice:
+            @hookimpl
+            def miles_modify_samples(self):
+                seen.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+
+        for count in rollouts:
+            miles.train(config, plugins=[Dice()], num_rollout=count, run_dir=str(run_dir), eval_before_train=False)
+        return seen
+
+    assert draws(tmp_path / "whole", 4) == draws(tmp_path / "parts", 2, 4)

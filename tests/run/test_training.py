@@ -2,6 +2,7 @@
 
 import gc
 import json
+import threading
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import miles
+from miles.api import LOSS_MASK, ROLLOUT_LOG_PROBS, Status, hookimpl
 from miles.errors import RolloutError, WeightSyncError
 
 
@@ -140,8 +142,151 @@ def test_a_failed_run_says_so_in_its_summary(config, run_dir):
         raise ValueError("judge is out")
 
     with pytest.raises(RolloutError, match="16 of 16 samples failed.*judge is out"):
-        miles.train(config, reward=broken)
-    assert json.loads((run_dir / "summary.json").read_text())["status"] == "failed"
+        miles.train({**config, "eval": {}}, reward=broken)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["error"].startswith("RolloutError: 16 of 16 samples failed")
+
+
+def test_failures_are_no_successes_in_an_evaluation(config):
+    def half(sample):
+        if sample.id % 2:
+            raise ValueError("judge is out")
+        return 1.0
+
+    run = miles.train(config, reward=half, num_rollout=0)
+    first = run.evaluation["heldout"]["first"]
+    assert (first["accuracy"], first["failed_ratio"], first["reward"]) == (0.5, 0.5, 1.0)
+
+
+def threads():
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("miles")}
+
+
+def test_a_build_that_fails_leaves_nothing_behind(config, run_dir, tmp_path, monkeypatch):
+    before = threads()
+    (tmp_path / "refusal.py").write_text(
+        "class Refusal:\n    def __init__(self):\n        raise RuntimeError('no evaluator today')\n"
+        "    async def evaluate(self, run, step):\n        return {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config["eval"]["evaluator"] = "refusal:Refusal"
+    with pytest.raises(RuntimeError, match="no evaluator today"):
+        miles.train(config)
+    assert threads() == before
+    assert json.loads((run_dir / "summary.json").read_text())["error"] == "RuntimeError: no evaluator today"
+
+
+def test_a_hook_that_fails_at_the_end_does_not_hide_the_error_or_leak(config, run_dir):
+    class Rude:
+        @hookimpl
+        def miles_on_train_step_end(self, step):
+            raise RuntimeError("first")
+
+        @hookimpl
+        def miles_on_run_end(self, error):
+            raise RuntimeError(f"second, after {error}")
+
+    before = threads()
+    with pytest.raises(RuntimeError, match="^first"):
+        miles.train(config, plugins=[Rude()])
+    assert threads() == before
+
+
+def test_hooks_come_in_their_order(config):
+    calls = []
+
+    class Witness:
+        @hookimpl
+        def miles_configure(self, config):
+            calls.append("configure")
+
+        @hookimpl
+        def miles_on_worker_start(self, role, rank):
+            calls.append(f"worker {role} {rank}")
+
+        @hookimpl
+        def miles_on_run_start(self, run):
+            calls.append("start")
+
+        @hookimpl
+        def miles_on_rollout_end(self, step, groups):
+            calls.append(f"rollout {step}")
+
+        @hookimpl
+        def miles_modify_samples(self, step, groups):
+            calls.append(f"modify {step}")
+
+        @hookimpl
+        def miles_on_train_step_end(self, step):
+            calls.append(f"train {step}")
+
+        @hookimpl
+        def miles_on_checkpoint_saved(self, step):
+            calls.append(f"saved {step}")
+
+        @hookimpl
+        def miles_on_weight_sync_end(self, version):
+            calls.append(f"sync {version}")
+
+        @hookimpl
+        def miles_on_eval_end(self, step):
+            calls.append(f"eval {step}")
+
+        @hookimpl
+        def miles_on_run_end(self, error):
+            calls.append(f"end {error}")
+
+    miles.train(config, plugins=[Witness()], num_rollout=1)
+    assert calls == [
+        "configure", "worker train 0", "start", "sync 0", "eval 0", "rollout 0", "modify 0", "train 0", "saved 1",
+        "sync 1", "eval 1", "end None",
+    ]  # fmt: skip
+
+
+def test_a_hook_may_edit_samples(config, run_dir):
+    class Zero:
+        @hookimpl
+        def miles_modify_samples(self, groups):
+            for group in groups:
+                for sample in group.samples:
+                    sample.reward = 0.0
+
+    miles.train(config, plugins=[Zero()], num_rollout=1)
+    assert lines(run_dir / "metrics.jsonl")[-1]["train/grad_norm"] == 0
+
+
+def test_samples_that_nobody_rewarded_are_no_zeros(config, sums):
+    async def forgetful(context, sample):
+        sample.append([49], {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: -1.0})
+        sample.status = Status.COMPLETED
+        return sample
+
+    config["data"]["sets"][0] = {"path": str(sums), "generate": forgetful}
+    with pytest.raises(RolloutError, match="nobody rewarded it"):
+        miles.train({**config, "eval": {}})
+
+
+def test_kl_in_the_reward_reaches_an_estimator_that_knows_only_rewards(config, tmp_path):
+    def weights(name, **flags):
+        flags |= {"run_dir": str(tmp_path / name), "num_rollout": 3, "lr": 3e-3, "eval_before_train": False}
+        miles.train(config, save_hf="hf", **flags)
+        return load_file(tmp_path / name / "hf" / "model.safetensors")
+
+    free, held = weights("free"), weights("held", kl_coef=1.0)
+    start = load_file(f"{config['model']['hf_checkpoint']}/model.safetensors")
+    moved = [sum(float((m[k] - start[k]).norm()) for k in start) for m in (free, held)]
+    assert moved[0] != moved[1]
+
+
+def test_starting_from_another_run_takes_its_weights_alone(config, tmp_path):
+    schedule = {"lr_decay_style": "linear", "num_rollout": 2}
+    miles.train(config, run_dir=str(tmp_path / "first"), save_hf="hf", **schedule)
+    run = miles.train(config, run_dir=str(tmp_path / "second"), load=str(tmp_path / "first"), **schedule)
+    second = lines(tmp_path / "second" / "metrics.jsonl")
+    assert run.resumed_from is None
+    assert second[1]["train/lr"] > 0
+    assert second[0]["eval/heldout/reward"] == lines(tmp_path / "first" / "metrics.jsonl")[-1]["eval/heldout/reward"]
 
 
 def test_sft_is_a_job_like_any_other(config, run_dir, sums):
@@ -163,6 +308,7 @@ def test_evaluation_alone_agrees_with_the_run(config, run_dir):
 
     run = miles.train({**config, "checkpoint": {"save_hf": "hf"}})
     last = run.evaluation["heldout"]["last"]
+    only_eval = {key: config[key] for key in ("run", "model", "eval")} | {"resources": {"colocate": True}}
     for checkpoint in (run_dir, run_dir / "hf"):
-        alone = run_evaluation(resolve((config,), purpose="eval"), checkpoint)
+        alone = run_evaluation(resolve((only_eval,), purpose="eval"), checkpoint)
         assert alone["heldout"]["reward"] == last["reward"]

@@ -249,12 +249,13 @@ class MegatronBackend:
         state = {"model": dict(self.model.named_parameters()), "optimizer": self.optimizer.state_dict()}
         torch.save(state, directory / f"rank-{dist.get_rank()}.pt")
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, weights_only: bool = False) -> None:
         state = torch.load(directory / f"rank-{dist.get_rank()}.pt", weights_only=True)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(state["model"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not weights_only:
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def offload(self, parts: frozenset[str]) -> None:
         self._move(parts, torch.device("cpu"))

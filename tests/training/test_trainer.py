@@ -160,14 +160,34 @@ def test_a_reward_that_is_not_finite_is_an_error_before_anything_is_trained():
     assert not workers.steps()
 
 
-def test_nothing_trainable_is_an_error():
-    trainer, _ = make()
+def test_a_batch_with_nothing_to_train_is_skipped_and_too_many_stop_the_run():
+    trainer, workers = make(max_nonfinite_steps=1)
     batch = groups()
     for group in batch:
         for one in group.samples:
             one.columns["loss_mask"][:] = 0
-    with pytest.raises(TrainError, match="no sample of this rollout batch has a trainable token"):
+    assert step(trainer, batch) == {"train/skipped_batches": 1.0}
+    assert not workers.calls
+    with pytest.raises(NonFiniteError, match="2 batches in a row had no trainable token"):
         step(trainer, batch)
+
+
+def test_kl_in_the_reward_lowers_the_reward_of_whole_trajectories():
+    trainer, workers = make(algorithm={"kl_coef": 0.1})
+    step(trainer, groups(rewards=((1, 0), (1, 1))))
+    # k1 is -0.5 - -1 = 0.5 a token, 4 tokens: 0.2 off every reward, which changes no group-relative advantage ...
+    plain, plain_workers = make()
+    step(plain, groups(rewards=((1, 0), (1, 1))))
+    for table, other in zip(workers.steps()[0][0], plain_workers.steps()[0][0], strict=True):
+        assert np.stack(table.columns["advantages"]) == pytest.approx(np.stack(other.columns["advantages"]), abs=1e-5)
+    # ... but a longer answer pays for more tokens: 1 - 0.4 against 1 - 0.2 with 8 and 4 tokens.
+    batch = groups(rewards=((1, 1), (1, 1)))
+    batch[0].samples[0] = sample(0, 0, 1.0, length=8)
+    trainer, workers = make(algorithm={"kl_coef": 0.1})
+    step(trainer, batch)
+    advantages = workers.steps()[0][0][0].columns["advantages"]
+    half = math.sqrt(0.5)
+    assert sorted({round(float(a[-1]), 3) for a in advantages}) == [round(-half, 3), 0.0, round(half, 3)]
 
 
 def test_whitening():

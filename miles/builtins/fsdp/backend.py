@@ -31,6 +31,8 @@ from miles.protocols import BackendContext, LossFunction, TrainPart, Want
 from miles.training.packing import move_micro_batch
 from miles.types import MicroBatch, Outputs, StepReport, WeightGroup
 
+WEIGHTS = ("parameter/", "buffer/", "master/")
+"""What the names of a model's own numbers begin with, among those of its state."""
 LOG_PROBS: frozenset[Want] = frozenset({"log_probs"})
 
 
@@ -199,12 +201,15 @@ class FsdpBackend:
         steps = {"steps": self.optimizer.steps} if self.optimizer else {}
         write_state(self._file(directory), self._state(), {"world_size": self.data_size, **steps})
 
-    def load(self, directory: Path) -> None:
+    def load(self, directory: Path, weights_only: bool = False) -> None:
         """Raises CheckpointError when it was saved by another number of ranks or another model."""
-        numbers = read_state(self._file(directory), self._state(), {"world_size": self.data_size})
+        prefixes = WEIGHTS if weights_only else ("",)
+        state = {name: tensor for name, tensor in self._state().items() if name.startswith(prefixes)}
+        numbers = read_state(self._file(directory), state, {"world_size": self.data_size}, prefixes)
         if self.optimizer:
-            self.optimizer.steps = numbers["steps"]
             self.optimizer.round_masters()
+            if not weights_only:
+                self.optimizer.steps = numbers["steps"]
 
     def _file(self, directory: Path) -> Path:
         return directory / f"rank-{self.data_rank:05d}.safetensors"

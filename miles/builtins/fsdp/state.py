@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from miles.builtins.fsdp.optimizer import Optimizer
+from miles.builtins.parking import Parking
 from miles.errors import CheckpointError, TrainError
 from miles.protocols import TrainPart
 
@@ -33,8 +34,10 @@ def write_state(file: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str,
 
 
 @torch.no_grad()
-def read_state(file: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, int]) -> dict[str, int]:
-    """Fill `tensors` in place, bit for bit; returns the numbers.
+def read_state(
+    file: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, int], prefixes: tuple[str, ...] = ("",)
+) -> dict[str, int]:
+    """Fill `tensors` in place, bit for bit; returns the numbers. Names without one of `prefixes` are passed over.
 
     Raises:
         CheckpointError: the file is not there, or was written by another layout or another model.
@@ -47,7 +50,8 @@ def read_state(file: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, i
             if numbers.get(key) != value:
                 raise CheckpointError(f"{file} was written with {key}={numbers.get(key)}, this run has {key}={value}")
         held = {name for name, tensor in tensors.items() if local(tensor).numel()}
-        if differing := held.symmetric_difference(saved.keys()):
+        there = [name for name in saved.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is no mapping
+        if differing := held.symmetric_difference(there):
             names = ", ".join(sorted(differing)[:5])
             raise CheckpointError(f"{file} is of another model or optimizer: {len(differing)} names differ ({names})")
         for name in sorted(held):
@@ -74,6 +78,7 @@ class Placement:
         self.device = device
         self.away: set[TrainPart] = set()
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        self._parking = {part: Parking() for part in ORDER}
 
     def need(self, *parts: TrainPart) -> None:
         """Raises TrainError when one of these is away."""
@@ -95,19 +100,20 @@ class Placement:
                 self.away.discard(part)
 
     def _move(self, part: TrainPart, device: torch.device, away: bool) -> None:
-        if part == "parameters":
-            self._move_parameters(device)
-        elif part == "gradients":
+        if part == "gradients":
             (self._park_gradients if away else self._return_gradients)(device)
-        elif self.optimizer is not None:
-            self.optimizer.move(device)
-
-    def _move_parameters(self, device: torch.device) -> None:
-        if isinstance(self.module, FSDPModule):
+        elif part == "parameters" and isinstance(self.module, FSDPModule):
             self.module.to(device)
-            return
-        for parameter in self.module.parameters():
-            parameter.data = parameter.data.to(device)
+        elif self.device.type == "cuda":
+            if away:
+                self._parking[part].park(self._tensors(part))
+            else:
+                self._parking[part].bring_back()
+
+    def _tensors(self, part: TrainPart) -> list[Tensor]:
+        if part == "parameters":
+            return list(self.module.parameters())
+        return [local(t) for t in self.optimizer.tensors().values() if t.is_cuda] if self.optimizer else []
 
     def _park_gradients(self, device: torch.device) -> None:
         """A gradient may not live elsewhere than its parameter, so those that are away are kept here."""
