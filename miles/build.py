@@ -113,15 +113,28 @@ def load_model(config: Config, registry: Registry) -> Model:
     return Model(checkpoint, hf_config, tokenizer, chat)
 
 
+def context_limit(config: Config, model: Model) -> int | None:
+    """Tokens of the longest trajectory, prompt included; None when neither the config nor the model says."""
+    return config.rollout.max_context_len or getattr(model.hf_config, "max_position_embeddings", None)
+
+
 def make_source(
-    config: Config, registry: Registry, chat: ChatFormat, sets: Sequence[TaskSet], shuffle: bool
+    config: Config,
+    registry: Registry,
+    chat: ChatFormat,
+    sets: Sequence[TaskSet],
+    shuffle: bool,
+    context_len: int | None = None,
 ) -> DataSource:
+    """`context_len`: prompts that leave no room in it for one token of response are dropped, whatever the config says
+    of `max_prompt_len`."""
     data = config.data
+    longest = [limit for limit in (data.max_prompt_len, context_len and context_len - 1) if limit is not None]
     context = DataContext(
         sets=sets,
         chat=chat,
         seed=data.seed,
-        max_prompt_tokens=data.max_prompt_len,
+        max_prompt_tokens=min(longest, default=None),
         shuffle=shuffle,
         bad_lines=data.bad_lines,
     )
@@ -131,10 +144,9 @@ def make_source(
 def make_task(
     config: Config, registry: Registry, model: Model, front: EngineFront, task_set: TaskSet, evaluation: bool = False
 ) -> Task:
-    limit = config.rollout.max_context_len or getattr(model.hf_config, "max_position_embeddings", None)
     return Task(
-        task_set, config, registry, front, model.chat, max_context_tokens=limit, evaluation=evaluation,
-        routed_experts=_needs(config, registry, "routed_experts"),
+        task_set, config, registry, front, model.chat, max_context_tokens=context_limit(config, model),
+        evaluation=evaluation, routed_experts=_needs(config, registry, "routed_experts"),
     )  # fmt: skip
 
 
@@ -178,7 +190,8 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     cannot be built.
     """
     model = load_model(config, registry)
-    source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle)
+    longest = context_limit(config, model)
+    source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
     derived = Derived.of(config, prompts_per_epoch=len(source))
     workers = await launch_workers(config, derived.total_optimizer_steps, registry, model, stack, derived.world_size)
     engines = [await make_engine(config, registry, model, stack, load_weights=False)]
@@ -200,7 +213,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         trainer=Trainer(config, derived, registry, workers, shares=await workers.call("data_share")),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
-        probe=make_probe(config, registry, model) if engines[0].generates else None,
+        probe=make_probe(config, registry, model, engines) if engines[0].generates else None,
     )
     return derived, parts
 
@@ -216,7 +229,8 @@ class EvaluationParts:
     evaluator: Evaluator
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
-        return load_prompts(self.config, self.registry, self.model.chat, task_set)
+        longest = context_limit(self.config, self.model)
+        return load_prompts(self.config, self.registry, self.model.chat, task_set, longest)
 
     def eval_task(self, task_set: TaskSet) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
@@ -238,9 +252,11 @@ async def evaluation_parts(
     return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
 
 
-def load_prompts(config: Config, registry: Registry, chat: ChatFormat, task_set: TaskSet) -> list[Prompt]:
+def load_prompts(
+    config: Config, registry: Registry, chat: ChatFormat, task_set: TaskSet, context_len: int | None = None
+) -> list[Prompt]:
     """All usable prompts of a set, in file order, each once; the others are counted in a warning."""
-    source = make_source(config, registry, chat, [task_set], shuffle=False)
+    source = make_source(config, registry, chat, [task_set], shuffle=False, context_len=context_len)
     prompts = source.every_prompt()
     if dropped := {name: count for name, count in getattr(source, "counts", {}).items() if count}:
         logger.warning("set %s: %d prompts, without %s", task_set.name, len(prompts), dropped)
@@ -290,7 +306,9 @@ def rollout_temperature(config: Config) -> float:
     return temperatures.pop() if temperatures else 1.0
 
 
-def make_probe(config: Config, registry: Registry, model: Model) -> WeightProbe | None:
+def make_probe(
+    config: Config, registry: Registry, model: Model, engines: Sequence[RolloutEngine]
+) -> WeightProbe | None:
     """The check after a weight sync, unless it is off."""
     section = config.weight_sync
     if section.verify == "never":
@@ -298,4 +316,9 @@ def make_probe(config: Config, registry: Registry, model: Model) -> WeightProbe 
     tolerance = section.tolerance
     if tolerance is None:
         tolerance = precision_for(registry, config).logprob_tolerance
-    return WeightProbe(model.hf_config.vocab_size, tolerance, rollout_temperature(config))
+    limits = [
+        getattr(model.hf_config, "max_position_embeddings", None),
+        *(getattr(engine, "max_len", None) for engine in engines),
+    ]
+    longest = min((limit for limit in limits if limit is not None), default=None)
+    return WeightProbe(model.hf_config.vocab_size, tolerance, rollout_temperature(config), longest)

@@ -247,7 +247,10 @@ class EngineHealth:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Generates and scores tokens. Context: `EngineContext`. One object may stand for several servers."""
+    """Generates and scores tokens. Context: `EngineContext`. One object may stand for several servers.
+
+    May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit.
+    """
 
     accepts: frozenset[str]
     """Weight-sync transports that its receiving half understands."""

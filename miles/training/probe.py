@@ -22,14 +22,16 @@ SEQUENCES, LENGTH = 4, 48
 class WeightProbe:
     """Compares log-probabilities after a weight sync."""
 
-    def __init__(self, vocab_size: int, tolerance: float, temperature: float):
+    def __init__(self, vocab_size: int, tolerance: float, temperature: float, max_length: int | None = None):
+        """`max_length`: the most tokens that engine and trainer take in one sequence, where that may be few."""
         self.tolerance, self.temperature = tolerance, temperature
-        tokens = np.random.default_rng(0).integers(0, vocab_size, (SEQUENCES, LENGTH))
+        length = LENGTH if max_length is None else min(LENGTH, max_length)
+        tokens = np.random.default_rng(0).integers(0, vocab_size, (SEQUENCES, length))
         ids = torch.arange(SEQUENCES)
         self.table = Table(list(tokens), {}, torch.zeros(SEQUENCES), group_N=ids, rollout_N=ids)
 
     async def trainer(self, workers: WorkerGroup) -> np.ndarray:
-        """`[SEQUENCES, LENGTH]`: the trainer's log-probabilities."""
+        """`[SEQUENCES, length]`: the trainer's log-probabilities."""
         results = await workers.call("forward", "actor", [self.table], ("log_probs",))
         return np.stack(results[0][0]["log_probs"])
 
