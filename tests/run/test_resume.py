@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[2]
 JUDGE = """
 def short(sample):
     return float(any(c.isdigit() for c in sample.text)) - 0.1 * sample.response_length
@@ -81,24 +82,46 @@ def assert_same_end(one: Path, two: Path):
         assert before.read_text() == after.read_text(), before.name
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments(command, tmp_path):
-    finish(command(tmp_path / "whole"))
-    rng = random.Random(os.environ.get("MILES_TEST_SEED", "1"))
+def kill_and_restart(command, run_dir, times, seed):
+    """Start the same command again and again, killing it `times` times at random moments; then let it finish."""
+    rng = random.Random(os.environ.get("MILES_TEST_SEED", seed))
     kills = 0
-    for _ in range(4):
-        process = command(tmp_path / "killed")
+    for _ in range(times):
+        process = command(run_dir)
         steps = rng.randint(1, 3)
         for line in process.stderr:  # a line a step
             steps -= line.startswith("step ")
             if not steps:
                 break
-        time.sleep(rng.uniform(0, 0.3))
+        time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
-    finish(command(tmp_path / "killed"))
-    assert kills >= 2
+    finish(command(run_dir))
+    assert kills >= times / 2, "most runs ended before they could be killed"
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(command, tmp_path):
+    finish(command(tmp_path / "whole"))
+    kill_and_restart(command, tmp_path / "killed", times=4, seed="1")
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_the_quickstart_killed_at_random_moments(tmp_path):
+    """The recipe of examples/quickstart, for its first steps, from the model that has learnt nothing."""
+    prepare = ROOT / "examples/quickstart/prepare.py"
+    subprocess.run([sys.executable, prepare, "--out", tmp_path / "data"], check=True, capture_output=True)
+
+    def command(run_dir):
+        flags = ["--hf-checkpoint", "data/model", "--num-rollout", "8", "--save-interval", "2", "--eval-interval", "4"]
+        words = [sys.executable, "-m", "miles", "train", ROOT / "examples/quickstart/grpo.yaml", *flags]
+        words += ["--run-dir", run_dir, "--deterministic-mode", "--eval.sets.heldout.path=data/heldout.jsonl@[0:100]"]
+        return subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+
+    finish(command(tmp_path / "whole"))
+    kill_and_restart(command, tmp_path / "killed", times=3, seed="2")
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
