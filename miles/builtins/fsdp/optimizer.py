@@ -96,15 +96,6 @@ class Optimizer:
             parameters, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(list(parameters), list(masters))
 
-    def move(self, device: torch.device) -> None:
-        """Masters and moments to another device and back; parameters are not its business."""
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.data = master.data.to(device)
-            state = self.adamw.state[master]
-            for key, value in state.items():
-                state[key] = value.to(device)
-
     def tensors(self) -> dict[str, Tensor]:
         """Masters and moments by name, `<kind>/<parameter>`: what a checkpoint holds besides `steps`."""
         state = {

@@ -234,10 +234,6 @@ class Decoder:
         self.layers = [Layer(self.config, weights, i) for i in range(self.config.num_layers)]
         self.refresh()
 
-    def move(self, device: torch.device) -> None:
-        """Keep the weights there. The forward pass needs them on `self.device`."""
-        self.place({name: tensor.to(device) for name, tensor in self.weights.items()})
-
     def refresh(self) -> None:
         """To be called after the weights' values changed."""
         for layer in self.layers:

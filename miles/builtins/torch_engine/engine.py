@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from miles.builtins.parking import Parking
 from miles.builtins.torch_engine.budget import Budget
 from miles.builtins.torch_engine.decoder import Decoder, DecoderConfig
 from miles.builtins.torch_engine.handover import EngineSide, LoopSide
@@ -48,11 +49,17 @@ class TorchEngine:
         self.unusable: str | None = NO_WEIGHTS
         """Why no request can be served, if none can."""
         self.asleep: frozenset[EnginePart] = frozenset()
+        self.parking = Parking()
         self._thread: threading.Thread | None = None
         self._arrivals = itertools.count()
         self._pending: set[asyncio.Future] = set()
         self._outbox: list[tuple[Any, Any]] = []
         self._closing = False
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest sequence that it takes."""
+        return self.budget.max_len
 
     # ------------------------------------------------------------------------------------------------------- its thread
 
@@ -256,6 +263,7 @@ class TorchEngine:
 
     def _sleep(self, parts: frozenset[EnginePart]) -> None:
         """Weights move to the machine's memory, the cache is given up; on a CPU weights stay where they are."""
+        parts -= self.asleep
         self.asleep |= parts
         self.scheduler.asleep = True
         if "kv_cache" in parts:
@@ -263,12 +271,12 @@ class TorchEngine:
         if parts & {"graphs", "weights"}:
             self.scheduler.arena.drop_graphs()
         if "weights" in parts and self.device.type == "cuda":
-            self.scheduler.decoder.move(torch.device("cpu"))
+            self.parking.park(self.scheduler.decoder.weights.values())
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _wake(self, parts: frozenset[EnginePart]) -> None:
         if "weights" in parts & self.asleep:
-            self.scheduler.decoder.move(self.device)
+            self.parking.bring_back()
         self.asleep -= parts
         self.scheduler.asleep = bool(self.asleep)
