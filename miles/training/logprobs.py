@@ -57,7 +57,7 @@ def log_probs_from_logits(
     logits_TV: Tensor, targets_T: Tensor, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """The same from logits that are there already."""
-    log_p_TV = functional.log_softmax(_scaled(logits_TV, temperature), dim=-1)
+    log_p_TV = _log_softmax(logits_TV, temperature)
     selected_T = log_p_TV.gather(-1, targets_T.unsqueeze(-1)).squeeze(-1)
     return selected_T, -(log_p_TV.exp() * log_p_TV).sum(-1) if entropy else None
 
@@ -75,10 +75,12 @@ def align_with_tokens(values_T: Tensor, positions_T: Tensor) -> Tensor:
     return torch.where(positions_T > 0, values_T.roll(1), 0.0)
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """At least float32, divided by the temperature."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if temperature == 1.0 else wide / temperature
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """At the temperature, in at least float32."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if temperature == 1.0:
+        return functional.log_softmax(logits, dim=-1, dtype=wide)  # widens as it reads
+    return functional.log_softmax(logits.to(wide) / temperature, dim=-1)
 
 
 class _LinearScores(torch.autograd.Function):
@@ -122,14 +124,15 @@ class _LinearScores(torch.autograd.Function):
         for start in range(0, len(hidden_TH), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             hidden_CH, targets_C = hidden_TH[rows], targets_T[rows]
-            logits_CV = _scaled(functional.linear(hidden_CH, weight_VH, bias_V), ctx.temperature)
             grad_CV = _logits_gradient(
-                functional.log_softmax(logits_CV, dim=-1),
+                _log_softmax(functional.linear(hidden_CH, weight_VH, bias_V), ctx.temperature),
                 targets_C,
                 None if grad_T is None else grad_T[rows],
                 None if grad_entropy_T is None else (grad_entropy_T[rows], entropy_T[rows]),
             )
-            grad_CV = grad_CV.div_(ctx.temperature).to(hidden_TH.dtype)
+            if ctx.temperature != 1.0:
+                grad_CV.div_(ctx.temperature)
+            grad_CV = grad_CV.to(hidden_TH.dtype)
             if grad_hidden_TH is not None:
                 torch.mm(grad_CV, weight_VH, out=grad_hidden_TH[rows])
             if grad_weight_VH is not None:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from miles.builtins.fsdp.attention import register
+from miles.builtins.fsdp.norms import fuse_norms
 from miles.builtins.fsdp.scorer import TokenScorer
 from miles.checkpoint_io import read_weights
 from miles.errors import ConfigError, TrainError
@@ -69,6 +70,7 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
             dtype=torch.float32 if trains and mesh is not None else compute_dtype,
             trust_remote_code=context.config.model.trust_remote_code,
         )
+    fuse_norms(lm)
     slots = find_slots(lm)
     ties = {name: (_slot(lm, name), _slot(lm, source)) for name, source in find_ties(lm).items()}
     with torch.random.fork_rng(devices=[]):

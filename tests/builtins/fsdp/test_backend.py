@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from miles.builtins.fsdp.model import initial_weights
+from miles.builtins.fsdp.norms import fuse_norms
 from miles.errors import ConfigError
 from miles.protocols import TrainBackend
 from miles.training.packing import plan_micro_batches, split_by_sample, split_micro_batch
@@ -323,3 +324,17 @@ def test_named_weights_are_those_of_the_checkpoint(any_config, make_backend):
     assert sent.keys() == first.keys()
     assert all(torch.equal(sent[name], first[name]) for name in sent)
     assert math.isclose(sum(t.numel() for t in sent.values()), sum(p.numel() for p in backend.scorer.lm.parameters()))
+
+
+def test_norms_are_fused_where_they_compute_the_same():
+    size = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "head_dim": 4}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = Qwen3ForCausalLM(Qwen3Config(**size, **heads))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    tokens = torch.arange(12).view(2, 6)
+    expected = model(tokens).logits
+    assert fuse_norms(model) == 2 * 4 + 1
+    torch.testing.assert_close(model(tokens).logits, expected, atol=1e-6, rtol=1e-6)
+    assert fuse_norms(Gemma2ForCausalLM(Gemma2Config(**size, **heads))) == 0
