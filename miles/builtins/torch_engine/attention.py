@@ -6,7 +6,8 @@ and keys of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +101,11 @@ class DecodeAttention(_Cached):
         count = len(positions_B)
         super().__init__(config, cache, torch.arange(count, device=positions_B.device), positions_B)
         self.keys, self.even = keys, even
+        group = config.num_heads // config.num_kv_heads
+        self.kernel = _decode_kernel(config.head_dim, group) if cache.kv.is_cuda else None
         self.products = cache.kv.dtype == torch.float32 and cache.kv.device.type == "cpu"
         windows = {config.window(layer) for layer in range(config.num_layers)}
-        self.masks = {window: self._mask(window) for window in windows}
+        self.masks = {window: self._mask(window) for window in windows} if self.kernel is None else {}
 
     def _mask(self, window: int | None) -> Tensor | None:
         """Additive, `[B, 1, 1, M]`; `[B * N, 1, M]` for the path by products. None where all keys are seen."""
@@ -123,8 +126,10 @@ class DecodeAttention(_Cached):
         self.store(layer, k_TND, v_TND)
         count, heads, width = q_TND.shape
         kv_heads = self.cache.heads
-        mask = self.masks[self.config.window(layer)]
         k, v = self.cache.kv[layer, :, :count, :, : self.keys]  # [B, N, M, D]
+        if self.kernel is not None:
+            return self.kernel(q_TND, k, v, self.positions_T, self.config.window(layer)).view(count, heads * width)
+        mask = self.masks[self.config.window(layer)]
         if not self.products:
             q = q_TND.view(count, kv_heads, -1, width)
             expanded = mask.expand(-1, 1, q.shape[2], -1) if mask is not None else None
@@ -135,3 +140,13 @@ class DecodeAttention(_Cached):
         start = q_XGD.new_zeros(1, 1, 1) if mask is None else mask
         weights = torch.baddbmm(start, q_XGD, k_XMD.transpose(1, 2), beta=float(mask is not None), alpha=width**-0.5)
         return torch.bmm(torch.softmax(weights, -1), v_XMD).view(count, heads * width)
+
+
+@cache
+def _decode_kernel(head_dim: int, group: int) -> Callable[..., Tensor] | None:
+    """The engine's own kernel, where there is a Triton to compile it and it serves heads of this size."""
+    try:
+        from miles.builtins.torch_engine import decode_kernel
+    except ImportError:
+        return None
+    return decode_kernel.attend if decode_kernel.fits(head_dim, group) else None

@@ -7,6 +7,8 @@ are free and nobody reads what they compute.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,10 @@ from miles.builtins.torch_engine.attention import DecodeAttention
 from miles.builtins.torch_engine.decoder import Decoder
 from miles.builtins.torch_engine.kv_cache import KVCache
 
-SHORTEST = 256
+SHORTEST = 512
+UNRECORDED = 2
+"""Uses of a bucket before it is recorded: many are passed through once, while requests come and go, and libraries
+allocate and compile on first use, which must not be recorded."""
 
 
 def batch_bucket(count: int, capacity: int) -> int:
@@ -42,6 +47,7 @@ class DecodeGraphs:
         self.ids_S = torch.zeros(cache.slots, dtype=torch.int64, device=decoder.device)
         self.positions_S = torch.zeros_like(self.ids_S)
         self.pool = torch.cuda.graph_pool_handle()
+        self.uses: Counter[tuple[int, int]] = Counter()
         self.recorded: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @staticmethod
@@ -51,6 +57,7 @@ class DecodeGraphs:
 
     def clear(self) -> None:
         self.recorded.clear()
+        self.uses.clear()
 
     def step(self, ids_B: Tensor, positions_B: Tensor, keys: int) -> Tensor:
         """Logits `[B, V]`, valid until the next step."""
@@ -58,19 +65,16 @@ class DecodeGraphs:
         self.ids_S[:count] = ids_B
         self.positions_S[:count] = positions_B
         bucket = (batch_bucket(count, self.cache.slots), length_bucket(keys, self.cache.length))
+        self.uses[bucket] += 1
         if bucket not in self.recorded:
+            if self.uses[bucket] <= UNRECORDED:
+                return self._forward(*bucket)[:count]
             self.recorded[bucket] = self._record(*bucket)
         graph, logits = self.recorded[bucket]
         graph.replay()
         return logits[:count]
 
     def _record(self, size: int, keys: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries allocate their workspaces on first use, which must not be recorded
-                self._forward(size, keys)
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             logits = self._forward(size, keys)

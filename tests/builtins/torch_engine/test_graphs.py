@@ -14,7 +14,7 @@ def test_batches_are_padded_by_at_most_half(count, bucket):
     assert batch_bucket(count, capacity=190) == bucket
 
 
-@pytest.mark.parametrize(("keys", "bucket"), [(1, 256), (256, 256), (257, 512), (600, 1000)])
+@pytest.mark.parametrize(("keys", "bucket"), [(1, 512), (512, 512), (513, 1000), (600, 1000)])
 def test_lengths_double(keys, bucket):
     assert length_bucket(keys, longest=1000) == bucket
     assert length_bucket(keys, longest=100) == 100
