@@ -11,9 +11,10 @@ from torch import nn
 
 from miles.types import WeightGroup
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest mean difference of log-probabilities, in nats. Two right programs in fp32 differ by some 1e-6; in bf16, whose
-steps are 2^-8 of a value, logits of size 5 to 20 carry errors of a few hundredths."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.15}
+"""Largest mean difference of log-probabilities, in nats, over tokens drawn at random. Two right programs in fp32 differ
+by some 1e-6. In bf16 the logits alone, 10 to 20 for such tokens, are rounded to a sixteenth; two programs of 28 random
+layers were 0.05 apart. A matrix that does not arrive makes a difference of 1 and more."""
 SPELLINGS = {"float32": "fp32", "bfloat16": "bf16", "torch.float32": "fp32", "torch.bfloat16": "bf16"}
 
 
