@@ -469,6 +469,8 @@ class LossInputs:
     teacher_log_probs_T: Tensor | None = None
     outputs: Outputs | None = None
     tokens_T: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """All columns of the micro-batch, those that samples brought among them."""
 
 
 @dataclass

@@ -86,6 +86,7 @@ class Objective:
             teacher_log_probs_T=columns.get("teacher_log_probs"),
             outputs=outputs,
             tokens_T=batch.tokens_T,
+            columns=columns,
         )
 
     def _kl(self, new_T: Tensor, old_T: Tensor, ref_T: Tensor) -> Tensor:

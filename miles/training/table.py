@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -11,15 +11,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles.types import Group, Sample, Status
+from miles.errors import DataError
+from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, WEIGHT_VERSION, Column, Group, Sample, Status
 
-COLUMNS = ("rollout_log_probs", "teacher_log_probs", "rollout_routed_experts")
-"""Columns of a sample that the trainer takes along; whether one is there is decided for each sample."""
+STAYS = (LOSS_MASK.name, WEIGHT_VERSION.name)
+"""Columns of samples that the trainer does not take along; the loss mask becomes `mask`."""
+OWN = (
+    "mask", "weights", "advantages", "returns", "values", "old_log_probs", "ref_log_probs", "is_weights", "keep",
+    "has_rollout_log_probs",
+)  # fmt: skip
+"""Columns that the trainer writes: no sample may bring them."""
 
 
 @dataclass
 class Table:
-    """`N` samples. Columns are lists of `N` arrays, each as long as the sample has tokens (see `miles.types`)."""
+    """`N` samples. Columns are lists of `N` arrays, each as long as the sample has tokens.
+
+    Every column that any sample declares is taken along, but for `STAYS`; whether a sample has it is decided for each.
+    """
 
     tokens: list[np.ndarray]
     columns: dict[str, list[np.ndarray]]
@@ -43,10 +52,14 @@ class Table:
         ]
         samples = [sample for _, sample in rows]
         baselines = [group.baseline_reward for group, _ in rows]
+        columns = _columns(samples)
         return cls(
             tokens=[np.asarray(s.tokens, dtype=np.int64) for s in samples],
-            columns={"mask": [_mask(s, truncated) for s in samples], **_columns(samples)},
-            present={name: torch.tensor([name in s.columns for s in samples]) for name in COLUMNS},
+            columns={"mask": [_mask(s, truncated) for s in samples], **columns},
+            present={
+                name: torch.tensor([name in s.columns for s in samples], dtype=torch.bool)
+                for name in {ROLLOUT_LOG_PROBS.name, *columns}
+            },
             rewards_N=torch.tensor([0.0 if s.reward is None else s.reward for s in samples], dtype=torch.float64),
             group_N=torch.tensor([s.group_id for s in samples], dtype=torch.int64),
             rollout_N=torch.tensor([s.rollout_id for s in samples], dtype=torch.int64),
@@ -101,18 +114,26 @@ def _mask(sample: Sample, truncated: str) -> np.ndarray:
     return np.zeros_like(mask) if truncated == "mask" and sample.status is Status.TRUNCATED else mask
 
 
-def _columns(samples: Iterable[Sample]) -> Mapping[str, list[np.ndarray]]:
-    """Columns that any sample has; a sample without one gets its fill, row for row."""
-    samples = list(samples)
-    found: dict[str, list[np.ndarray]] = {}
-    for name in COLUMNS:
-        spec = next((s.specs[name] for s in samples if name in s.specs), None)
-        if spec is None:
-            continue
-        found[name] = [
-            s.columns[name]
-            if name in s.columns
-            else np.full((spec.rows(len(s.tokens)), *spec.width), spec.fill, spec.dtype)
-            for s in samples
-        ]
-    return found
+def _columns(samples: Sequence[Sample]) -> dict[str, list[np.ndarray]]:
+    """Columns that any sample has, one row a token: the fill stands where a sample has none, and in the last row of a
+    column of offset -1, whose rows belong to the forward passes before it.
+
+    Raises:
+        DataError: samples declare a column differently, or as one of the trainer's.
+    """
+    specs: dict[str, Column] = {}
+    for sample in samples:
+        for name, spec in sample.specs.items():
+            known = specs.setdefault(name, spec)
+            if (known.offset, known.width) != (spec.offset, spec.width):
+                raise DataError(f"column {name!r} is declared as {known} and, in sample {sample.id}, as {spec}")
+            if name in OWN:
+                raise DataError(f"column {name!r} of sample {sample.id} has a name that the trainer uses: rename it")
+    return {name: [_rows(s, spec) for s in samples] for name, spec in specs.items() if name not in STAYS}
+
+
+def _rows(sample: Sample, spec: Column) -> np.ndarray:
+    given = sample.columns.get(spec.name)
+    given = np.zeros((0, *spec.width), spec.dtype) if given is None else given
+    missing = len(sample.tokens) - len(given)
+    return np.concatenate([given, np.full((missing, *spec.width), spec.fill, given.dtype)]) if missing else given
