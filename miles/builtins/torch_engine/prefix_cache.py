@@ -52,6 +52,9 @@ class PrefixCache:
         return len(self._by_age)
 
     def clear(self) -> None:
+        for node in self._by_age:  # nodes know each other in a circle, which alone would keep their memory for a while
+            node.parent = None
+            node.children.clear()
         self._roots, self._by_age, self.tokens = {}, OrderedDict(), 0
 
     def match(self, tokens: Sequence[int]) -> Match:

@@ -20,6 +20,7 @@ from miles.types import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _UNITS = 2.0**52
+_BLOCK = 512
 _AT_ONCE = 2**25
 """Probabilities whose cumulative sums, which take twice their memory, exist at once."""
 
@@ -125,10 +126,32 @@ def invert_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     rows = max(_AT_ONCE // probs_BV.shape[-1], 1)
     found: list[Tensor] = []
     for probs, uniform in zip(probs_BV.split(rows), uniform_B.split(rows), strict=True):
-        ends = _fixed_point(probs).cumsum(-1)
-        target = (uniform[:, None] * ends[:, -1:]).long()
-        found.append(torch.searchsorted(ends, target, right=True)[:, 0].clamp_(0, probs.shape[-1] - 1))
+        found.append(_invert(_fixed_point(probs), uniform))
     return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _invert(mass_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """In two steps where the vocabulary is large: running sums of blocks, and of one block a row."""
+    count, vocabulary = mass_BV.shape
+    whole = vocabulary - vocabulary % _BLOCK
+    if whole <= 8 * _BLOCK:
+        ends_BV = mass_BV.cumsum(-1)
+        target_B1 = (uniform_B[:, None] * ends_BV[:, -1:]).long()
+        return _first_above(ends_BV, target_B1)[:, 0]
+    blocks = mass_BV[:, :whole].view(count, -1, _BLOCK).sum(-1)
+    ends_BK = torch.cat((blocks, mass_BV[:, whole:].sum(-1, keepdim=True)), 1).cumsum(-1)
+    target_B1 = (uniform_B[:, None] * ends_BK[:, -1:]).long()
+    block_B1 = _first_above(ends_BK, target_B1)
+    target_B1 = target_B1 - torch.where(block_B1 > 0, ends_BK.gather(1, (block_B1 - 1).clamp(min=0)), 0)
+    columns = block_B1 * _BLOCK + torch.arange(_BLOCK, device=mass_BV.device)
+    inside = mass_BV.gather(1, columns.clamp(max=vocabulary - 1)).masked_fill_(columns >= vocabulary, 0)
+    token_B1 = block_B1 * _BLOCK + _first_above(inside.cumsum(-1), target_B1)
+    return token_B1[:, 0].clamp_(max=vocabulary - 1)
+
+
+def _first_above(ends: Tensor, target_B1: Tensor) -> Tensor:
+    """`[B, 1]`: the first column whose running sum exceeds the target; the last one if none does."""
+    return torch.searchsorted(ends, target_B1, right=True).clamp_(0, ends.shape[-1] - 1)
 
 
 def _fixed_point(probs_BV: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 
 import torch
 
@@ -122,3 +124,16 @@ def test_random_sequences_within_a_budget_spell_themselves():
         assert spelled(match) == tokens[: match.tokens]
         insert(cache, tokens)
         assert cache.tokens <= 40
+
+
+def test_clear_gives_memory_back_at_once():
+    cache = PrefixCache(100)
+    for tokens in ([1, 2, 3, 4], [1, 2, 5], [7]):
+        insert(cache, tokens)
+    segments = [weakref.ref(node.segment) for node in cache._by_age]
+    gc.disable()
+    try:
+        cache.clear()
+        assert [segment() for segment in segments] == [None] * 4
+    finally:
+        gc.enable()

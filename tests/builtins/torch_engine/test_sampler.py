@@ -44,7 +44,7 @@ def test_any_integer_is_a_seed():
     assert seed_key(2**64 + 5) == seed_key(5)
 
 
-@pytest.mark.parametrize("vocabulary", [7, 1024, 1500, 4096])
+@pytest.mark.parametrize("vocabulary", [7, 1500, 4096, 4700, 5120])
 def test_inverse_of_the_cumulative_distribution(vocabulary):
     generator = torch.Generator().manual_seed(0)
     probs = (torch.randn(300, vocabulary, generator=generator) * 3).softmax(-1)
@@ -61,7 +61,7 @@ def test_inverse_of_the_cumulative_distribution(vocabulary):
     assert (probs[torch.arange(300), torch.from_numpy(found)] > 0).all()
 
 
-@pytest.mark.parametrize("vocabulary", [5, 2000])
+@pytest.mark.parametrize("vocabulary", [5, 5000])
 def test_extreme_draws_stay_within_the_support(vocabulary):
     probs = torch.zeros(2, vocabulary)
     probs[:, 2] = 1.0
@@ -69,7 +69,7 @@ def test_extreme_draws_stay_within_the_support(vocabulary):
     assert invert_cdf(probs, edges).tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("vocabulary", [7, 1100])
+@pytest.mark.parametrize("vocabulary", [7, 5000])
 def test_draws_follow_the_distribution(vocabulary):
     logits = torch.full((1, vocabulary), -torch.inf)
     logits[0, -5:] = torch.tensor([0.1, 1.0, -1.0, 2.0, 0.5])
