@@ -7,6 +7,7 @@ computes the same function, so the two also agree more closely.
 from __future__ import annotations
 
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ def fuse_norms(model: nn.Module) -> int:
     """Give every norm that computes what `torch.rms_norm` does that function as its forward; returns how many."""
     found = [module for module in model.modules() if _is_plain(type(module))]
     for module in found:
-        module.forward = partial(_fused, module)  # type: ignore[method-assign]
+        module.forward = partial(_fused, module)
     return len(found)
 
 
@@ -28,7 +29,7 @@ def _fused(module: nn.Module, hidden: Tensor) -> Tensor:
 
 
 @cache
-def _is_plain(kind: type[nn.Module]) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Whether a class is an RMS norm of the usual form (Gemma's, for one, multiplies by 1 + weight): it is tried."""
     if not kind.__name__.endswith("RMSNorm"):
         return False
