@@ -201,8 +201,7 @@ class Sample:
         known = self.specs.get(column.name)
         if known is None:
             self.specs[column.name] = column
-            rows = column.rows(len(self.tokens))
-            self.columns[column.name] = np.full((rows, *column.width), column.fill, column.dtype)
+            self.columns[column.name] = _filled(column, column.rows(len(self.tokens)))
         elif known != column:
             raise ValueError(f"column {column.name!r} is declared as {known} and as {column}")
 
@@ -214,30 +213,43 @@ class Sample:
             values: column -> scalar or `[n, *width]`. For a column of offset -1 the rows are those of the forward
                 passes that predicted these tokens.
         """
-        start = len(self.tokens)
+        start, given = len(self.tokens), values or {}
+        for column in given:
+            self.declare(column)
         self.tokens.extend(tokens)
         for name, column in self.specs.items():
-            missing = column.rows(len(self.tokens)) - len(self.columns[name])
-            if missing:
-                fill = np.full((missing, *column.width), column.fill, column.dtype)
-                self.columns[name] = np.concatenate([self.columns[name], fill])
-        for column, rows in (values or {}).items():
-            self.write(column, start + column.offset, rows, count=len(tokens))
+            old = self.columns[name]
+            missing = column.rows(len(self.tokens)) - len(old)
+            if column in given:
+                new = self._rows(column, given[column], len(tokens))
+                if len(new) == missing:
+                    self.columns[name] = np.concatenate([old, new])
+                    continue
+            self.columns[name] = np.concatenate([old, _filled(column, missing)])
+            if column in given:
+                self.write(column, start + column.offset, given[column], count=len(tokens))
 
     def write(self, column: Column, start: int, values: Any, count: int | None = None) -> None:
         """Overwrite rows `start ...` of a column, declaring it if need be (expert routing of a prompt comes late)."""
         self.declare(column)
-        if np.ndim(values) == 0 and count is not None:
-            values = np.full((count, *column.width), values, column.dtype)
-        rows = np.asarray(values, dtype=column.dtype)
-        target = self.columns[column.name]
-        wrong_shape = rows.shape[1:] != column.width or (count is not None and len(rows) != count)
-        if wrong_shape or start < 0 or start + len(rows) > len(target):
+        rows, target = self._rows(column, values, count), self.columns[column.name]
+        if start < 0 or start + len(rows) > len(target):
             raise ValueError(
-                f"column {column.name!r} of sample {self.id}: rows of shape {rows.shape} do not fit at row {start} "
-                f"of {target.shape}" + (f" for {count} new tokens" if count is not None else "")
+                f"column {column.name!r} of sample {self.id}: {len(rows)} rows do not fit at row {start} of {len(target)}"
             )
         target[start : start + len(rows)] = rows
+
+    def _rows(self, column: Column, values: Any, count: int | None) -> np.ndarray:
+        """Values as rows of a column, `[count, *width]` where a count is given."""
+        if count is not None and isinstance(values, int | float):
+            return np.full((count, *column.width), values, column.dtype)
+        rows = np.asarray(values, dtype=column.dtype)
+        if rows.shape[1:] != column.width or (count is not None and len(rows) != count):
+            raise ValueError(
+                f"column {column.name!r} of sample {self.id}: rows of shape {rows.shape} do not fit, expected "
+                f"{(count if count is not None else 'any number', *column.width)}"
+            )
+        return rows
 
     @property
     def response_length(self) -> int:
@@ -250,6 +262,10 @@ class Sample:
     @property
     def trainable_tokens(self) -> int:
         return int(self.columns["loss_mask"].sum())
+
+
+def _filled(column: Column, rows: int) -> np.ndarray:
+    return np.full((rows, *column.width), column.fill, column.dtype)
 
 
 @dataclass
