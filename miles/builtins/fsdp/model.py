@@ -62,7 +62,7 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
     trains = context.role in ("actor", "critic")
     hf_config = quiet_config(context.hf_config)
     if context.precision is not None:
-        context.precision.configure("fsdp", {**hf_config.to_dict(), "dtype": train.dtype})
+        context.precision.configure(train.train_backend.name, {**hf_config.to_dict(), "dtype": train.dtype})
     with parameters_on_meta():
         lm: Any = AutoModelForCausalLM.from_config(
             hf_config,

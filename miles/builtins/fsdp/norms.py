@@ -6,7 +6,7 @@ computes the same function, so the two also agree more closely.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn.functional import rms_norm
 
 def fuse_norms(model: nn.Module) -> int:
     """Give every norm that computes what `torch.rms_norm` does that function as its forward; returns how many."""
-    found = [module for module in model.modules() if _is_plain(type(module))]
+    plain = {kind for kind in {type(module) for module in model.modules()} if _is_plain(kind)}
+    found = [module for module in model.modules() if type(module) in plain]
     for module in found:
         module.forward = partial(_fused, module)
     return len(found)
@@ -28,7 +29,6 @@ def _fused(module: nn.Module, hidden: Tensor) -> Tensor:
     return rms_norm(hidden, weight.shape, weight, module.variance_epsilon)  # type: ignore[arg-type]
 
 
-@cache
 def _is_plain(kind: Any) -> bool:
     """Whether a class is an RMS norm of the usual form (Gemma's, for one, multiplies by 1 + weight): it is tried."""
     if not kind.__name__.endswith("RMSNorm"):
