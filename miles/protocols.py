@@ -100,7 +100,11 @@ class ChatFormat(Protocol):
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an assistant turn."""
+        """Tokens at which generation ends."""
+
+    @property
+    def end_of_turn_id(self) -> int | None:
+        """Of these, the token that the format itself writes after an assistant turn; None where it has none."""
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[dict] | None = None) -> list[int]:
         """A conversation, ready for the assistant to speak."""
@@ -111,7 +115,7 @@ class ChatFormat(Protocol):
     def render_next(self, messages: Sequence[Message], closed: bool = True) -> list[int]:
         """Environment messages after an assistant turn, up to where the assistant speaks again.
 
-        `closed` is False when the turn did not end with its stop token, which is then added first.
+        `closed` is False when the turn did not end with `end_of_turn_id`, which is then added first.
         """
 
     def parse(self, tokens: Sequence[int], finish_reason: str = "stop") -> Action:

@@ -29,11 +29,11 @@ class TemplateChat:
     def __init__(self, *, context: ChatContext):
         self.tokenizer = context.tokenizer
         self.template_kwargs = dict(context.template_kwargs)
-        ends = [self.turn_end, self.tokenizer.eos_token_id, *context.eos_token_ids]
+        ends = [self.end_of_turn_id, self.tokenizer.eos_token_id, *context.eos_token_ids]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(token for token in ends if token is not None))
 
     @cached_property
-    def turn_end(self) -> int | None:
+    def end_of_turn_id(self) -> int | None:
         """The special token that the template puts after what the assistant said, if there is one."""
         if self.tokenizer.chat_template is None:
             return None
@@ -104,14 +104,14 @@ class TemplateChat:
 
     @property
     def _required_turn_end(self) -> int:
-        if self.turn_end is None:
+        if self.end_of_turn_id is None:
             raise DataError(
                 "the tokenizer's chat template does not end an assistant's turn with a special token, so turns cannot "
                 f"be told apart in a token stream. {_OTHER_FORMAT}"
                 if self.tokenizer.chat_template is not None
                 else _NO_TEMPLATE
             )
-        return self.turn_end
+        return self.end_of_turn_id
 
     def _after_marker(self, messages: Sequence[Message], speak: bool) -> str:
         rendered = self._render(messages, None, speak)

@@ -201,7 +201,16 @@ class TaskSetRows:
 
 
 def render(prompt: Prompt, chat: ChatFormat) -> list[int]:
-    """Tokens of a prompt: empty when the assistant has spoken last or an environment shall say what is asked."""
+    """Tokens of a prompt: empty when the assistant has spoken last or an environment shall say what is asked.
+
+    Raises:
+        DataError: the prompt has images.
+    """
+    if prompt.images:
+        raise DataError(
+            "the prompt has images, and no chat format of this version makes tokens of them: leave keys.images "
+            "(--image-key) out to train on the text alone"
+        )
     if prompt.text is not None:
         return chat.render_text(prompt.text)
     if not prompt.messages or prompt.messages[-1]["role"] == "assistant":

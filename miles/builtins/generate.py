@@ -220,7 +220,7 @@ class MultiTurn:
                 return Status.COMPLETED
             if len(sample.turns) >= context.max_turns:
                 return Status.TRUNCATED
-            closed = bool(said) and said[-1] in context.chat.stop_token_ids
+            closed = bool(said) and said[-1] == context.chat.end_of_turn_id
             following = context.chat.render_next(step.messages, closed)
             limit = context.max_context_tokens
             if limit is not None and len(sample.tokens) + len(following) >= limit:

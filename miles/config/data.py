@@ -22,7 +22,7 @@ class Keys(Section):
     tools: Annotated[str, Flag("--tool-key")] = "tools"
     """OpenAI tool schemas, as a list or as a JSON string."""
     images: Annotated[str | None, Flag("--image-key")] = None
-    """Images of the prompt."""
+    """Images of the prompt; a row that has any is an error: no chat format of this version takes them."""
 
 
 class Sampling(Section):

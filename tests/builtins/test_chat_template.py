@@ -103,6 +103,7 @@ def test_without_a_template_text_still_works_and_messages_are_refused(chat_with)
     chat = chat_with(None)
     assert chat.render_text("hello")
     assert chat.stop_token_ids == (chat.tokenizer.eos_token_id,)
+    assert chat.end_of_turn_id is None
     for render in (lambda: chat.render_prompt([USER]), lambda: chat.render_next([USER])):
         with pytest.raises(DataError, match="no chat template"):
             render()

@@ -53,14 +53,23 @@ def texts(prompts):
 
 def test_a_row_becomes_a_prompt(tmp_path):
     tools = [{"type": "function", "function": {"name": "add"}}]
-    row = {"q": MESSAGES, "a": "5", "meta": {"level": 2}, "tools": json.dumps(tools), "pictures": "p.png"}
+    row = {"q": MESSAGES, "a": "5", "meta": {"level": 2}, "tools": json.dumps(tools), "pictures": None}
     keys = Keys(input="q", label="a", metadata="meta", images="pictures")
     source = source_of(TaskSet(name="maths", path=write(tmp_path / "a.jsonl", [row]), keys=keys))
     [prompt] = source.next_prompts(1)
     assert (prompt.id, prompt.task_set, prompt.text, prompt.messages) == ("maths:0", "maths", None, MESSAGES)
-    assert (prompt.label, prompt.metadata, prompt.tools, prompt.images) == ("5", {"level": 2}, tools, ["p.png"])
+    assert (prompt.label, prompt.metadata, prompt.tools, prompt.images) == ("5", {"level": 2}, tools, None)
     assert prompt.tokens == CountingChat().render_prompt(MESSAGES, tools)
     assert isinstance(source, DataSource)
+
+
+@pytest.mark.parametrize("asked", [MESSAGES, "what is it?"])
+def test_images_are_refused_rather_than_dropped(tmp_path, asked):
+    path = write(tmp_path / "a.jsonl", [{"input": asked, "pictures": "p.png"}])
+    source = source_of(TaskSet(path=path, keys=Keys(images="pictures")), bad_lines="skip")
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: the prompt has images.*keys\.images"):
+        source.next_prompts(1)
+    assert source_of(path).next_prompts(1)  # a column that nobody names is not read
 
 
 def test_the_forms_of_an_input(tmp_path):

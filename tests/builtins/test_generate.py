@@ -229,8 +229,17 @@ def test_a_turn_that_stopped_without_its_end_token_is_closed_by_us(chat):
     engine = Script(chat, [("hello", "stop"), ("hello", "stop")], close_turns=False)
     sample = play(MultiTurn(), context_of(engine, Counting()), fresh(chat))
     after = sample.turns[0].end
-    assert sample.tokens[after] == chat.stop_token_ids[0]
+    assert sample.tokens[after] == chat.end_of_turn_id
     assert sample.loss_mask[after] == 0
+
+
+def test_another_stop_token_than_the_end_of_a_turn_does_not_close_it(chat):
+    engine = Script(chat, [("hello<|endoftext|>", "stop"), ("hello", "stop")], close_turns=False)
+    sample = play(MultiTurn(), context_of(engine, Counting()), fresh(chat))
+    after = sample.turns[0].end
+    assert sample.tokens[after - 1] == chat.tokenizer.eos_token_id != chat.end_of_turn_id
+    assert sample.tokens[after - 1] in chat.stop_token_ids
+    assert sample.tokens[after] == chat.end_of_turn_id
 
 
 class Broken(Counting):

@@ -69,7 +69,8 @@ class Qwen3Chat:
             )
         self._kwargs = dict(context.template_kwargs)
         vocabulary = self.tokenizer.get_vocab()
-        ends = [vocabulary.get(END), vocabulary.get("<|endoftext|>"), self.tokenizer.eos_token_id]
+        self.end_of_turn_id: int | None = vocabulary.get(END)
+        ends = [self.end_of_turn_id, vocabulary.get("<|endoftext|>"), self.tokenizer.eos_token_id]
         ids = (token for token in (*ends, *context.eos_token_ids) if token is not None)
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ids))
 

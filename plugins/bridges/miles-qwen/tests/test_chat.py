@@ -158,7 +158,8 @@ def test_a_stream_grown_turn_by_turn_equals_the_whole_rendering(template, tools)
 
 def test_an_open_turn_is_closed_first():
     chat = chat_of()
-    assert chat.render_next([TOOL], closed=False) == [chat.stop_token_ids[0], *chat.render_next([TOOL], closed=True)]
+    assert chat.end_of_turn_id == chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.render_next([TOOL], closed=False) == [chat.end_of_turn_id, *chat.render_next([TOOL], closed=True)]
 
 
 @pytest.mark.parametrize("template", [HYBRID, THINKING, INSTRUCT], ids=["hybrid", "thinking", "instruct"])
