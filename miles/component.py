@@ -42,8 +42,9 @@ class Component:
     flags: Mapping[str, str] = field(default_factory=dict)
     """Command-line flag -> option, for flags that users of other frameworks know."""
     provides: tuple[str, ...] = ()
-    """For bridges and chat formats: the Hugging Face model types it serves. For engines: `responses`, if it generates
-    any; task sets without a reward are then refused before anything is built."""
+    """What it is the automatic choice for (`auto`). Bridges, chat formats: Hugging Face model types; a chat format for
+    all the others says `any`. Generate functions: `one turn`, `turns` (with an environment), `given responses` (no
+    engine). An engine that generates says `responses`: task sets without a reward are then refused."""
     summary: str = ""
     paper: str = ""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from miles.config import Config, Spec
+from miles.config import Config, Spec, TaskSet
 from miles.errors import ConfigError
 from miles.kinds import KINDS
-from miles.protocols import Bridge, ChatContext, ChatFormat, ModelTransform, PrecisionScheme
+from miles.protocols import Bridge, ChatContext, ChatFormat, GenerateFunction, ModelTransform, PrecisionScheme
 from miles.registry import Registry
 
-AUTO = "auto"
+AUTO, ANY = "auto", "any"
 
 
 def load_hf_config(checkpoint: Path, trust_remote_code: bool = False) -> Any:
@@ -28,32 +28,47 @@ def load_tokenizer(checkpoint: Path, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
 
-def providing(registry: Registry, kind: str, model_type: str) -> str | None:
-    """Name of the component of a kind that says it serves this Hugging Face model type.
+def providing(registry: Registry, kind: str, what: str) -> str | None:
+    """Name of the component of a kind that says it is the one for `what`: a Hugging Face model type, or one of the
+    words that `Component.provides` explains.
 
     Raises:
         ConfigError: two of them do, and somebody has to choose.
     """
-    offers = [offer for offer in registry.offers(kind) if model_type in offer.value.provides]
+    offers = [offer for offer in registry.offers(kind) if what in offer.value.provides]
     if len(offers) > 1:
         claims = " and ".join(f"{offer.name!r} ({offer.plugin})" for offer in offers)
-        raise ConfigError(f"model type {model_type!r} is served by {claims}: choose one with {KINDS[kind].keys[0]}")
+        raise ConfigError(f"{what!r} is provided by {claims}: choose one with {KINDS[kind].keys[0]}")
     return offers[0].name if offers else None
+
+
+def automatic(registry: Registry, spec: Spec, kind: str, *wanted: str) -> Spec:
+    """`spec` itself, or, where it says `auto`, the component that provides the first thing wanted that one provides.
+
+    Raises:
+        ConfigError: none provides any of it, or two do.
+    """
+    if spec.name != AUTO:
+        return spec
+    for what in wanted:
+        if name := providing(registry, kind, what):
+            return Spec(name=name, options=spec.options)
+    known = sorted({word for offer in registry.offers(kind) for word in offer.value.provides})
+    raise ConfigError(
+        f"{KINDS[kind].keys[0]}: no installed {KINDS[kind].singular} provides {wanted[0]!r} (provided: "
+        f"{', '.join(known) or 'nothing'}); install a plugin that does, or name one"
+    )
+
+
+def generate_function_for(registry: Registry, task_set: TaskSet, generates: bool) -> GenerateFunction:
+    """The configured one; `auto`: the data's responses when no engine generates, turns with an environment, or one."""
+    wanted = "given responses" if not generates else "turns" if task_set.environment else "one turn"
+    return registry.build("generate_functions", automatic(registry, task_set.generate, "generate_functions", wanted))
 
 
 def bridge_for(registry: Registry, config: Config, hf_config: Any) -> Bridge:
     """The configured bridge; `auto` goes by model type."""
-    spec = config.model.bridge
-    if spec.name == AUTO:
-        name = providing(registry, "bridges", hf_config.model_type)
-        if name is None:
-            known = sorted({t for offer in registry.offers("bridges") for t in offer.value.provides})
-            raise ConfigError(
-                f"no installed bridge knows model type {hf_config.model_type!r} (known: {', '.join(known) or 'none'}); "
-                "install a plugin that provides it, or name one with --bridge"
-            )
-        spec = Spec(name=name, options=spec.options)
-    return registry.build("bridges", spec)
+    return registry.build("bridges", automatic(registry, config.model.bridge, "bridges", hf_config.model_type))
 
 
 def end_token_ids(checkpoint: Path) -> tuple[int, ...]:
@@ -69,10 +84,8 @@ def end_token_ids(checkpoint: Path) -> tuple[int, ...]:
 def chat_format_for(
     registry: Registry, config: Config, hf_config: Any, tokenizer: Any, end_tokens: tuple[int, ...] = ()
 ) -> ChatFormat:
-    """The configured chat format; `auto` goes by model type, then by the tokenizer's own template."""
-    spec = config.data.chat_format
-    if spec.name == AUTO:
-        spec = Spec(name=providing(registry, "chat_formats", hf_config.model_type) or "template", options=spec.options)
+    """The configured chat format; `auto` goes by model type, then takes the one for any."""
+    spec = automatic(registry, config.data.chat_format, "chat_formats", hf_config.model_type, ANY)
     context = ChatContext(tokenizer, config.data.chat_template_kwargs, end_tokens)
     return registry.build("chat_formats", spec, context=context)
 

@@ -13,7 +13,9 @@ MILES_API = 1
 def miles_register_chat_formats():
     return {
         "template": Component(
-            "miles.builtins.chat_template:TemplateChat", summary="Whatever the tokenizer's own chat template says"
+            "miles.builtins.chat_template:TemplateChat",
+            provides=("any",),
+            summary="Whatever the tokenizer's own chat template says",
         )
     }
 
@@ -67,11 +69,18 @@ def miles_register_data_sources():
 @hookimpl
 def miles_register_generate_functions():
     return {
-        "single_turn": Component("miles.builtins.generate:single_turn", summary="One response to one prompt"),
-        "multi_turn": Component(
-            "miles.builtins.generate:MultiTurn", needs={"environment"}, summary="Model and environment take turns"
+        "single_turn": Component(
+            "miles.builtins.generate:single_turn", provides=("one turn",), summary="One response to one prompt"
         ),
-        "dataset": Component("miles.builtins.generate:dataset", summary="The response is in the data: SFT"),
+        "multi_turn": Component(
+            "miles.builtins.generate:MultiTurn",
+            needs={"environment"},
+            provides=("turns",),
+            summary="Model and environment take turns",
+        ),
+        "dataset": Component(
+            "miles.builtins.generate:dataset", provides=("given responses",), summary="The response is in the data: SFT"
+        ),
     }
 
 

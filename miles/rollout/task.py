@@ -12,13 +12,13 @@ from typing import Any
 from miles.config import Config, Spec, TaskSet
 from miles.errors import ConfigError
 from miles.log import logger
+from miles.modeling import generate_function_for
 from miles.protocols import ChatFormat, GenerateContext, Score
 from miles.registry import Registry
 from miles.rollout.concurrent import run_all
 from miles.rollout.engines import EngineFront
 from miles.types import Group, Sample, Status
 
-AUTO = Spec(name="auto")
 JUDGED = (Status.COMPLETED, Status.TRUNCATED)
 """Samples that came to an end, and so can be judged and trained."""
 
@@ -30,7 +30,7 @@ class Task:
         self, task_set: TaskSet, config: Config, registry: Registry, front: EngineFront, chat: ChatFormat, **limits: Any
     ):
         self.set = task_set
-        self.generate = registry.build("generate_functions", _generate_spec(task_set, front.generates))
+        self.generate = generate_function_for(registry, task_set, front.generates)
         self.rewards = [(r.name, r.weight, _judge(registry, r)) for r in task_set.reward]
         sampling = task_set.sampling.params()
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
@@ -87,15 +87,6 @@ class Task:
                 scores = [error] * len(judged.samples)
             for sample, score in zip(judged.samples, scores, strict=True):
                 _add_score(sample, name, weight, score)
-
-
-def _generate_spec(task_set: TaskSet, generates: bool) -> Spec:
-    """`auto`: SFT when there is no engine, turns when there is an environment, else one turn."""
-    if task_set.generate != AUTO:
-        return task_set.generate
-    if not generates:
-        return Spec(name="dataset")
-    return Spec(name="multi_turn" if task_set.environment else "single_turn")
 
 
 Judge = Callable[[Group], Awaitable[Iterable[Score | BaseException]]]

@@ -169,8 +169,8 @@ def test_a_precision_scheme_is_asked_in_order(make_backend, samples, pack, weigh
             calls.append(("autocast",))
             yield
 
-    backend = make_backend(precision=Scheme(), train={"dtype": "bf16"})
-    assert calls == [("configure", "fsdp", "bf16", 32), ("prepare", True)]
+    backend = make_backend(precision=Scheme(), train={"dtype": "bf16", "train_backend": "miles/fsdp"})
+    assert calls == [("configure", "miles/fsdp", "bf16", 32), ("prepare", True)]
     backend.forward_backward([pack(samples)], weighted)
     backend.forward([pack(samples)], frozenset({"log_probs"}))
     assert calls[2:] == [("autocast",)] * 2
