@@ -71,15 +71,19 @@ def check_result(built: Any, kind: Kind, who: str) -> None:
         raise HookError(f"{who} is not a miles.protocols.{kind.protocol.__name__}: " + "; ".join(problems))
 
 
+def judgement(reward: Any) -> tuple[str, Any]:
+    """How a reward judges: by `score_group` where it has one, else by `score`, else `it` is a function of a sample."""
+    for name in ("score_group", "score"):
+        if hasattr(reward, name):
+            return name, getattr(reward, name)
+    return "it", reward
+
+
 def _reward_problems(built: Any) -> list[str]:
-    """A reward offers `score`, or `score_group`, or is a plain function of a sample; each may be async."""
-    if hasattr(built, "score"):
-        return _arity(built.score, Reward.score, "score")
-    if hasattr(built, "score_group"):
-        return _arity(built.score_group, GroupReward.score_group, "score_group")
-    if callable(built):
-        return _arity(built, Reward.score, "it")
-    return ["it has neither `score(sample)` nor `score_group(group)` and is no function"]
+    name, method = judgement(built)
+    if not callable(method):
+        return ["it has neither `score(sample)` nor `score_group(group)` and is no function"]
+    return _arity(method, GroupReward.score_group if name == "score_group" else Reward.score, name)
 
 
 def _problems(built: Any, protocol: type) -> list[str]:

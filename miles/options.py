@@ -67,8 +67,8 @@ def takes_any(kind: type | None) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel) and kind.model_config.get("extra") == "allow"
 
 
-def check_options(kind: type | None, options: Mapping[str, Any]) -> list[OptionFault]:
-    """What is wrong with `options`; empty when nothing is."""
+def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, list[OptionFault]]:
+    """The options object (None for a component without options, or where something is wrong), and all that is wrong."""
     known = options_of(kind)
     faults = []
     for key, value in options.items():
@@ -79,21 +79,16 @@ def check_options(kind: type | None, options: Mapping[str, Any]) -> list[OptionF
         accepted = f"options: {', '.join(known)}" if known else "it takes no options"
         faults.append(OptionFault(key, value, f"unknown option; {hint}{accepted}"))
     if kind is None:
-        return faults
+        return None, faults
     given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
     try:
-        _adapter(kind).validate_python(given)
+        read = _adapter(kind).validate_python(given)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             loc = ".".join(map(str, item["loc"]))
             value = given.get(str(item["loc"][0])) if item["loc"] else dict(given)
             faults.append(OptionFault(loc, value, _message(item)))
-    return faults
-
-
-def parse_options(kind: type | None, options: Mapping[str, Any]) -> Any:
-    """The options object, or None for a component without options. `check_options` must have found nothing."""
-    return None if kind is None else _adapter(kind).validate_python(dict(options))
+    return (None if faults else read), faults
 
 
 @cache

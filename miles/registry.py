@@ -7,7 +7,6 @@ its kind's protocol.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +16,11 @@ from typing import Any
 from miles.catalog import provider
 from miles.component import Component
 from miles.conformance import check_result, construct, options_type
-from miles.errors import ConfigError, MilesError, PluginConflictError, PluginLoadError, UnknownNameError
+from miles.errors import ConfigError, MilesError, PluginConflictError, UnknownNameError
 from miles.kinds import KINDS, Kind
-from miles.options import OptionFault, check_options, parse_options
+from miles.options import OptionFault, read_options
 from miles.plugins import PluginInfo, Plugins, Registration
+from miles.targets import import_target
 
 PYTHON = PluginInfo("(python)", "(given in Python)", "", "")
 
@@ -140,7 +140,7 @@ class Registry:
 
     def _from_module(self, kind: str, name: str) -> Entry:
         plugin = PluginInfo(name, "(module path)", "", name)
-        thing = import_target(Component(name), f"{KINDS[kind].singular} {name!r}")
+        thing = import_target(name, f"{KINDS[kind].singular} {name!r}")
         return Entry(kind, name, Component(name, options=options_type(thing)), plugin, live=thing)
 
     # ----------------------------------------------------------------------------------------- checking, building
@@ -149,17 +149,7 @@ class Registry:
         """What is wrong with the options of a component; empty when nothing is. Imports no target."""
         if name in _kind(kind).words:
             return [OptionFault(key, value, f"{name!r} takes no options") for key, value in options.items()]
-        return check_options(self.component(kind, name).options, options)
-
-    def validate(self, kind: str, spec: Any) -> None:
-        """Check a spec (anything with `name` and `options`) without importing its target.
-
-        Raises:
-            ConfigError: unknown name, or bad options: all of them in one error.
-        """
-        faults = self.check(kind, spec.name, spec.options)
-        if faults:
-            raise ConfigError(f"{KINDS[kind].singular} {spec.name!r}: " + "; ".join(map(str, faults)))
+        return read_options(self.component(kind, name).options, options)[1]
 
     def build(self, kind: str, spec: Any, *, context: Any = None) -> Any:
         """The object that a spec names, as `miles.protocols` says components are called.
@@ -169,16 +159,18 @@ class Registry:
             context: for kinds whose protocol names a context.
 
         Raises:
-            ConfigError, PluginError: see `entry` and `validate`.
+            ConfigError, PluginError: see `entry`.
+            ConfigError: options are wrong; all of them in one error, before anything is imported.
             PluginLoadError: the target cannot be imported.
             HookError: it is not what its kind's protocol asks for.
         """
         if spec.name in _kind(kind).words:
             raise ConfigError(f"{KINDS[kind].keys[0]}: {spec.name!r} is a choice made by the core, not a component")
-        self.validate(kind, spec)
         entry = self.entry(kind, spec.name)
-        thing = entry.live if entry.live is not None else import_target(entry.component, str(entry))
-        options = parse_options(entry.component.options, spec.options)
+        options, faults = read_options(entry.component.options, spec.options)
+        if faults:
+            raise ConfigError(f"{KINDS[kind].singular} {spec.name!r}: " + "; ".join(map(str, faults)))
+        thing = entry.live if entry.live is not None else import_target(entry.component.target, str(entry))
         try:
             built = construct(thing, options, context, str(entry), KINDS[kind])
         except MilesError:
@@ -197,23 +189,3 @@ def _kind(name: str) -> Kind:
     if name not in KINDS:
         raise UnknownNameError(f"{name!r} is no kind of component; kinds: {', '.join(KINDS)}")
     return KINDS[name]
-
-
-def import_target(component: Component, who: str) -> Any:
-    """What a component's `target` names; `who` leads the message.
-
-    Raises:
-        PluginLoadError: there is no such module or attribute, or importing it failed.
-    """
-    module_name, _, attribute = component.target.partition(":")
-    try:
-        thing: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise PluginLoadError(f"{who}: cannot import {module_name}: {type(error).__name__}: {error}") from error
-    for part in attribute.split("."):
-        if not hasattr(thing, part):
-            close = get_close_matches(part, dir(thing), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise PluginLoadError(f"{who}: {module_name} has no attribute {attribute!r}{hint}")
-        thing = getattr(thing, part)
-    return thing

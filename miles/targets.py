@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from difflib import get_close_matches
 from typing import Any
 
+from miles.errors import PluginLoadError
 
-def import_target(target: str) -> Any:
-    """The object that `package.module:attribute` names. Raises ImportError or AttributeError as Python does."""
-    module, _, attribute = target.partition(":")
-    thing: Any = importlib.import_module(module)
+
+def import_target(target: str, who: str = "") -> Any:
+    """The object that `package.module:attribute` names; `who` leads the message when there is none.
+
+    Raises:
+        PluginLoadError: there is no such module or attribute, or importing it failed.
+    """
+    lead = f"{who}: " if who else ""
+    module_name, _, attribute = target.partition(":")
+    try:
+        thing: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise PluginLoadError(f"{lead}cannot import {module_name}: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
+        if not hasattr(thing, part):
+            close = get_close_matches(part, dir(thing), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise PluginLoadError(f"{lead}{module_name} has no attribute {attribute!r}{hint}")
         thing = getattr(thing, part)
     return thing

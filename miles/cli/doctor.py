@@ -11,7 +11,8 @@ from miles.errors import MilesError
 from miles.kinds import KINDS
 from miles.options import options_of
 from miles.plugins import Plugins, Registration
-from miles.registry import Registry, import_target
+from miles.registry import Registry
+from miles.targets import import_target
 
 
 def diagnose(plugins: Plugins) -> list[str]:
@@ -49,6 +50,6 @@ def _component_faults(offer: Registration, who: str) -> Iterator[str]:
         if option not in options:
             yield f"its flag {flag} stands for {option!r}, which is none of its options"
     try:
-        import_target(component, who)
+        import_target(component.target, who)
     except MilesError as error:
         yield str(error).removeprefix(f"{who}: ")

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from miles.config import Config, Spec, TaskSet
-from miles.errors import ConfigError
+from miles.conformance import judgement
 from miles.log import logger
 from miles.modeling import generate_function_for
 from miles.protocols import ChatFormat, GenerateContext, Score
@@ -95,11 +95,9 @@ Judge = Callable[[Group], Awaitable[Iterable[Score | BaseException]]]
 def _judge(registry: Registry, spec: Any) -> Judge:
     """A reward as an asynchronous function of a group. What is synchronous runs in a thread."""
     reward = registry.build("rewards", Spec(name=spec.name, options=spec.options))
-    if hasattr(reward, "score_group"):
-        return reward.score_group if _is_async(reward.score_group) else _threaded(reward.score_group)
-    score = getattr(reward, "score", reward)
-    if not callable(score):
-        raise ConfigError(f"reward {spec.name!r} offers neither score(sample) nor score_group(group)")
+    by, score = judgement(reward)
+    if by == "score_group":
+        return score if _is_async(score) else _threaded(score)
     return partial(_score_all, score) if _is_async(score) else _threaded(partial(_score_all_now, score))
 
 

@@ -102,14 +102,14 @@ def test_unknown_names_are_answered_with_what_is_there(registry):
 
 def test_bad_options_are_all_reported_without_importing_the_target(registry):
     with pytest.raises(ConfigError) as caught:
-        registry.validate("rewards", Spec(name="judge", options={"bonos": 1, "size": "many"}))
+        registry.build("rewards", Spec(name="judge", options={"bonos": 1, "size": "many"}))
     for words in ("bonos", "did you mean 'bonus'", "size='many'", "valid integer"):
         assert words in str(caught.value)
     with pytest.raises(ConfigError, match="must not be negative"):
-        registry.validate("rewards", Spec(name="judge", options={"size": -1}))
+        registry.build("rewards", Spec(name="judge", options={"size": -1}))
     with pytest.raises(ConfigError, match="takes no options"):
-        registry.validate("rewards", Spec(name="lost", options={"size": 1}))
-    registry.validate("rewards", Spec(name="lost"))  # its module does not exist, and is not asked for
+        registry.build("rewards", Spec(name="lost", options={"size": 1}))  # its module does not exist
+    assert registry.check("rewards", "lost", {}) == []
 
 
 @pytest.mark.parametrize(("name", "word"), [("gone", "no attribute 'Gone'"), ("lost", "no_such_module_at_all")])
@@ -139,11 +139,28 @@ def test_what_is_not_of_its_kind_is_refused(registry, kind, name, words):
 def test_module_paths_are_built_and_checked_like_any_component(registry):
     assert registry.build("rewards", Spec(name="parts_of_x:annotated", options={"size": 7}))(None) == 7
     with pytest.raises(ConfigError, match="valid integer"):
-        registry.validate("rewards", Spec(name="parts_of_x:annotated", options={"size": "x"}))
+        registry.build("rewards", Spec(name="parts_of_x:annotated", options={"size": "x"}))
     with pytest.raises(HookError, match="parts_of_x:Mute"):
         registry.build("rewards", Spec(name="parts_of_x:Mute"))
     with pytest.raises(PluginLoadError, match="no attribute 'anotated'; did you mean 'annotated'"):
         registry.build("rewards", Spec(name="parts_of_x:anotated"))
+
+
+def test_a_reward_that_judges_groups_is_asked_for_groups(registry):
+    """Also one that could judge single samples: the check looks at what will be called."""
+
+    class Both:
+        def score(self, sample, odd): ...
+        def score_group(self, group): ...
+
+    class Wrong(Both):
+        def score_group(self): ...
+
+    registry.add("rewards", "both", Both())
+    registry.add("rewards", "wrong_both", Wrong())
+    registry.build("rewards", Spec(name="both"))
+    with pytest.raises(HookError, match=r"`score_group` is called with \(group\)"):
+        registry.build("rewards", Spec(name="wrong_both"))
 
 
 def test_objects_given_in_python(registry):
@@ -179,9 +196,9 @@ def test_a_name_claimed_twice_is_an_error_where_it_is_used(install):
 
 
 def test_words_of_the_core_are_no_components(registry):
-    registry.validate("is_corrections", Spec(name="none"))
-    with pytest.raises(ConfigError, match="takes no options"):
-        registry.validate("is_corrections", Spec(name="none", options={"clip": 2}))
+    assert registry.check("is_corrections", "none", {}) == []
+    [fault] = registry.check("is_corrections", "none", {"clip": 2})
+    assert "takes no options" in fault.problem
     with pytest.raises(ConfigError, match="choice made by the core"):
         registry.build("is_corrections", Spec(name="none"))
 
