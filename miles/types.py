@@ -116,6 +116,9 @@ class Column:
     def rows(self, tokens: int) -> int:
         return max(tokens + self.offset, 0)
 
+    def filled(self, rows: int) -> np.ndarray:
+        return np.full((rows, *self.width), self.fill, self.dtype)
+
 
 LOSS_MASK = Column("loss_mask", "int8", fill=0)
 """1 on tokens the model produced and shall learn from."""
@@ -198,12 +201,11 @@ class Sample:
 
     def declare(self, column: Column) -> None:
         """Create `column`, holding its fill so far. Declaring it twice is fine, differently is an error."""
-        known = self.specs.get(column.name)
-        if known is None:
-            self.specs[column.name] = column
-            self.columns[column.name] = _filled(column, column.rows(len(self.tokens)))
-        elif known != column:
+        known = self.specs.setdefault(column.name, column)
+        if known != column:
             raise ValueError(f"column {column.name!r} is declared as {known} and as {column}")
+        if column.name not in self.columns:
+            self.columns[column.name] = column.filled(column.rows(len(self.tokens)))
 
     def append(self, tokens: Sequence[int], values: Mapping[Column, Any] | None = None) -> None:
         """Add tokens and their rows; columns without values get their fill. A scalar value stands for every token.
@@ -218,37 +220,31 @@ class Sample:
             self.declare(column)
         self.tokens.extend(tokens)
         for name, column in self.specs.items():
-            old = self.columns[name]
-            missing = column.rows(len(self.tokens)) - len(old)
-            if column in given:
-                new = self._rows(column, given[column], len(tokens))
-                if len(new) == missing:
-                    self.columns[name] = np.concatenate([old, new])
-                    continue
-            self.columns[name] = np.concatenate([old, _filled(column, missing)])
-            if column in given:
+            missing = column.rows(len(self.tokens)) - len(self.columns[name])
+            at_once = column in given and missing == len(tokens)
+            new = self._rows(column, given[column], missing) if at_once else column.filled(missing)
+            self.columns[name] = np.concatenate([self.columns[name], new])
+            if column in given and not at_once:
                 self.write(column, start + column.offset, given[column], count=len(tokens))
 
     def write(self, column: Column, start: int, values: Any, count: int | None = None) -> None:
         """Overwrite rows `start ...` of a column, declaring it if need be (expert routing of a prompt comes late)."""
         self.declare(column)
         rows, target = self._rows(column, values, count), self.columns[column.name]
-        if start < 0 or start + len(rows) > len(target):
+        end, total = start + len(rows), len(target)
+        if start < 0 or end > total:
             raise ValueError(
-                f"column {column.name!r} of sample {self.id}: {len(rows)} rows do not fit at row {start} of {len(target)}"
+                f"column {column.name!r} of sample {self.id}: rows {start} to {end} do not fit into {total}"
             )
-        target[start : start + len(rows)] = rows
+        target[start:end] = rows
 
     def _rows(self, column: Column, values: Any, count: int | None) -> np.ndarray:
-        """Values as rows of a column, `[count, *width]` where a count is given."""
-        if count is not None and isinstance(values, int | float):
+        if count is not None and np.isscalar(values):
             return np.full((count, *column.width), values, column.dtype)
         rows = np.asarray(values, dtype=column.dtype)
         if rows.shape[1:] != column.width or (count is not None and len(rows) != count):
-            raise ValueError(
-                f"column {column.name!r} of sample {self.id}: rows of shape {rows.shape} do not fit, expected "
-                f"{(count if count is not None else 'any number', *column.width)}"
-            )
+            expected = ("any" if count is None else count, *column.width)
+            raise ValueError(f"column {column.name!r} of sample {self.id}: rows {rows.shape} do not fit {expected}")
         return rows
 
     @property
@@ -262,10 +258,6 @@ class Sample:
     @property
     def trainable_tokens(self) -> int:
         return int(self.columns["loss_mask"].sum())
-
-
-def _filled(column: Column, rows: int) -> np.ndarray:
-    return np.full((rows, *column.width), column.fill, column.dtype)
 
 
 @dataclass
@@ -472,7 +464,7 @@ class Advantages:
 
 @dataclass
 class LossInputs:
-    """One micro-batch as a policy loss sees it. Only `log_probs_T` (and `entropy_T`) carry a gradient."""
+    """One micro-batch with all its columns as a loss sees it. `log_probs_T` and `entropy_T` carry a gradient."""
 
     log_probs_T: Tensor
     old_log_probs_T: Tensor
@@ -486,7 +478,6 @@ class LossInputs:
     outputs: Outputs | None = None
     tokens_T: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """All columns of the micro-batch, those that samples brought among them."""
 
 
 @dataclass

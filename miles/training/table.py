@@ -133,7 +133,6 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[np.ndarray]]:
 
 
 def _rows(sample: Sample, spec: Column) -> np.ndarray:
-    given = sample.columns.get(spec.name)
-    given = np.zeros((0, *spec.width), spec.dtype) if given is None else given
+    given = sample.columns.get(spec.name, spec.filled(0))
     missing = len(sample.tokens) - len(given)
-    return np.concatenate([given, np.full((missing, *spec.width), spec.fill, given.dtype)]) if missing else given
+    return np.concatenate([given, spec.filled(missing).astype(given.dtype)]) if missing else given
