@@ -233,9 +233,7 @@ class Sample:
         rows, target = self._rows(column, values, count), self.columns[column.name]
         end, total = start + len(rows), len(target)
         if start < 0 or end > total:
-            raise ValueError(
-                f"column {column.name!r} of sample {self.id}: rows {start} to {end} do not fit into {total}"
-            )
+            raise ValueError(f"column {column.name!r} of sample {self.id}: rows {start}:{end} do not fit into {total}")
         target[start:end] = rows
 
     def _rows(self, column: Column, values: Any, count: int | None) -> np.ndarray:
