@@ -68,6 +68,7 @@ from miles.protocols import (
     WeightSync,
     WorkerGroup,
 )
+from miles.targets import import_target
 from miles.types import (
     LOSS_MASK,
     ROLLOUT_LOG_PROBS,
@@ -196,6 +197,7 @@ __all__ = [
     "WorkerError",
     "WorkerGroup",
     "hookimpl",
+    "import_target",
     "parse_hermes",
     "routed_experts_column",
     "split_reasoning",

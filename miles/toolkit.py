@@ -1,5 +1,11 @@
-"""The second public module, for components that compute: what backends, bridges and losses share. Needs torch."""
+"""The second public module, for components that compute or read: what backends, bridges, losses and data sources share.
+Needs torch."""
 
+from miles.checkpoint_io import read_weights, resolve_checkpoint
+from miles.config import Config, Keys, TaskSet
+from miles.config.optimizer import OptimizerSection
+from miles.data.prompts import read_prompt
+from miles.data.readers import open_rows
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
 from miles.training.packing import (
     build_micro_batch,
@@ -17,11 +23,15 @@ __all__ = [
     "COLUMN",
     "ROW",
     "Concat",
+    "Config",
     "Form",
     "Inverse",
+    "Keys",
     "Op",
     "OpBridge",
+    "OptimizerSection",
     "Stack",
+    "TaskSet",
     "Weight",
     "align_with_tokens",
     "build_micro_batch",
@@ -32,7 +42,11 @@ __all__ = [
     "log_probs_from_logits",
     "move_micro_batch",
     "next_tokens",
+    "open_rows",
     "plan_micro_batches",
+    "read_prompt",
+    "read_weights",
+    "resolve_checkpoint",
     "selected_log_probs",
     "split_by_sample",
     "split_micro_batch",

@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 
 from miles.api import ChatFormat, ConfigError, DataContext, DataError, Prompt
-from miles.config import TaskSet
-from miles.data.prompts import read_prompt
-from miles.data.readers import open_rows
+from miles.toolkit import TaskSet, open_rows, read_prompt
 
 CACHED_TOKENS = 64 * 1024**2
 """Tokens of rendered prompts that one set keeps at most (4 bytes each)."""

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from miles.errors import ConfigError
-from miles.targets import import_target
+from miles.api import ConfigError, import_target
 
 
 class InProcessWorkers:

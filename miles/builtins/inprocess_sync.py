@@ -12,9 +12,7 @@ import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from miles.errors import WeightSyncError
-from miles.protocols import RolloutEngine, WorkerGroup
-from miles.types import Metrics, WeightGroup
+from miles.api import Metrics, RolloutEngine, WeightGroup, WeightSyncError, WorkerGroup
 
 SEND = "miles.builtins.inprocess_sync:send"
 _numbers = itertools.count()

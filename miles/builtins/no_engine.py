@@ -7,9 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from miles.errors import EngineError
-from miles.protocols import EngineContext, EngineHealth, EnginePart, PauseMode
-from miles.types import GenerateRequest, GenerateResult
+from miles.api import EngineContext, EngineError, EngineHealth, EnginePart, GenerateRequest, GenerateResult, PauseMode
 
 
 class NoEngine:

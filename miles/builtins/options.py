@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles.errors import ConfigError
+from miles.api import ConfigError
 
 
 @dataclass(frozen=True)

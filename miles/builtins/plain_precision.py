@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from miles.types import WeightGroup
+from miles.api import WeightGroup
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.15}
 """Largest mean difference of log-probabilities, in nats, over tokens drawn at random. Two right programs in fp32 differ

@@ -86,6 +86,18 @@ def test_built_in_components_import_nothing_above_them(imports):
     assert wrong == []
 
 
+def test_built_in_components_get_by_with_what_plugins_have(imports):
+    public = ("miles.api", "miles.toolkit", "miles.builtins")
+    wrong = {
+        f"{path} imports {name}"
+        for path, own, _ in core(imports)
+        if own == "builtins"
+        for name in imports[path]
+        if name.startswith("miles.") and not name.startswith(public)
+    }
+    assert wrong == set()
+
+
 def test_plugin_files_import_only_the_api(imports):
     files = {path: names for path, names in imports.items() if path.endswith("/plugin.py") and "templates" not in path}
     assert len(files) > 3

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from miles.errors import ConfigError
+from miles.api import ConfigError
 
 SIMILAR = 0.8
 """Samples down to this share of the longest one's length are padded to it."""

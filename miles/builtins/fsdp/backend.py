@@ -21,15 +21,23 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
+from miles.api import (
+    BackendContext,
+    LossFunction,
+    MicroBatch,
+    Outputs,
+    StepReport,
+    TrainError,
+    TrainPart,
+    Want,
+    WeightGroup,
+)
 from miles.builtins.fsdp.attention import PackedLayout
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, forget_iteration, initial_weights, whole
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.fsdp.state import Placement, read_state, write_state
-from miles.errors import TrainError
-from miles.protocols import BackendContext, LossFunction, TrainPart, Want
-from miles.training.packing import move_micro_batch
-from miles.types import MicroBatch, Outputs, StepReport, WeightGroup
+from miles.toolkit import move_micro_batch
 
 WEIGHTS = ("parameter/", "buffer/", "master/")
 """What the names of a model's own numbers begin with, among those of its state."""

@@ -20,13 +20,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from miles.api import BackendContext, ConfigError, TrainError, WeightGroup
 from miles.builtins.fsdp.attention import register
 from miles.builtins.fsdp.norms import fuse_norms
 from miles.builtins.fsdp.scorer import TokenScorer
-from miles.checkpoint_io import read_weights
-from miles.errors import ConfigError, TrainError
-from miles.protocols import BackendContext
-from miles.types import WeightGroup
+from miles.toolkit import read_weights
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys of models that change logits after the head, which the scorer would have to do too."""

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from miles.api import StepReport
 from miles.builtins.fsdp.model import copy_into, whole
 from miles.builtins.fsdp.schedule import learning_rate
-from miles.config.optimizer import OptimizerSection
-from miles.types import StepReport
+from miles.toolkit import OptimizerSection
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from miles.config.optimizer import OptimizerSection
+from miles.toolkit import OptimizerSection
 
 
 def learning_rate(step: int, section: OptimizerSection, total_steps: int) -> float:

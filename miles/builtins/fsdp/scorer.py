@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from miles.api import Want
 from miles.builtins.fsdp.attention import PackedLayout
-from miles.protocols import Want
-from miles.training.logprobs import align_with_tokens, next_tokens, selected_log_probs
+from miles.toolkit import align_with_tokens, next_tokens, selected_log_probs
 
 
 class TokenScorer(nn.Module):

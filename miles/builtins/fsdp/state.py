@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from miles.api import CheckpointError, TrainError, TrainPart
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.parking import Parking
-from miles.errors import CheckpointError, TrainError
-from miles.protocols import TrainPart
 
 ORDER: tuple[TrainPart, ...] = ("parameters", "optimizer", "gradients")
 """Parts come back in this order, and leave in the other."""

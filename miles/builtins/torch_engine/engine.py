@@ -16,6 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from miles.api import (
+    EngineContext,
+    EngineError,
+    EngineHealth,
+    EnginePart,
+    GenerateRequest,
+    GenerateResult,
+    PauseMode,
+    WeightGroup,
+    WeightSyncError,
+)
 from miles.builtins.parking import Parking
 from miles.builtins.torch_engine.budget import Budget
 from miles.builtins.torch_engine.decoder import Decoder, DecoderConfig
@@ -26,9 +37,6 @@ from miles.builtins.torch_engine.scoring import ScoreJob
 from miles.builtins.torch_engine.slots import Job
 from miles.builtins.torch_engine.stopping import StopStrings
 from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
-from miles.errors import EngineError, WeightSyncError
-from miles.protocols import EngineContext, EngineHealth, EnginePart, PauseMode
-from miles.types import GenerateRequest, GenerateResult, WeightGroup
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_WEIGHTS = "no weights have arrived: sync them first, or build it with load_weights"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from miles.errors import ConfigError
+from miles.api import ConfigError
 
 
 @dataclass(frozen=True)

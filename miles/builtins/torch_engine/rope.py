@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from miles.errors import ConfigError
+from miles.api import ConfigError
 
 if TYPE_CHECKING:
     from miles.builtins.torch_engine.decoder import DecoderConfig

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles.types import SamplingParams
+from miles.api import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _UNITS = 2.0**52

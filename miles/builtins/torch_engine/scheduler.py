@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miles.api import EngineError, GenerateResult, PauseMode
 from miles.builtins.torch_engine.arena import Arena
 from miles.builtins.torch_engine.attention import DecodeAttention
 from miles.builtins.torch_engine.budget import Budget
@@ -26,9 +27,6 @@ from miles.builtins.torch_engine.sampler import SamplingBatch, draw, uniforms
 from miles.builtins.torch_engine.scoring import ScoreJob, score
 from miles.builtins.torch_engine.slots import Job, Slots
 from miles.builtins.torch_engine.stopping import StopStrings, StopWatch
-from miles.errors import EngineError
-from miles.protocols import PauseMode
-from miles.types import GenerateResult
 
 SHARED = 32
 """A request waits a moment for another one that computes at least as many tokens it needs too."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from miles.api import GenerateRequest
 from miles.builtins.torch_engine.sampler import seed_key
-from miles.types import GenerateRequest
 
 
 @dataclass(eq=False)

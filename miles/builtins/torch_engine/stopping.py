@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from miles.api import EngineError, SamplingParams
 from miles.builtins.torch_engine.prefix_cache import common_prefix
-from miles.errors import EngineError
-from miles.types import SamplingParams
 
 _UNFINISHED = "�"
 """What a tokenizer decodes a part of a character to."""

@@ -13,10 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from miles.api import Bridge, EngineError, MilesError, WeightGroup, WeightSyncError
 from miles.builtins.torch_engine.decoder import Decoder
-from miles.errors import EngineError, MilesError, WeightSyncError
-from miles.protocols import Bridge
-from miles.types import WeightGroup
 
 
 def checkpoint_groups(checkpoint: Path) -> Iterator[WeightGroup]:
