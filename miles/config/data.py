@@ -57,7 +57,7 @@ class TaskSet(Section):
     path: Annotated[str | None, Flag("--prompt-data")] = None
     """A .jsonl or .parquet file, or a hub data set as `hub:owner/name[:split]`; a suffix `@[a:b]` takes those rows."""
     weight: Annotated[float, Flag("--prompt-data-weight"), Field(gt=0)] = 1.0
-    """Share of this set among the prompts of a batch."""
+    """Share of this set among the prompts of a training batch; evaluation takes every prompt of every set."""
     keys: Keys = Keys()
     sampling: Sampling = Sampling()
     n_samples_per_prompt: Annotated[int | None, Flag()] = None
@@ -83,8 +83,8 @@ class DataSection(Section):
     """The family's conversation as tokens; `auto` goes by model type, then by the tokenizer's template."""
     chat_template_kwargs: Annotated[dict[str, Any], Flag("--apply-chat-template-kwargs")] = {}
     """Passed to the chat template, such as {"enable_thinking": false}."""
-    shuffle: Annotated[bool, Flag("--rollout-shuffle")] = True
-    """Another order every epoch."""
+    shuffle: Annotated[bool, Flag("--rollout-shuffle")] = False
+    """Another order every epoch, instead of that of the files."""
     seed: Annotated[int, Flag("--rollout-seed")] = 42
     """Seed of the data order and of the samples' random draws."""
     max_prompt_len: Annotated[int | None, Flag("--rollout-max-prompt-len")] = None

@@ -1,5 +1,6 @@
 """One flag a leaf; upstream's names; every upstream flag answered."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,8 @@ def test_an_upstream_flag_is_answered(solve):
 def test_switches(solve):
     assert solve((), "--colocate").config.resources.colocate is True
     assert solve((), "--no-use-dynamic-batch-size").config.train.use_dynamic_batch_size is False
-    assert solve((), "--rollout-shuffle", "false", "--colocate=true").config.data.shuffle is False
+    assert solve((), "--rollout-shuffle", "--colocate=true").config.data.shuffle is True
+    assert solve((), "--use-dynamic-batch-size", "false", "--colocate").config.train.use_dynamic_batch_size is False
     assert solve((), "--offload-train", "--no-offload-train").config.resources.offload_train is False
 
 
@@ -148,3 +150,16 @@ def test_unknown_flags_get_suggestions(solve):
         solve((), "--colocate", "late.yaml")
     with pytest.raises(ConfigFaults, match="needs a value"):
         solve((), "--lr")
+
+
+def test_the_documented_differences_from_upstream_are_the_defaults():
+    """And what copied recipes rely on without saying it is as it is there."""
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    table = re.findall(r"^\| `(--[\w-]+)` \| ([^|]+?) \| [^|]+ \| [^|]+ \|$", text, re.M)
+    assert len(table) > 8
+    words = {"on": True, "off": False, "none": None}
+    for flag, here in table:
+        default = flag_table()[flag].default
+        value = words.get(here.strip("`"), here.strip("`"))
+        assert value in (default, str(getattr(default, "name", default))), flag
+    assert flag_table()["--rollout-shuffle"].default is False
