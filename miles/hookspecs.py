@@ -3,7 +3,8 @@
 Two families. **Registration hooks** run once per process, take no arguments, and return a mapping from names to
 `Component`s (a preset: to a config overlay). **Lifecycle hooks** run in the driver at fixed points of a run and return
 nothing; they observe, except `miles_modify_samples`, which may edit data. `miles_on_worker_start` is the one that runs
-in every worker.
+in every worker. Steps count from 0. Within a step, `step` is its index; after it (weight sync, evaluation, checkpoint),
+`step` or `version` is the number of completed steps, 0 for the untrained policy.
 
 A plugin implements the hooks it needs as plain functions in its `plugin.py`:
 
@@ -164,34 +165,40 @@ def miles_on_run_start(run: Run) -> None:
 
 @hookspec
 def miles_on_rollout_end(run: Run, step: int, groups: list[Group], metrics: Metrics) -> None:
-    """The batch of this step is complete: generated, rewarded, filtered. Read only. Since API 1."""
+    """The batch of step `step` (its index) is complete: generated, rewarded, filtered. Read only. Since API 1."""
 
 
 @hookspec
 def miles_modify_samples(run: Run, step: int, groups: list[Group]) -> None:
-    """The one hook that may edit data: change `groups` in place before advantages are computed. Since API 1."""
+    """The one hook that may edit data: change `groups` in place before advantages are computed. `step` is the index of
+    the step that will train on them. Since API 1.
+    """
 
 
 @hookspec
 def miles_on_train_step_end(run: Run, step: int, metrics: Metrics) -> None:
-    """All optimizer steps of this rollout are done. Read only. Since API 1."""
+    """All optimizer steps on this batch are done. `step` is the index of the step that is being finished: 0 for the
+    first, whose weights will be version 1. Read only. Since API 1.
+    """
 
 
 @hookspec
 def miles_on_checkpoint_saved(run: Run, step: int, path: str) -> None:
-    """A checkpoint is complete and will be found on resumption. Since API 1."""
+    """A checkpoint of `step` completed steps is whole and will be found on resumption. Since API 1."""
 
 
 @hookspec
 def miles_on_weight_sync_end(run: Run, version: int, metrics: Metrics) -> None:
-    """Every engine serves `version`. Since API 1."""
+    """Every engine serves `version`, the weights after as many completed steps. Since API 1."""
 
 
 @hookspec
 def miles_on_eval_end(run: Run, step: int, metrics: dict[str, Metrics]) -> None:
-    """An evaluation is done: set name -> metrics. Since API 1."""
+    """The policy after `step` completed steps was evaluated: set name -> metrics. Since API 1."""
 
 
 @hookspec
 def miles_on_run_end(run: Run, error: BaseException | None) -> None:
-    """Always called once for a run that started, after success, failure or interruption. Since API 1."""
+    """Once for every run that was built and began to be driven, from the restoring of its checkpoint on, after success,
+    failure or interruption (`error`), whether `miles_on_run_start` was reached or not. Since API 1.
+    """

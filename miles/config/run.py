@@ -14,7 +14,7 @@ class RunSection(Section):
     dir: Annotated[Path, Flag("--run-dir")] = Path("runs/run")
     """Directory of everything the run writes. The same command on the same directory resumes it."""
     seed: Annotated[int, Flag("--seed")] = 1234
-    """Seed of everything that is not data order: sampling, initialisation, dropout."""
+    """Seed of what is initialised at random. Data order and the samples' draws have `data.seed`; dropout is off."""
     deterministic: Annotated[bool, Flag("--deterministic-mode")] = False
     """Deterministic kernels and scheduling: a killed and resumed run ends bit for bit where an unbroken one does."""
     resume: Annotated[Literal["auto", "never", "must"], Flag("--resume")] = "auto"

@@ -27,7 +27,7 @@ class WeightSyncSection(Section):
     interval: Annotated[int, Flag("--update-weights-interval"), Field(gt=0)] = 1
     """Rollout steps between two syncs."""
     buffer_size: Annotated[int, Flag("--update-weight-buffer-size"), Field(gt=0)] = 512 * 1024**2
-    """Bytes sent at once."""
+    """Bytes sent at once, by transports that send in buckets; `inprocess` hands over one tensor at a time."""
     verify: Annotated[Literal["first", "always", "never"], Flag("--weight-sync-verify")] = "first"
     """Compare log-probabilities of engine and trainer after the first sync of a run, after each, or never."""
     tolerance: Annotated[float | None, Flag("--weight-sync-tolerance")] = None
