@@ -82,3 +82,17 @@ def test_a_crash_in_the_middle_leaves_nothing_that_looks_like_a_checkpoint(tmp_p
 def test_nothing_there_is_an_error_for_whoever_names_it(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_checkpoint(tmp_path)
+
+
+def test_a_change_shows_in_whichever_piece_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("miles.checkpoint.PIECE", 8)
+    text = "0123456789abcdefghijklmnop"
+    folder = save(CheckpointStore(tmp_path, keep=None), 1, text)
+    model = folder / "actor" / "model.bin"
+    whole = model.read_bytes()
+    assert damage(folder) is None
+    for place in range(len(whole)):
+        model.write_bytes(whole[:place] + b"!" + whole[place + 1 :])
+        assert damage(folder) == "actor/model.bin has changed"
+    model.write_bytes(whole)
+    assert damage(folder) is None
