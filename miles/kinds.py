@@ -39,38 +39,18 @@ KINDS: dict[str, Kind] = {
         Kind("weight_syncs", ("weight_sync.transport",), protocols.WeightSync),
         Kind("executors", ("resources.executor",), protocols.Executor),
         Kind("data_sources", ("data.source",), protocols.DataSource),
-        Kind(
-            "environments",
-            (
-                "data.sets.*.environment",
-                "eval.sets.*.environment",
-            ),
-            protocols.Environment,
-        ),
+        Kind("environments", ("data.sets.*.environment", "eval.sets.*.environment"), protocols.Environment),
         Kind(
             "generate_functions",
-            (
-                "data.sets.*.generate",
-                "eval.sets.*.generate",
-            ),
+            ("data.sets.*.generate", "eval.sets.*.generate"),
             protocols.GenerateFunction,
             ("auto",),
         ),
-        Kind(
-            "rewards",
-            (
-                "data.sets.*.reward",
-                "eval.sets.*.reward",
-            ),
-            protocols.Reward,
-        ),
+        Kind("rewards", ("data.sets.*.reward", "eval.sets.*.reward"), protocols.Reward),
         Kind("sample_filters", ("rollout.filters",), protocols.SampleFilter),
         Kind(
             "advantage_estimators",
-            (
-                "algorithm.advantage_estimator",
-                "algorithm.advantage_terms",
-            ),
+            ("algorithm.advantage_estimator", "algorithm.advantage_terms"),
             protocols.AdvantageEstimator,
             ("none",),
         ),

@@ -20,7 +20,7 @@ def run(call: Call) -> int:
         print(HELP)
         return 0
     from miles.cli.resolving import resolve_call
-    from miles.config.show import values_of
+    from miles.cli.rows import values_of
 
     as_json, changed = call.take("--json"), call.take("--changed")
     resolved, _ = resolve_call(call, "show")

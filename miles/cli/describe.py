@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+from miles.cli.rows import component_rows
 from miles.config.derived import Numbers
 from miles.config.load import Resolved
-from miles.config.show import component_rows
 from miles.plugins import Plugins
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from miles.cli import Call
+from miles.cli.files import missing_files
 from miles.config.faults import ConfigFaults
-from miles.config.files import missing_files
 from miles.config.load import Purpose, Resolved, plugin_wishes, resolve
 from miles.plugins import Plugins, load_plugins
 
