@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from miles.build import Parts, load_prompts
+from miles.build import Parts, context_limit, load_prompts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
@@ -203,7 +203,8 @@ class Run:
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
         """All prompts of a set, in file order, each once."""
-        return load_prompts(self.config, self.parts.registry, self.parts.model.chat, task_set)
+        limit = context_limit(self.config, self.parts.model)
+        return load_prompts(self.config, self.parts.registry, self.parts.model.chat, task_set, limit)
 
     def eval_task(self, task_set: TaskSet) -> Task:
         return self.parts.make_task(task_set, evaluation=True)

@@ -175,6 +175,13 @@ def _modes(c: _Checked) -> Iterator[Fault]:
             f"cannot be promised in rollout mode {mode!r}",
             "--rollout-mode sync, or --no-deterministic-mode",
         )
+    if c.config.run.deterministic and c.config.weight_sync.interval > 1:
+        yield c.fault(
+            "run.deterministic",
+            f"cannot be promised with weight_sync.interval={c.config.weight_sync.interval}: a run that is interrupted "
+            "between two syncs resumes with newer weights in the engines than it had",
+            "--update-weights-interval 1, or --no-deterministic-mode",
+        )
 
 
 def _optimizer(c: _Checked) -> Iterator[Fault]:

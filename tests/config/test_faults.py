@@ -102,6 +102,7 @@ def test_what_is_missing(solve):
         (["--rollout-mode", "one_step_off"], "rollout.mode", "not in this version"),
         (["--rollout-mode", "fully_async", "--colocate"], "resources.colocate", "take turns"),
         (["--rollout-mode", "fully_async", "--deterministic-mode"], "run.deterministic", "cannot be promised"),
+        (["--update-weights-interval", "4", "--deterministic-mode"], "run.deterministic", "weight_sync.interval=4"),
         (["--loss-aggregation-constant", "512"], "algorithm.aggregation_constant", "sample_mean"),
         (
             ["--eval-prompt-data", "a", "a.jsonl", "--eval.sets.a.sampling.min_new_tokens=999"],
