@@ -242,17 +242,23 @@ class Lab:
         return f"http://127.0.0.1:{SERVERS[server][0]}"
 
 
+def answers(port: int) -> bool:
+    import httpx
+
+    try:
+        httpx.get(f"http://127.0.0.1:{port}/model_info", timeout=2)
+    except httpx.HTTPError:
+        return False
+    return True
+
+
 def launch(directory: Path, logs: Path) -> dict[str, subprocess.Popen]:
     """Start every server that is not up yet; each leads its own process group."""
-    import httpx
 
     processes = {}
     for name, (port, checkpoint, flags) in SERVERS.items():
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/model_info", timeout=2)
+        if answers(port):
             continue
-        except httpx.HTTPError:
-            pass  # nothing there: start it
         command = f"{sys.executable} -m sglang.launch_server --model-path {directory / checkpoint} --port {port}"
         processes[name] = subprocess.Popen(
             f"{command} --host 127.0.0.1 {COMMON} {flags}".split(),

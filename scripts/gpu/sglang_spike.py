@@ -20,6 +20,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
@@ -110,11 +111,9 @@ class SGLangSpike:
         """Wait until the server answers, and read how it was started."""
         deadline = asyncio.get_running_loop().time() + self.start_timeout
         while True:
-            try:
+            with suppress(httpx.HTTPError):  # not listening yet
                 if (await self._http.get("/health", timeout=30)).status_code == 200:
                     break
-            except httpx.HTTPError:
-                pass  # not listening yet
             if asyncio.get_running_loop().time() > deadline:
                 raise EngineError(f"no SGLang server became healthy at {self._http.base_url} in {self.start_timeout} s")
             await asyncio.sleep(0.5)

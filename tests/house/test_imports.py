@@ -33,7 +33,7 @@ LAYERS = [
     {"hookspecs", "kinds", "hermes"},
     {"protocols", "contexts", "weights"},
     {"types"},
-    {"component", "errors", "parts", "log", "targets", "catalog", "durable"},
+    {"component", "errors", "parts", "log", "targets", "catalog", "durable", "batches"},
 ]
 """Top-level modules of miles, from the command line down: each imports its own layer and those below it."""
 
