@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import shutil
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
-from miles.config import Config
 from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepare_process
-from miles.errors import ConfigError, RunInterrupted
-from miles.log import logger
+from miles.errors import RunInterrupted
+from miles.log import logger, speak
 from miles.loop import train as train_loop
-from miles.plugins import Plugins, load_plugins
-from miles.run import SUMMARY, Run
+from miles.plugins import load_plugins
+from miles.run import Run
+from miles.rundir import note_failure, run_directory
 from miles.tracking import Tracking
 from miles.types import Metrics
 
@@ -82,21 +77,21 @@ async def run_job(resolved: Resolved) -> Run:
     hook = registry.plugins.hook
     hook.miles_configure(config=config)
     prepare_process(config.run)
-    _prepare_directory(config, registry.plugins)
-    for line in _header(hook.miles_report_header(config=config)):
-        logger.info("%s", line)
-    try:
-        async with AsyncExitStack() as stack:
-            tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
-            derived, parts = await build(config, registry, tracking, stack)
-            run = Run(config, derived, parts)
-            _settle_garbage()
-            stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
-            await _drive(run)
-            return run
-    except BaseException as error:
-        _note_failure(config.run.dir, error)
-        raise
+    with run_directory(config, registry.plugins):
+        try:
+            async with AsyncExitStack() as stack:
+                tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
+                derived, parts = await build(config, registry, tracking, stack)
+                run = Run(config, derived, parts)
+                for line in (*run.header(), *_lines(hook.miles_report_header(config=config))):
+                    logger.info("%s", line)
+                _settle_garbage()
+                stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
+                await _drive(run)
+                return run
+        except BaseException as error:
+            note_failure(config.run.dir, error)
+            raise
 
 
 async def _drive(run: Run) -> None:
@@ -109,6 +104,7 @@ async def _drive(run: Run) -> None:
         with run.interrupt.listening():
             await train_loop(run)
         run.status = "completed"
+        logger.info("completed: %d steps; everything is in %s", run.step, run.directory)
     except RunInterrupted as stop:
         error, run.status = stop, "interrupted"
         async with run.residency.training():
@@ -151,45 +147,7 @@ def _is_ours(path: Path) -> bool:
     return (path / MANIFEST).exists() or (path / "checkpoints").is_dir() or any(path.glob(f"step_*/{MANIFEST}"))
 
 
-# ------------------------------------------------------------------------------------------------------ the directory
-
-
-def _prepare_directory(config: Config, plugins: Plugins) -> None:
-    """Create the run directory and write what describes the run. With `resume: never` an earlier run moves aside."""
-    directory, checkpoints = config.run.dir, config.checkpoint.dir
-    if config.run.resume == "never":
-        for folder in (directory, checkpoints):
-            if folder is not None and folder.is_dir() and any(folder.iterdir()):
-                _move_aside(folder)
-    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(settings)
-        (directory / "plugins.json").write_text(json.dumps(plugins.provenance(), indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"run.dir {directory} cannot be written: {error}; choose another with --run-dir") from error
-
-
-def _move_aside(folder: Path) -> None:
-    aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
-    shutil.move(folder, aside)
-    logger.warning("--resume never: %s of an earlier run was moved to %s", folder, aside)
-
-
-def _note_failure(directory: Path, error: BaseException) -> None:
-    """Say in `summary.json` what went wrong, also when it happened before there was a run."""
-    if isinstance(error, RunInterrupted):
-        return
-    path = directory / SUMMARY
-    try:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        known |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-        path.write_text(json.dumps(known, indent=2) + "\n")
-    except OSError as failure:
-        logger.warning("%s cannot be written: %s", path, failure)
-
-
-def _header(answers: Iterable[str | Sequence[str]]) -> list[str]:
+def _lines(answers: Iterable[str | Sequence[str]]) -> list[str]:
     return [line for answer in answers for line in ([answer] if isinstance(answer, str) else answer)]
 
 
@@ -202,6 +160,7 @@ def _settle_garbage() -> None:
 
 def _in_event_loop(job: Coroutine[Any, Any, T]) -> T:
     """Run a job to its end, also from inside a running event loop (a notebook), then in a thread of its own."""
+    speak()
     try:
         asyncio.get_running_loop()
     except RuntimeError:

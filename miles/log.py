@@ -1,5 +1,16 @@
-"""The one logger of miles."""
+"""The one logger of miles: plain lines on standard error, unless the program that uses miles has set up its own."""
 
 import logging
+import sys
 
 logger = logging.getLogger("miles")
+
+
+def speak() -> None:
+    """Let the logger be heard, if nobody else has seen to it."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logging.getLogger().handlers and not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)

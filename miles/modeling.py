@@ -102,9 +102,19 @@ def transforms_for(registry: Registry, config: Config) -> list[ModelTransform]:
 
 
 def resolve_device(device: str) -> str:
-    """`auto` becomes `cuda` when a GPU is there, else `cpu`."""
+    """`auto` becomes `cuda` when a GPU is there, else `cpu`.
+
+    Raises:
+        ConfigError: a device that torch does not know or cannot use here.
+    """
     import torch
 
-    if device != AUTO:
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"resources.device {device!r} cannot be used here: {error}; --device auto, cpu or cuda"
+        ) from error
+    return device

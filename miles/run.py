@@ -28,17 +28,19 @@ from miles.config.derived import Derived
 from miles.errors import CheckpointError, RunInterrupted
 from miles.interrupt import Interrupt
 from miles.log import logger
+from miles.modeling import resolve_device
 from miles.protocols import Evaluator, RunInfo, WeightSync
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
+from miles.rundir import SUMMARY
 from miles.tracking import Progress, Tracking, dump_samples
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
 T = TypeVar("T")
-STATE, SUMMARY = "state.json", "summary.json"
+STATE = "state.json"
 CLOCK = "perf/"
 """Metrics of wall time begin so: they belong to the process that measured them, and no checkpoint keeps them."""
 
@@ -126,8 +128,8 @@ class Run:
         return at_interval or self.step == self.derived.num_rollout
 
     def save_due(self) -> bool:
-        interval = self.config.checkpoint.interval
-        return self.step == self.derived.num_rollout or (interval is not None and self.step % interval == 0)
+        interval = self.config.checkpoint.interval or math.ceil(self.derived.num_rollout / 10)
+        return self.step == self.derived.num_rollout or self.step % interval == 0
 
     # -------------------------------------------------------------------------------------------------- within a step
 
@@ -156,11 +158,13 @@ class Run:
 
     def rollout_metrics(self, groups: list[Group]) -> Metrics:
         """Metrics of a batch, and its samples on disk."""
-        dump_samples(self.directory / "rollouts", self.step + 1, groups, self.config.rollout.dump_samples)
+        lost = [Group(s.group_id, s.prompt, [s]) for s in self.producer.lost]
+        dump_samples(self.directory / "rollouts", self.step + 1, [*lost, *groups], self.config.rollout.dump_samples)
         traffic = self.parts.front.take_traffic()
         self.totals.prompt_tokens += traffic.prompt_tokens
         self.totals.generated_tokens += traffic.generated_tokens
-        self.totals.trained_tokens += sum(s.trainable_tokens for g in groups for s in g.samples)
+        trained = sum(s.trainable_tokens for g in groups for s in g.samples)
+        self.totals.trained_tokens += trained
         cached = traffic.cached_tokens / max(traffic.prompt_tokens, 1)
         return {
             **batch_metrics(groups),
@@ -168,6 +172,7 @@ class Run:
             "perf/generate_time": traffic.seconds,
             "rollout/cached_ratio": cached,
             "rollout/generated_tokens": float(traffic.generated_tokens),
+            "rollout/trained_tokens": float(trained),
         }
 
     def advance(self, metrics: Metrics) -> None:
@@ -195,7 +200,9 @@ class Run:
             metrics["perf/generate_tokens_per_second"] = generated / generating
         if seconds and "perf/workers_time" in metrics and not self.eval_due():
             metrics["perf/overhead_share"] = 1 - (generating + metrics["perf/workers_time"]) / seconds
-        metrics["perf/tokens_per_second"] = generated / max(seconds, 1e-9)
+        tokens = generated or metrics.get("rollout/trained_tokens", 0.0)
+        if tokens and seconds:
+            metrics["perf/tokens_per_second"] = tokens / seconds
         self.tracking.log(self.step, metrics)
         self.progress.line(self.step, metrics)
 
@@ -252,11 +259,15 @@ class Run:
         if found is not None:
             await self.read(found.path)
             self.resumed_from = self.step
-            logger.info("resuming from %s, step %d", found.path, self.step)
+            done = self.step >= self.derived.num_rollout
+            rest = "there is nothing left to do; --num-rollout asks for more" if done else "going on from there"
+            logger.info("%s holds step %d of %d: %s", found.path, self.step, self.derived.num_rollout, rest)
         elif self.config.checkpoint.load is not None:
             start = find_checkpoint(self.config.checkpoint.load)
             await self.parts.workers.call("load", start.path, weights_only=True)
             logger.info("starting from the weights of %s", start.path)
+        if found is None and (self.directory / "metrics.jsonl").exists():
+            logger.warning("%s holds a run without a checkpoint, which is started again", self.directory)
 
     async def read(self, folder: Path) -> None:
         """Take everything from a checkpoint."""
@@ -275,6 +286,16 @@ class Run:
         now = time.perf_counter()
         self.totals.seconds += now - self._clock
         self._clock = now
+
+    def header(self) -> list[str]:
+        """What a person wants to know before it begins."""
+        config, model = self.config, self.parts.model
+        device, steps = resolve_device(config.resources.device), self.derived.num_rollout
+        prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
+        return [
+            f"{config.run.name} in {self.directory}: {steps} steps on {device}",
+            f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",
+        ]
 
     def info(self) -> RunInfo:
         """What trackers are told of the run."""

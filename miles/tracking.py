@@ -64,6 +64,8 @@ class Progress:
         for label, key, form in COLUMNS:
             if key in metrics:
                 parts.append(f"{label} {metrics[key]:{form}}")
+        if failed := metrics.get("rollout/failed_ratio"):
+            parts.append(f"failed {failed:.0%}")
         parts += [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in metrics.items() if _headline(k)]
         if self.recent and step < self.total:
             parts.append(f"left {_clock((self.total - step) * sum(self.recent) / len(self.recent))}")

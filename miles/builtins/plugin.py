@@ -10,6 +10,17 @@ MILES_API = 1
 
 
 @hookimpl
+def miles_register_presets():
+    return {
+        "sft": {
+            "algorithm": {"advantage_estimator": "none", "policy_loss": "sft"},
+            "rollout": {"engine": "none", "n_samples_per_prompt": 1},
+            "weight_sync": {"verify": "never"},
+        }
+    }
+
+
+@hookimpl
 def miles_register_chat_formats():
     return {
         "template": Component(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from pydantic import AfterValidator
+
 from miles.config.algorithm import AlgorithmSection
 from miles.config.base import ComponentSpecs, Flag, Section, Spec
 from miles.config.data import DataSection
@@ -22,6 +24,13 @@ from miles.config.system import (
 )
 from miles.config.train import TrainSection
 
+METRICS_FILE = Spec(name="jsonl")
+
+
+def with_metrics_file(trackers: tuple[Spec, ...]) -> tuple[Spec, ...]:
+    """Every run directory has its `metrics.jsonl`, whatever else is asked for."""
+    return trackers if any(spec.name == METRICS_FILE.name for spec in trackers) else (METRICS_FILE, *trackers)
+
 
 class Config(Section):
     """A run, completely described. Frozen: what is derived from it is computed in `miles.config.derived`."""
@@ -39,6 +48,6 @@ class Config(Section):
     resources: ResourcesSection = ResourcesSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    tracking: Annotated[ComponentSpecs, Flag("--tracking")] = (Spec(name="jsonl"),)
-    """Where metrics go, besides the progress line: jsonl, tensorboard, wandb."""
+    tracking: Annotated[ComponentSpecs, Flag("--tracking"), AfterValidator(with_metrics_file)] = ()
+    """Where metrics go besides the progress line and `metrics.jsonl`: tensorboard, wandb."""
     plugins: PluginsSection = PluginsSection()

@@ -57,7 +57,7 @@ class CheckpointSection(Section):
     load: Annotated[Path | None, Flag("--load")] = None
     """Checkpoint (or folder of them) of another run to start from."""
     interval: Annotated[int | None, Flag("--save-interval"), Field(gt=0)] = None
-    """Steps between checkpoints; one at the end when not given."""
+    """Steps between checkpoints; a tenth of the run when not given. There is always one at the end."""
     keep: Annotated[int | None, Flag("--keep-checkpoints"), Field(gt=0)] = 2
     """Newest checkpoints that are kept; all of them when null."""
     save_hf: Annotated[str | None, Flag("--save-hf")] = None

@@ -16,12 +16,14 @@ from typing import Any
 
 from miles.config import Config
 from miles.errors import RolloutError
+from miles.log import logger
 from miles.protocols import DataSource, SampleFilter
 from miles.rollout.concurrent import run_all
 from miles.rollout.task import JUDGED, Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
 
 NONE = "none"
+NOBODY = "nobody rewarded it: neither the generate function nor a reward of its task set (for SFT: --preset sft)"
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Producer:
         self.needs_reward = config.algorithm.advantage_estimator.name != NONE
         self.ids = Ids()
         self.fates: Counter[str] = Counter()
+        self.lost: list[Sample] = []
+        """Samples of the last batch that failed, for people to read."""
+        self.started = 0
+        """Samples of the last batch, whatever became of them."""
 
     async def collect(self, step: int) -> list[Group]:
         """The next full batch, in the order of group ids.
@@ -51,7 +57,7 @@ class Producer:
         target, limit = rollout.batch_size, rollout.batch_size * rollout.max_filtered_batches
         kept: list[Group] = []
         started = 0
-        self.fates = Counter()
+        self.fates, self.lost, self.started = Counter(), [], 0
         while len(kept) < target:
             if started >= limit:
                 raise RolloutError(
@@ -99,16 +105,22 @@ class Producer:
             sample.metadata.setdefault("seconds", seconds)
             if self.needs_reward and sample.reward is None and sample.status in JUDGED:
                 sample.status = Status.FAILED
-                sample.error = "nobody rewarded it: neither the generate function nor a reward of its task set"
+                sample.error = NOBODY
 
     def _check_failures(self, wave: list[Group]) -> None:
+        """Note what failed; stop when too much of the whole batch did."""
         samples = [sample for group in wave for sample in group.samples]
         failed = [sample for sample in samples if sample.status is Status.FAILED]
-        if len(failed) > self.config.rollout.max_failed_fraction * len(samples):
+        for error in {sample.error for sample in failed} - {sample.error for sample in self.lost}:
+            logger.warning("%d samples failed: %s", sum(sample.error == error for sample in failed), error)
+        self.lost += failed
+        self.started += len(samples)
+        if len(self.lost) > self.config.rollout.max_failed_fraction * self.started:
+            first = self.lost[0]
             raise RolloutError(
-                f"{len(failed)} of {len(samples)} samples failed, more than rollout.max_failed_fraction="
-                f"{self.config.rollout.max_failed_fraction}. The first: sample {failed[0].id} of prompt "
-                f"{failed[0].prompt.id}: {failed[0].error}"
+                f"{len(self.lost)} of {self.started} samples failed, more than rollout.max_failed_fraction="
+                f"{self.config.rollout.max_failed_fraction}. The first: sample {first.id} of prompt "
+                f"{first.prompt.id}: {first.error}"
             )
 
     def _passes(self, group: Group) -> bool:
@@ -134,6 +146,7 @@ class Producer:
     def metrics(self) -> Metrics:
         """What became of the samples of the last batch, and of the prompts of the whole run."""
         counts = {f"rollout/samples/{fate}": float(count) for fate, count in sorted(self.fates.items())}
+        counts["rollout/failed_ratio"] = len(self.lost) / max(self.started, 1)
         dropped = getattr(self.source, "counts", {})
         return counts | {f"data/{name}": float(count) for name, count in sorted(dropped.items())}
 

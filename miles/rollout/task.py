@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -64,7 +65,7 @@ class Task:
                 finished = result if isinstance(result, list) else [result]
             except Exception as error:
                 logger.debug("sample %s failed", sample.id, exc_info=True)
-                sample.status, sample.error = Status.FAILED, f"{type(error).__name__}: {error}"
+                sample.status, sample.error = Status.FAILED, _describe(error)
                 finished = [sample]
             if not any(s.status in (Status.FAILED, Status.ABORTED) for s in finished):
                 break
@@ -132,7 +133,7 @@ def _add_score(sample: Sample, name: str, weight: float, score: Score | BaseExce
         parts = _parts(score)
     except Exception as error:
         sample.status, sample.reward = Status.FAILED, None
-        sample.error = f"reward {name}: {type(error).__name__}: {error}"
+        sample.error = f"reward {name}: {_describe(error)}"
         return
     sample.reward_parts.update({name if k == "reward" else f"{name}/{k}": value for k, value in parts.items()})
     sample.reward = (sample.reward or 0.0) + weight * parts["reward"]
@@ -141,8 +142,19 @@ def _add_score(sample: Sample, name: str, weight: float, score: Score | BaseExce
 def _parts(score: Score | BaseException) -> dict[str, float]:
     if isinstance(score, BaseException):
         raise score
-    if not isinstance(score, Mapping):
-        return {"reward": float(score)}
-    if "reward" not in score:
-        raise ValueError(f"no key 'reward' among {sorted(score)}")
-    return {name: float(value) for name, value in score.items()}
+    parts = score if isinstance(score, Mapping) else {"reward": score}
+    if "reward" not in parts:
+        raise ValueError(f"it returned a mapping without 'reward': {sorted(parts)}")
+    wrong = {name: value for name, value in parts.items() if not hasattr(value, "__float__")}
+    if wrong:
+        raise TypeError(
+            f"it returned {score!r}; a number is expected, or a mapping from names to numbers with 'reward'"
+        )
+    return {name: float(value) for name, value in parts.items()}
+
+
+def _describe(error: BaseException) -> str:
+    """An error with the place that raised it, so that a person finds it in code of their own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -25,7 +25,7 @@ LAYERS = [
         "checkpoint",
         "interrupt",
     },
-    {"determinism", "checkpoint_io"},
+    {"determinism", "checkpoint_io", "rundir"},
     {"config"},
     {"registry"},
     {"plugins", "conformance", "options"},

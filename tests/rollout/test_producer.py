@@ -72,7 +72,7 @@ def test_a_batch_comes_in_the_order_of_ids():
     groups = collect(producer)
     assert [g.id for g in groups] == [0, 1, 2, 3]
     assert [s.id for g in groups for s in g.samples] == list(range(8))
-    assert producer.metrics() == {"rollout/samples/trained": 8.0, "data/too_long": 3.0}
+    assert producer.metrics() == {"rollout/samples/trained": 8.0, "rollout/failed_ratio": 0.0, "data/too_long": 3.0}
 
 
 def test_filtered_groups_are_replaced_and_counted():
@@ -114,6 +114,15 @@ def test_too_many_failures_stop_the_run_with_the_first_one():
     producer, _ = make(lambda n, i: None if i % 4 else 1.0)
     with pytest.raises(RolloutError, match="6 of 8 samples failed.*The first: sample 1 of prompt s:0"):
         collect(producer)
+
+
+def test_failures_are_a_share_of_the_whole_batch_and_kept_for_people(caplog):
+    producer, _ = make(lambda n, i: None if n in (1, 4) else 1.0, incomplete_groups="refill")
+    groups = collect(producer)  # prompt 1 fails, and so does 4, alone in the wave that replaces it
+    assert [g.prompt.metadata["n"] for g in groups] == [0, 2, 3, 5]
+    assert producer.metrics()["rollout/failed_ratio"] == pytest.approx(4 / 12)
+    assert [s.id for s in producer.lost] == [2, 3, 8, 9]
+    assert caplog.text.count("samples failed") == 1
 
 
 def test_a_resumed_producer_goes_on_where_the_other_was():

@@ -233,3 +233,28 @@ def test_random_numbers_of_hooks_go_on(config, tmp_path):
         return seen
 
     assert draws(tmp_path / "whole", 4) == draws(tmp_path / "parts", 2, 4)
+
+
+def test_another_experiment_does_not_go_on_in_the_same_directory(config, tmp_path):
+    import miles
+    from miles.errors import ConfigError
+
+    miles.train(config, num_rollout=1)
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 then, 0.5 now\n.*--resume never"):
+        miles.train(config, num_rollout=2, lr=0.5)
+    assert miles.train(config, num_rollout=2, eval_interval=1).resumed_from == 1  # longer, and watched more closely
+
+
+def test_one_process_at_a_time(config, tmp_path):
+    import miles
+    from miles.config.load import resolve
+    from miles.errors import ConfigError
+    from miles.rundir import run_directory
+
+    resolved = resolve((config,))
+    with (
+        run_directory(resolved.config, resolved.registry.plugins),
+        pytest.raises(ConfigError, match="is in use by process"),
+    ):
+        miles.train(config)
+    assert miles.train(config, num_rollout=1).status == "completed"

@@ -43,7 +43,7 @@ def test_a_run_leaves_a_complete_directory(config, run_dir):
         assert line["train/grad_norm"] > 0
         assert 0 <= line["train/train_rollout_logprob_abs_diff"] < 1e-5
     assert {p["name"] for p in json.loads((run_dir / "plugins.json").read_text())} >= {"builtin", "grpo", "qwen"}
-    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_000002"]
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_000001", "step_000002"]
 
 
 def test_what_a_run_was_made_of_goes_with_it(config):

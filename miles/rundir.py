@@ -1,0 +1,128 @@
+"""The run directory: one run, one process, one experiment.
+
+It describes the run (`config.yaml`, `plugins.json`), is held by one process at a time, and refuses to go on as another
+experiment than the one that began in it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from miles.config import Config
+from miles.errors import ConfigError, RunInterrupted
+from miles.log import logger
+from miles.plugins import Plugins
+
+SUMMARY, SETTINGS, LOCK = "summary.json", "config.yaml", ".lock"
+FREE = (
+    "run.dir", "run.name", "run.resume", "rollout.num_rollout", "rollout.num_epoch", "rollout.dump_samples", "eval",
+    "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify", "weight_sync.tolerance",
+)  # fmt: skip
+"""What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
+
+
+@contextmanager
+def run_directory(config: Config, plugins: Plugins) -> Iterator[Path]:
+    """Make the directory ready and hold it.
+
+    Raises:
+        ConfigError: it cannot be written, another process holds it, or it holds another experiment.
+    """
+    directory = config.run.dir
+    with ExitStack() as stack:
+        try:
+            if config.run.resume == "never":
+                _move_aside(directory, config.checkpoint.dir)
+            directory.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(directory))
+            if config.run.resume != "never":
+                _check_same_experiment(directory, config)
+            settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (directory / SETTINGS).write_text(settings)
+            (directory / "plugins.json").write_text(json.dumps(plugins.provenance(), indent=1) + "\n")
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(
+                f"run.dir {directory} cannot be written: {reason}; choose another with --run-dir"
+            ) from error
+        yield directory
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[None]:
+    """A lock that ends with this process, however it ends."""
+    with (directory / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ConfigError(
+                f"run.dir {directory} is in use by process {file.read().strip() or '?'}; wait for it, or choose "
+                "another with --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _move_aside(*folders: Path | None) -> None:
+    for folder in folders:
+        if folder is not None and folder.is_dir() and any(folder.iterdir()):
+            aside = next(p for i in count(1) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+            shutil.move(folder, aside)
+            logger.warning("--resume never: %s of an earlier run was moved to %s", folder, aside)
+
+
+def _check_same_experiment(directory: Path, config: Config) -> None:
+    path = directory / SETTINGS
+    checkpoints = config.checkpoint.dir or directory / "checkpoints"
+    if not path.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        return
+    before, now = (_leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
+    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
+    if keys:
+        lines = "".join(f"\n  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+        raise ConfigError(
+            f"run.dir {directory} holds a run with other settings:{lines}\n"
+            "Go on with the same ones, choose another --run-dir, or begin anew with --resume never, which keeps the "
+            "earlier run aside"
+        )
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value; empty mappings and lists are values."""
+    if isinstance(value, list):
+        value = dict(enumerate(value)) or value
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    parts = {f"{path}.{name}" if path else str(name): item for name, item in value.items()}
+    return {key: leaf for part, item in parts.items() for key, leaf in _leaves(item, part).items()}
+
+
+def note_failure(directory: Path, error: BaseException) -> None:
+    """Say in `summary.json` what went wrong, also when it happened before there was a run."""
+    if isinstance(error, RunInterrupted):
+        return
+    path = directory / SUMMARY
+    stopped = isinstance(error, KeyboardInterrupt)
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known |= {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
+        path.write_text(json.dumps(known, indent=2) + "\n")
+    except OSError as failure:
+        logger.warning("%s cannot be written: %s", path, failure)
