@@ -17,6 +17,7 @@ from miles.options import options_of
 from miles.registry import Registry
 
 EVAL_PROMPT_DATA = "--eval-prompt-data"
+UNKNOWN_FLAG = "unknown flag"
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Reader:
             return
         words = self._words(text) if leaf.is_list else self._word(text)
         if not words:
-            self._fault(flag, "needs a value", leaf.help)
+            self._out.faults.append(Fault(flag, "needs a value", meaning=leaf.help))
         elif len(words) == 1:
             self._set(flag, leaf, from_text(words[0], leaf.annotation))
         else:
@@ -146,9 +147,7 @@ class _Reader:
             return
         known = {*flag_table(), *self._component_flags, EVAL_PROMPT_DATA}
         close = get_close_matches(flag, known, n=2, cutoff=0.7)
-        self._fault(
-            flag, "unknown flag", f"did you mean {' or '.join(close)}?" if close else "see `miles train --help`"
-        )
+        self._fault(flag, UNKNOWN_FLAG, f"did you mean {' or '.join(close)}?" if close else "see `miles train --help`")
 
     # ------------------------------------------------------------------------------------------------------- words
 

@@ -91,4 +91,11 @@ def as_reward(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
-RewardSpecs = Annotated[tuple[Annotated[RewardSpec, BeforeValidator(as_reward)], ...], BeforeValidator(as_weighted)]
+def _reward_list(value: Any) -> Any:
+    listed = as_weighted(value)
+    if not isinstance(listed, list | tuple):
+        raise ValueError("must be a function, a name, a mapping from names to weights, or a list of functions or names")
+    return listed
+
+
+RewardSpecs = Annotated[tuple[Annotated[RewardSpec, BeforeValidator(as_reward)], ...], BeforeValidator(_reward_list)]

@@ -13,12 +13,12 @@ from typing import Any
 from miles.component import Component
 from miles.config.components import Use
 from miles.config.data import TaskSet
-from miles.config.derived import Numbers
+from miles.config.derived import Misfit, Numbers
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import Path, pattern
 from miles.config.leaves import leaves as schema_leaves
 from miles.config.schema import Config
-from miles.errors import ConfigError, MilesError
+from miles.errors import MilesError
 from miles.kinds import KINDS
 from miles.registry import Registry
 
@@ -300,8 +300,8 @@ def _numbers(c: _Checked) -> Iterator[Fault]:
         yield c.fault("rollout.num_rollout", "how many steps?", "--num-rollout STEPS, or --num-epoch EPOCHS")
     try:
         Numbers.of(c.config)
-    except ConfigError as error:
-        yield Fault("numbers", str(error))
+    except Misfit as error:
+        yield c.fault(error.key, error.problem, error.remedy)
 
 
 _NEEDED: dict[str, tuple[Callable[[_Checked], Iterator[Fault]], ...]] = {

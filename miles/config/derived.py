@@ -8,6 +8,16 @@ from dataclasses import dataclass
 from miles.config.schema import Config
 from miles.errors import ConfigError
 
+BATCH, STEPS = "train.global_batch_size", "train.num_steps_per_rollout"
+
+
+class Misfit(ConfigError):
+    """Numbers of a config that do not fit together."""
+
+    def __init__(self, key: str, value: int, problem: str, remedy: str):
+        self.key, self.problem, self.remedy = key, problem, remedy
+        super().__init__(f"{key}={value} {problem}; {remedy}")
+
 
 @dataclass(frozen=True)
 class Numbers:
@@ -27,7 +37,7 @@ class Numbers:
 
     @classmethod
     def of(cls, config: Config) -> Numbers:
-        """Raises ConfigError where they do not fit together."""
+        """Raises Misfit where they do not fit together."""
         train, resources = config.train, config.resources
         samples, batch, steps = _batches(config)
         return Numbers(
@@ -68,23 +78,30 @@ def _batches(config: Config) -> tuple[int | None, int | None, int]:
     groups = {task_set.n_samples_per_prompt or rollout.n_samples_per_prompt for task_set in config.data.sets}
     if len(groups) > 1:
         if batch is not None:
-            raise ConfigError(
-                f"train.global_batch_size={batch} counts samples, but the training sets draw "
-                f"{', '.join(map(str, sorted(groups)))} of each prompt, so that batches differ in size; "
-                "give train.num_steps_per_rollout instead, or all sets the same n_samples_per_prompt"
-            )
+            sizes = ", ".join(map(str, sorted(groups)))
+            raise Misfit(
+                BATCH, batch,
+                f"counts samples, but the training sets draw {sizes} of each prompt, so that batches differ in size",
+                "give train.num_steps_per_rollout instead, or all sets the same n_samples_per_prompt",
+            )  # fmt: skip
         return None, None, steps or 1
     group = groups.pop() if groups else rollout.n_samples_per_prompt
     samples = rollout.batch_size * group
     whole = f"the {samples} samples of a rollout batch ({rollout.batch_size} prompts x {group} samples)"
     if batch is None:
         if samples % (steps or 1):
-            raise ConfigError(f"train.num_steps_per_rollout={steps} does not divide {whole}")
+            raise Misfit(STEPS, steps or 1, f"does not divide {whole}", f"give {_near(samples, steps or 1)}")
         return samples, samples // (steps or 1), steps or 1
     if steps is not None and batch * steps != samples:
-        raise ConfigError(
-            f"train.global_batch_size={batch} x train.num_steps_per_rollout={steps} is not {whole}; give one of the two"
-        )
+        raise Misfit(BATCH, batch, f"x train.num_steps_per_rollout={steps} is not {whole}", "give one of the two")
     if samples % batch:
-        raise ConfigError(f"train.global_batch_size={batch} does not divide {whole}")
+        raise Misfit(BATCH, batch, f"does not divide {whole}", f"give {_near(samples, batch)}")
     return samples, batch, samples // batch
+
+
+def _near(samples: int, wanted: int) -> str:
+    """The divisors of a number of samples that are next to what was wanted."""
+    divisors = [n for n in range(1, samples + 1) if samples % n == 0]
+    below, above = [n for n in divisors if n < wanted], [n for n in divisors if n > wanted]
+    *others, last = [str(n) for n in (*below[-2:], *above[:2])]
+    return f"{', '.join(others)} or {last}" if others else last

@@ -34,12 +34,16 @@ class Fault:
     remedy: str = ""
     value: Any = MISSING
     origin: Origin | None = None
+    meaning: str = ""
+    """What the setting is, where its value is of the wrong kind and nobody can say which was meant."""
 
     def __str__(self) -> str:
         value = "" if self.value is MISSING else f" = {_short(self.value)}"
         origin = f"   ({self.origin})" if self.origin else ""
         lines = [f"  {self.key}{value}{origin}", f"      {self.problem}"]
-        return "\n".join([*lines, *([f"      fix: {self.remedy}"] if self.remedy else [])])
+        lines += [f"      meaning: {self.meaning}"] if self.meaning else []
+        lines += [f"      fix: {self.remedy}"] if self.remedy else []
+        return "\n".join(lines)
 
 
 class ConfigFaults(ConfigError):

@@ -17,7 +17,7 @@ from miles.config.arguments import component_flags, engine_of, read_arguments
 from miles.config.checks import check
 from miles.config.components import components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
-from miles.config.leaves import Path, children, flag_table, leaf_above
+from miles.config.leaves import Path, children, flag_table, leaf_above, leaves
 from miles.config.schema import Config
 from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
 from miles.config.tree import Tree
@@ -265,7 +265,7 @@ class _Resolution:
                 f"{kind.singular} {offer.name!r} of {offer.plugin.distribution}" for kind, offer in owners
             )
             kind, offer = owners[0]
-            remedy = f"set {kind.keys[0]} to {offer.name}, or leave the flag out"
+            remedy = f"{_selecting(kind.keys[0], offer.name)}, or leave the flag out"
             self.faults.append(Fault(flag, f"belongs to {whose}, which is not selected", remedy, origin=origin))
         elif engine:
             problem = f"goes to the rollout engine {engine[0]!r}, which is not selected"
@@ -307,7 +307,14 @@ class _Resolution:
         leaf, rest = found if found else (None, ())
         path = path[: len(path) - len(rest)] if leaf and leaf.shape == "value" else path
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        self._fault(path, message, leaf.help if leaf else "", item["input"], tree.origin(path))
+        meaning = leaf.help if leaf else ""
+        self.faults.append(Fault(".".join(path), message, "", item["input"], tree.origin(path), meaning))
 
     def _fault(self, path: Path, problem: str, remedy: str = "", value: Any = None, origin: Origin = DEFAULT) -> None:
         self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
+
+
+def _selecting(key: str, name: str) -> str:
+    """How a component comes to be selected by a setting: by its name, or as one more in a list."""
+    listed = any(leaf.kind and leaf.dotted == key and leaf.shape != "spec" for leaf in leaves().values())
+    return f"add {name} to {key}" if listed else f"set {key} to {name}"

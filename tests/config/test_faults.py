@@ -130,13 +130,14 @@ def test_what_is_missing(solve):
             "algorithm.advantage_estimator",
             "'none' generates nothing",
         ),
-        (["--global-batch-size", "7"], "numbers", "does not divide"),
+        (["--global-batch-size", "7"], "train.global_batch_size", "does not divide"),
+        (["--num-steps-per-rollout", "7"], "train.num_steps_per_rollout", "does not divide"),
     ],
 )
 def test_contradictions(solve, arguments, key, words):
     faults = faults_of(solve, *arguments)
     assert words in faults[key].problem
-    assert faults[key].remedy or key == "numbers"
+    assert faults[key].remedy
 
 
 def test_evaluation_may_do_what_training_may_not(solve):
@@ -180,3 +181,22 @@ def test_wishes_about_plugins_come_before_plugins_are_loaded(solve):
     faults = faults_of(solve, "--plugins-block", "wandb", "--plugins-require", "miles>=0")
     assert set(faults) == {"plugins.block", "plugins.require"}
     assert "wandb" in faults["plugins.block"].problem
+
+
+def test_what_a_setting_means_is_no_remedy(solve):
+    fault = faults_of(solve, "--lr", "abc")["optimizer.lr"]
+    assert (fault.meaning, fault.remedy) == ("Peak learning rate.", "")
+    assert "meaning: Peak learning rate." in str(fault)
+    assert "fix:" not in str(fault)
+
+
+def test_batches_that_do_not_divide_are_told_which_would(solve):
+    fault = faults_of(solve, "--rollout-batch-size", "6", "--n-samples-per-prompt", "4", "--global-batch-size", "7")[
+        "train.global_batch_size"
+    ]
+    assert (fault.value, str(fault.origin), fault.remedy) == (7, "--global-batch-size", "give 4, 6, 8 or 12")
+
+
+def test_a_reward_of_the_wrong_type(solve):
+    faults = faults_of(solve, overrides={"data.sets.*.reward": 3})
+    assert "a function, a name, a mapping from names to weights" in faults["data.sets.default.reward"].problem
