@@ -67,6 +67,8 @@ def check_result(built: Any, kind: Kind, who: str) -> None:
         problems = _reward_problems(built)
     else:
         problems = _problems(built, kind.protocol)
+    if problems and kind.protocol is Reward:
+        raise HookError(f"{who} cannot judge: " + "; ".join(problems))
     if problems:
         raise HookError(f"{who} is not a miles.protocols.{kind.protocol.__name__}: " + "; ".join(problems))
 
@@ -82,8 +84,16 @@ def judgement(reward: Any) -> tuple[str, Any]:
 def _reward_problems(built: Any) -> list[str]:
     name, method = judgement(built)
     if not callable(method):
-        return ["it has neither `score(sample)` nor `score_group(group)` and is no function"]
-    return _arity(method, GroupReward.score_group if name == "score_group" else Reward.score, name)
+        return ["it has neither `score(sample)` nor `score_group(group)` and is no function `(sample) -> float`"]
+    wanted = GroupReward.score_group if name == "score_group" else Reward.score
+    if not _arity(method, wanted, name):
+        return []
+    right = "(group) -> list of floats" if name == "score_group" else "(sample) -> float"
+    called, label = right.partition(" ->")[0], name if name == "it" else f"`{name}`"
+    problem = f"{label} is called with {called}, but is {_name(method)}{_signature(method)}; write `{right}`"
+    if list(inspect.signature(method).parameters)[:2] == ["args", "sample"]:
+        problem += "; `(args, sample, **kwargs)` is the form of slime, where rewards get the arguments of the run too"
+    return [problem]
 
 
 def _problems(built: Any, protocol: type) -> list[str]:

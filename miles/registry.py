@@ -128,6 +128,9 @@ class Registry:
         close = get_close_matches(bare, known, n=2)
         if distribution:
             lines.append(f"{distribution} does: pip install {distribution}")
+        module, _, attribute = bare.rpartition(".")
+        if kind.protocol is not None and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
+            lines.append(f"a function or class of a module is written with a colon: {module}:{attribute}")
         if close:
             lines.append(f"did you mean {' or '.join(map(repr, close))}?")
         lines.append(f"installed: {', '.join(known) or 'none'}")

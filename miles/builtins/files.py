@@ -137,7 +137,18 @@ class TaskSetRows:
                 return prompt
         raise DataError(
             f"task set {self.name!r}: none of the {len(self.usable)} prompts of {self.task_set.path} can be used: each "
-            f"is malformed or longer than data.max_prompt_len={self.context.max_prompt_tokens} tokens"
+            f"is malformed{self._limit()}"
+        )
+
+    def _limit(self) -> str:
+        """What prompts may not be longer than, and where that comes from."""
+        limit = self.context.max_prompt_tokens
+        if limit is None:
+            return ""
+        return (
+            f" or longer than {limit} tokens. That is data.max_prompt_len (--rollout-max-prompt-len) where it is set, "
+            "and at most what the context of the model (or rollout.max_context_len) leaves for a prompt and one token "
+            "of response"
         )
 
     def every_prompt(self) -> list[Prompt]:

@@ -122,7 +122,7 @@ def test_targets_that_cannot_be_imported(registry, name, word):
 @pytest.mark.parametrize(
     ("kind", "name", "words"),
     [
-        ("rewards", "mute", ["miles.protocols.Reward", "score"]),
+        ("rewards", "mute", ["cannot judge", "`score(sample)`", "(sample) -> float"]),
         ("rewards", "forgetful", ["Target()", "options"]),
         ("environments", "slow", ["miles.protocols.Environment", "`step` must be `async def`"]),
         ("advantage_estimators", "two", ["called with (inputs)", "more"]),
@@ -161,6 +161,28 @@ def test_a_reward_that_judges_groups_is_asked_for_groups(registry):
     registry.build("rewards", Spec(name="both"))
     with pytest.raises(HookError, match=r"`score_group` is called with \(group\)"):
         registry.build("rewards", Spec(name="wrong_both"))
+
+
+def test_a_reward_in_the_form_of_slime_is_told_so(registry):
+    async def slime_reward(args, sample, **kwargs):
+        return 1.0
+
+    def other(sample, scale):
+        return 1.0
+
+    registry.add("rewards", "slime_reward", slime_reward)
+    registry.add("rewards", "other", other)
+    with pytest.raises(
+        HookError, match=r"slime_reward\(args, sample, \*\*kwargs\); write `\(sample\) -> float`.*form of slime"
+    ):
+        registry.build("rewards", Spec(name="slime_reward"))
+    with pytest.raises(HookError, match=r"other\(sample, scale\); write `\(sample\) -> float`$"):
+        registry.build("rewards", Spec(name="other"))
+
+
+def test_a_module_written_with_a_dot_is_told_the_colon(registry):
+    with pytest.raises(UnknownNameError, match="with a colon: my_module:my_reward"):
+        registry.component("rewards", "my_module.my_reward")
 
 
 def test_objects_given_in_python(registry):
