@@ -26,4 +26,8 @@ def show(run: Path) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python show.py RUN_DIRECTORY")
+    if not (Path(sys.argv[1]) / "summary.json").exists():
+        sys.exit(f"show.py: no finished run in {sys.argv[1]}: there is no summary.json")
     print(show(Path(sys.argv[1])))

@@ -23,7 +23,7 @@ def run(call: Call) -> int:
     from miles.cli.rows import values_of
 
     as_json, changed = call.take("--json"), call.take("--changed")
-    resolved, _ = resolve_call(call, "show")
+    resolved, _ = resolve_call(call, "show", own=("--json", "--changed"))
     rows = [row for row in values_of(resolved) if not changed or row.origin.kind != "default"]
     if as_json:
         table = {row.key: {"value": row.value, "origin": str(row.origin)} for row in rows}

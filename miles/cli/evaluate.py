@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from miles.cli import Call
@@ -17,7 +19,7 @@ Measures a model on every set of eval.sets (--eval-prompt-data NAME PATH), with 
 
 
 def run(call: Call) -> int:
-    """Evaluate, and print one line a metric."""
+    """Evaluate; say on stderr what, and print the metrics set by set."""
     if call.help:
         print(HELP)
         return 0
@@ -31,13 +33,28 @@ def run(call: Call) -> int:
     extra = []
     if checkpoint is not None and (checkpoint / "config.json").exists():
         extra, checkpoint = ["--hf-checkpoint", str(checkpoint)], None
-    resolved, _ = resolve_call(call, "eval", extra)
+    resolved, _ = resolve_call(call, "eval", extra, own=("--json", "--checkpoint"))
     from miles.jobs import run_evaluation
 
+    print(f"miles: evaluating {_subject(resolved.config.model.hf_checkpoint, checkpoint)}", file=sys.stderr)
     results = run_evaluation(resolved, checkpoint)
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        for name, metrics in results.items():
-            print("\n".join(f"{name}/{metric}: {value:.6g}" for metric, value in metrics.items()))
+        print("\n\n".join(_table(name, metrics) for name, metrics in results.items()))
     return 0
+
+
+def _subject(hf_checkpoint: str | None, checkpoint: Path | None) -> str:
+    """Which weights are evaluated: of a checkpoint of miles, with its step, or those of `model.hf_checkpoint`."""
+    if checkpoint is None:
+        return f"{hf_checkpoint} (model.hf_checkpoint)"
+    from miles.checkpoint import find_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    return f"step {found.step}: {found.path} (a checkpoint of {hf_checkpoint})"
+
+
+def _table(name: str, metrics: Mapping[str, float]) -> str:
+    width = max(map(len, metrics), default=0)
+    return "\n".join([f"{name}:", *(f"  {metric:<{width}}  {value:.6g}" for metric, value in metrics.items())])

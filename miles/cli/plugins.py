@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from miles.cli import Call
 from miles.cli.doctor import diagnose
@@ -31,7 +32,9 @@ def run(call: Call) -> int:
     if call.words == ["doctor"]:
         return _doctor(plugins)
     if call.words:
-        raise ConfigError(f"miles plugins does not take {call.words[0]!r}; see miles plugins --help")
+        close = get_close_matches(call.words[0], ("doctor", "--json", "--kind"), n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ConfigError(f"miles plugins does not take {call.words[0]!r}; {hint}see `miles plugins --help`")
     registry = Registry(plugins)
     offers = [offer for name in KINDS if kind in (None, name) for offer in registry.offers(name)]
     print(_as_json(plugins, offers) if as_json else _as_text(plugins, offers))

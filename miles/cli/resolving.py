@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from difflib import get_close_matches
 
 from miles.cli import Call
 from miles.cli.files import missing_files
-from miles.config.faults import ConfigFaults
+from miles.config.arguments import UNKNOWN_FLAG
+from miles.config.faults import ConfigFaults, Fault
 from miles.config.load import Purpose, Resolved, plugin_wishes, resolve
 from miles.plugins import Plugins, load_plugins
 
@@ -17,8 +20,14 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:count]), list(words[count:])
 
 
-def resolve_call(call: Call, purpose: Purpose, extra: Sequence[str] = ()) -> tuple[Resolved, Plugins]:
-    """Load plugins as the configuration wishes, and resolve it; `extra` are further flags.
+def resolve_call(
+    call: Call, purpose: Purpose, extra: Sequence[str] = (), own: Sequence[str] = ()
+) -> tuple[Resolved, Plugins]:
+    """Load plugins as the configuration wishes, and resolve it.
+
+    Args:
+        extra: further flags.
+        own: flags of the command itself, for what to say of unknown ones.
 
     Raises:
         ConfigError, PluginError: everything that is wrong, before anything is built.
@@ -29,9 +38,23 @@ def resolve_call(call: Call, purpose: Purpose, extra: Sequence[str] = ()) -> tup
     plugins = load_plugins(block=block, require=require)
     if call.blocked:  # workers load plugins by the configuration alone
         arguments += ["--plugins-block", *block]
-    resolved = resolve(files, [*arguments, *extra], plugins, purpose=purpose)
+    try:
+        resolved = resolve(files, [*arguments, *extra], plugins, purpose=purpose)
+    except ConfigFaults as error:
+        raise ConfigFaults([_of_command(fault, call.command, own) for fault in error.faults]) from error
     if purpose != "show":
         faults = missing_files(resolved)
         if faults:
             raise ConfigFaults(faults)
     return resolved, plugins
+
+
+def _of_command(fault: Fault, command: str, own: Sequence[str]) -> Fault:
+    """A fault with the command's own flags in mind: `--changd` was to be `--changed`."""
+    if fault.problem != UNKNOWN_FLAG:
+        return fault
+    help_text = f"see `miles {command} --help`"
+    close = get_close_matches(fault.key, own, n=1, cutoff=0.7)
+    if close:
+        return replace(fault, remedy=f"did you mean {close[0]}? {help_text}")
+    return replace(fault, remedy=fault.remedy.replace("see `miles train --help`", help_text))

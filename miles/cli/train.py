@@ -15,7 +15,7 @@ def run(call: Call) -> int:
     from miles.cli.resolving import resolve_call
 
     dry = call.take("--dry-run")
-    resolved, plugins = resolve_call(call, "train")
+    resolved, plugins = resolve_call(call, "train", own=("--dry-run",))
     if dry:
         from miles.cli.describe import describe
 

@@ -111,12 +111,16 @@ def test_exit_codes(miles, jobs, base, error, code):
 
 def test_eval(miles, jobs, base, tmp_path):
     flags = [*base, "--eval-prompt-data", "sums", "train.jsonl"]
-    code, out, _ = miles("eval", *flags)
-    assert (code, out) == (0, "sums/accuracy: 0.5\n")
+    code, out, err = miles("eval", *flags)
+    assert (code, out) == (0, "sums:\n  accuracy  0.5\n")
+    assert "(model.hf_checkpoint)" in err
     assert json.loads(miles("eval", *flags, "--json")[1]) == {"sums": {"accuracy": 0.5}}
     run = tmp_path / "run"
     run.mkdir()
-    miles("eval", *flags, "--checkpoint", run)
+    assert "no checkpoint in" in miles("eval", *flags, "--checkpoint", run)[2]
+    (run / "step_000003").mkdir()
+    (run / "step_000003" / "manifest.json").write_text('{"step": 3, "files": {}}')
+    assert f"step 3: {run}" in miles("eval", *flags, "--checkpoint", run)[2]
     assert jobs.calls[-1][2] == run
     (run / "config.json").write_text("{}")
     miles("eval", *flags, "--checkpoint", run)
@@ -124,6 +128,12 @@ def test_eval(miles, jobs, base, tmp_path):
     assert jobs.calls[-1][1].model.hf_checkpoint == str(run)
     assert miles("eval", *base)[0] == 2
     assert miles("eval", *flags, "--checkpoint", "nowhere")[0] == 2
+
+
+def test_misspelt_flags_and_words_of_a_command(miles, base):
+    assert "did you mean --changed? see `miles config --help`" in miles("config", *base, "--changd")[2]
+    assert "see `miles config --help`" in miles("config", *base, "--xyzzy")[2]
+    assert "did you mean 'doctor'?" in miles("plugins", "doctr")[2]
 
 
 def test_config_prints_values_with_origins(miles, base, tmp_path):
