@@ -9,8 +9,8 @@ MILES_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 MILES_VENV=${VENV:-$MILES_ROOT/.venv}
 
 miles_setup() (
-  set -euo pipefail
-  cd "$MILES_ROOT"
+  set -uo pipefail # -e would do nothing in what is called before &&, as this is
+  cd "$MILES_ROOT" || exit 1
   for python in ${PYTHON:-python3 python3.12 python3.11} ""; do
     "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break
   done
@@ -18,25 +18,38 @@ miles_setup() (
   stamp=$(cat constraints.txt requirements-dev.txt pyproject.toml plugins/*/*/pyproject.toml scripts/setup.sh | cksum)
   [[ -f $MILES_VENV/.stamp && $(<"$MILES_VENV/.stamp") == "$stamp" ]] && exit 0
 
-  echo "setting up $MILES_VENV"
-  [[ -x $MILES_VENV/bin/python ]] || "$python" -m venv "$MILES_VENV"
-  pip() { "$MILES_VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
-  miles_torch
+  size="about 0.4 GB"
+  miles_without_gpu || size="several GB, with CUDA"
+  echo "setting up $MILES_VENV: downloads $size, and takes a minute or more"
+  [[ -x $MILES_VENV/bin/python ]] || "$python" -m venv "$MILES_VENV" || exit 1
+  complaints=$(mktemp)
+  trap 'rm -f "$complaints"' EXIT
+  miles_torch || exit 1
   packages=(-e .)
   for plugin in plugins/*/*/; do packages+=(-e "$plugin"); done
-  pip install --quiet --constraint constraints.txt "${packages[@]}" --requirement requirements-dev.txt
+  miles_pip --constraint constraints.txt "${packages[@]}" --requirement requirements-dev.txt || exit 1
   echo "$stamp" >"$MILES_VENV/.stamp"
 )
 
-# torch first: whatever is installed later is content with it. Without a GPU on Linux, its CPU build, which is 20 times
+# pip install. What pip says on stderr matters only when it fails: it warns of much that is no trouble here.
+miles_pip() {
+  "$MILES_VENV/bin/python" -m pip --disable-pip-version-check install --quiet "$@" 2>"$complaints" && return
+  local code=$?
+  cat "$complaints" >&2
+  return "$code"
+}
+
+miles_without_gpu() { [[ $(uname -s) == Linux ]] && ! nvidia-smi >/dev/null 2>&1; }
+
+# torch first: whatever is installed later is content with it. Without a GPU on Linux, its CPU build, which is far
 # smaller: from wherever pip is set up to look, or else from PyTorch's own index.
 miles_torch() {
   torch=$(grep '^torch==' constraints.txt)
-  if [[ $(uname -s) == Linux ]] && ! nvidia-smi >/dev/null 2>&1; then
-    pip install --quiet "$torch+cpu" 2>/dev/null && return
-    pip install --quiet "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu && return
+  if miles_without_gpu; then
+    miles_pip "$torch+cpu" 2>/dev/null && return
+    miles_pip "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu && return
   fi
-  pip install --quiet "$torch"
+  miles_pip "$torch"
 }
 
 miles_setup && . "$MILES_VENV/bin/activate"
