@@ -300,8 +300,8 @@ def test_log_probs_chunks_do_not_matter(make_backend, samples, pack, weighted, g
     whole, chunked = make_backend(), make_backend(train={"log_probs_chunk_size": 5})
     for backend in (whole, chunked):
         backend.forward_backward([pack(samples)], weighted)
-    for name, gradient in gradients(chunked).items():
-        torch.testing.assert_close(gradient, gradients(whole)[name], atol=1e-6, rtol=1e-6)
+    for name, gradient in gradients(chunked).items():  # float32 sums, in an order that depends on threads too
+        torch.testing.assert_close(gradient, gradients(whole)[name], atol=2e-6, rtol=1e-5)
 
 
 def test_models_that_change_their_logits_are_refused(dense, make_backend):
