@@ -200,10 +200,9 @@ class Sample:
         """A fresh sample that holds only its prompt."""
         if prompt.tokens is None:
             raise ValueError(f"prompt {prompt.id} has not been rendered to tokens")
-        sample = cls(id, group_id, prompt, [], len(prompt.tokens), rollout_id=id, seed=seed)
+        sample = cls(id, group_id, prompt, list(prompt.tokens), len(prompt.tokens), rollout_id=id, seed=seed)
         sample.messages = list(prompt.messages or [])
         sample.declare(LOSS_MASK)
-        sample.append(prompt.tokens)
         return sample
 
     def declare(self, column: Column) -> None:

@@ -254,7 +254,6 @@ def answers(port: int) -> bool:
 
 def launch(directory: Path, logs: Path) -> dict[str, subprocess.Popen]:
     """Start every server that is not up yet; each leads its own process group."""
-
     processes = {}
     for name, (port, checkpoint, flags) in SERVERS.items():
         if answers(port):
