@@ -6,7 +6,7 @@ imported too. No torch: tensors appear only in annotations.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
-
-    def with_columns(self, **columns: Tensor) -> MicroBatch:
-        return replace(self, columns={**self.columns, **columns})
 
 
 @dataclass

@@ -15,7 +15,7 @@ from miles import __version__
 from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
-from miles.config import Config, TaskSet
+from miles.config import NONE, Config, TaskSet
 from miles.config.derived import Derived, Numbers
 from miles.errors import ConfigError
 from miles.log import logger
@@ -45,7 +45,7 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
-from miles.training.advantages import NONE, needs_reference
+from miles.training.advantages import needs_reference
 from miles.training.probe import WeightProbe
 from miles.training.trainer import Trainer
 from miles.training.worker import WorkerSetup

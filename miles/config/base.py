@@ -29,6 +29,10 @@ class Flag:
         object.__setattr__(self, "names", names)
 
 
+NONE = "none"
+"""The name that stands for no component, in places where one is optional."""
+
+
 class Spec(BaseModel):
     """Names a component and its options: `grpo`, or `{name: grpo, epsilon: 1e-6}`, or `my_module:my_function`."""
 

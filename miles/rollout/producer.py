@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from miles.config import Config
+from miles.config import NONE, Config
 from miles.errors import RolloutError
 from miles.log import logger
 from miles.protocols import DataSource, SampleFilter
@@ -22,7 +22,6 @@ from miles.rollout.concurrent import run_all
 from miles.rollout.task import JUDGED, Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
 
-NONE = "none"
 NOBODY = "nobody rewarded it: neither the generate function nor a reward of its task set (for SFT: --preset sft)"
 
 

@@ -8,16 +8,13 @@ import torch
 from torch import Tensor
 
 from miles.component import Need
-from miles.config import Config, Spec
+from miles.config import NONE, Config, Spec
 from miles.errors import TrainError
 from miles.registry import Registry
 from miles.training.aggregation import sum_per_sample
 from miles.training.kl import kl_estimate
 from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
-
-NONE = "none"
-"""The name that stands for no component, in places where one is optional."""
 
 
 def component_needs(config: Config, registry: Registry) -> set[Need]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miles.checkpoint_io import write_checkpoint
-from miles.config import Config
+from miles.config import NONE, Config
 from miles.determinism import prepare_process
 from miles.errors import OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
@@ -25,7 +25,7 @@ from miles.plugins import load_plugins
 from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
-from miles.training.advantages import NONE, component_needs
+from miles.training.advantages import component_needs
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch
 from miles.training.table import Table
