@@ -7,6 +7,7 @@ With SIZE 1 the model is a plain module and sees the samples of all ranks.
 
 import json
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def after_training(backend, batches, trained, state: Path) -> dict:
 def spoiled(batch, rank: int):
     """A loss that is not a number, on one rank only."""
     poison = torch.full_like(batch.columns["weights"], float("nan") if rank == 1 else 1.0)
-    return batch.with_columns(weights=batch.columns["weights"] * poison)
+    return replace(batch, columns=batch.columns | {"weights": batch.columns["weights"] * poison})
 
 
 def out_of_memory_then_step(backend, batches) -> dict[str, torch.Tensor]:
