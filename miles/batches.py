@@ -30,7 +30,7 @@ class MicroBatch:
     bounds: list[int]
     """`N + 1` offsets, the first 0."""
     sample_ids: list[int]
-    """Rows of the trainer's table that these samples are."""
+    """Names of these samples: their ids, or rows of the table they were packed from."""
     columns: dict[str, Tensor] = field(default_factory=dict)
     scalars: dict[str, Tensor] = field(default_factory=dict)
     """Per sample, `[N]`."""

@@ -26,7 +26,7 @@ async def train(run: Run) -> None:
     while run.step < run.derived.num_rollout:
         groups, metrics = await collect(run)
         async with run.residency.training():
-            metrics |= await run.trainer.step(groups)
+            metrics |= await run.learn(groups)
             run.hook.miles_on_train_step_end(run=run, step=run.step, metrics=metrics)
             run.advance(metrics)  # the boundary
             saved = await run.save_if_due()

@@ -30,12 +30,13 @@ from miles.interrupt import Interrupt
 from miles.log import logger
 from miles.modeling import resolve_device
 from miles.protocols import Evaluator, RunInfo, WeightSync
+from miles.report.dump import FOLDER, dump_samples
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.rundir import SUMMARY
-from miles.tracking import Progress, Tracking, dump_samples
+from miles.tracking import Progress, Tracking
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
@@ -157,9 +158,7 @@ class Run:
         return metrics
 
     def rollout_metrics(self, groups: list[Group]) -> Metrics:
-        """Metrics of a batch, and its samples on disk."""
-        lost = [Group(s.group_id, s.prompt, [s]) for s in self.producer.lost]
-        dump_samples(self.directory / "rollouts", self.step + 1, [*lost, *groups], self.config.rollout.dump_samples)
+        """Metrics of a batch."""
         traffic = self.parts.front.take_traffic()
         self.totals.prompt_tokens += traffic.prompt_tokens
         self.totals.generated_tokens += traffic.generated_tokens
@@ -174,6 +173,16 @@ class Run:
             "rollout/generated_tokens": float(traffic.generated_tokens),
             "rollout/trained_tokens": float(trained),
         }
+
+    async def learn(self, groups: list[Group]) -> Metrics:
+        """Train on a batch. However that ends, its samples go to disk, with what training made of them."""
+        self.trainer.learned = {}
+        try:
+            return await self.trainer.step(groups)
+        finally:
+            samples = [*self.producer.lost, *(sample for group in groups for sample in group.samples)]
+            samples = samples[: self.config.rollout.dump_samples]
+            dump_samples(self.directory / FOLDER, self.step + 1, samples, self.trainer.learned)
 
     def advance(self, metrics: Metrics) -> None:
         """The step is trained: take the picture that a checkpoint would save."""

@@ -1,21 +1,19 @@
-"""Metrics to all trackers, a line to the terminal, samples to disk.
+"""Metrics to all trackers, a line to the terminal.
 
 A tracker that cannot start stops the run before it began; one that fails later is warned of once and left out.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TextIO
 
 from miles.log import logger
 from miles.protocols import RunInfo, Tracker
-from miles.types import Group, Metrics, Sample
+from miles.types import Metrics
 
 
 class Tracking:
@@ -90,35 +88,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
-
-
-def dump_samples(directory: Path, step: int, groups: Sequence[Group], limit: int | None) -> None:
-    """Write the samples of a step to `step_NNNNNN.jsonl`, one JSON object a line."""
-    samples = [sample for group in groups for sample in group.samples][:limit]
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"step_{step:06d}.jsonl").open("w") as file:
-        file.writelines(json.dumps(sample_record(s), ensure_ascii=False, default=str) + "\n" for s in samples)
-
-
-def sample_record(sample: Sample) -> dict[str, Any]:
-    """What a person needs to understand a sample; wide columns are left out."""
-    prompt = sample.prompt
-    narrow = {name: values for name, values in sample.columns.items() if values.ndim == 1}
-    return {
-        "id": sample.id,
-        "group_id": sample.group_id,
-        "rollout_id": sample.rollout_id,
-        "prompt_id": prompt.id,
-        "task_set": prompt.task_set,
-        "prompt": prompt.text if prompt.messages is None else prompt.messages,
-        "response": sample.text,
-        "label": prompt.label,
-        "status": sample.status.value,
-        "reward": sample.reward,
-        "reward_parts": sample.reward_parts,
-        "error": sample.error,
-        "tokens": sample.tokens,
-        "prompt_length": sample.prompt_length,
-        "turns": [{k: v for k, v in vars(turn).items() if not k.endswith("seconds")} for turn in sample.turns],
-        **{name: [round(v, 5) for v in values.tolist()] for name, values in narrow.items()},
-    }

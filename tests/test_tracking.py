@@ -5,8 +5,7 @@ import io
 import pytest
 
 from miles.protocols import RunInfo
-from miles.tracking import Progress, Tracking, dump_samples
-from miles.types import LOSS_MASK, Group, Prompt, Sample, Status
+from miles.tracking import Progress, Tracking
 
 
 class Notebook:
@@ -52,14 +51,3 @@ def test_the_progress_line():
     first, second = out.getvalue().splitlines()
     assert first == "step 0/4  heldout/accuracy 0.250"
     assert second.startswith("step 1/4  reward 0.500  acc 0.250  loss -0.0100  tok/s 12,345  left 0m0")
-
-
-def test_a_failed_sample_is_dumped_with_its_reason(tmp_path):
-    sample = Sample.begin(Prompt(id="s:0", task_set="s", text="x", tokens=[1]), id=3, group_id=0)
-    sample.append([2], {LOSS_MASK: 1})
-    sample.status, sample.error = Status.FAILED, "ValueError: no"
-    dump_samples(tmp_path, 7, [Group(0, sample.prompt, [sample, sample])], limit=1)
-    (line,) = (tmp_path / "step_000007.jsonl").read_text().splitlines()
-    assert '"status": "failed"' in line
-    assert '"error": "ValueError: no"' in line
-    assert '"loss_mask": [0, 1]' in line

@@ -45,6 +45,8 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.seconds = 0.0
         """Time in which the workers worked on the last batch."""
+        self.learned: dict[int, dict[str, Any]] = {}
+        """Of the last batch, for people: sample id -> `advantages` `[T]` and `loss`, as far as training came."""
 
     async def step(self, groups: Sequence[Group]) -> Metrics:
         """Train on a batch; returns its metrics.
@@ -54,6 +56,7 @@ class Trainer:
             OutOfMemoryError: a sample alone does not fit.
         """
         table = Table.from_groups(groups, self.config.algorithm.truncated)
+        self.learned = {i: {} for i in table.ids}
         if not any(mask.any() for mask in table.columns["mask"]):
             self._watch_skips(True, "batches", "had no trainable token: see the statuses in rollouts/")
             return {"train/skipped_batches": 1.0}
@@ -61,6 +64,8 @@ class Trainer:
         self.seconds = 0.0
         await self._log_probs(table, metrics)
         metrics.update(self.stage(table))
+        for i, advantages_T in zip(table.ids, table.columns.get("advantages", ()), strict=False):
+            self.learned[i]["advantages"] = advantages_T
         metrics.update(await self._optimize(table))
         return metrics | {"perf/workers_time": self.seconds}
 
@@ -122,6 +127,9 @@ class Trainer:
         for index, rows in enumerate(optimizer_steps(table.rollout_N.tolist(), steps, train.num_epochs_per_rollout)):
             outcomes = await self._optimizer_step(table.take(rows), measure=index == 0)
             report = outcomes[0].report
+            for outcome in outcomes:
+                for i, loss in outcome.losses.items():
+                    self.learned[i].setdefault("loss", loss)
             retries += max(outcome.out_of_memory for outcome in outcomes)
             skipped += report.skipped
             self._watch_skips(report.skipped, "optimizer steps", "had a non-finite loss or gradient and were skipped")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class StepOutcome:
     report: StepReport
     out_of_memory: int
     """Times the step was started again with smaller micro-batches."""
+    losses: Mapping[int, float] = field(default_factory=dict)
+    """Sample id -> mean policy loss of its trainable tokens, before the step."""
 
 
 class TrainWorker:
@@ -128,6 +130,7 @@ class TrainWorker:
         while True:
             try:
                 actor.zero_grad()
+                self.objective.losses = []
                 sums = actor.forward_backward(batches, self.objective, self.want)
                 report = actor.optim_step()
                 break
@@ -135,12 +138,15 @@ class TrainWorker:
                 batches = self._smaller(batches, retries, error)
                 retries += 1
         actor.zero_grad()
-        return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries)
+        losses = {
+            i: loss for ids, loss_N in self.objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)
+        }
+        return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries, losses)
 
     def _pack(self, table: Table) -> MicroBatch:
-        return build_micro_batch(
-            list(range(len(table))), table.tokens, table.columns, multimodal=table.multimodal, device=self.setup.device
-        )
+        rows, device = list(range(len(table))), self.setup.device
+        batch = build_micro_batch(rows, table.tokens, table.columns, multimodal=table.multimodal, device=device)
+        return replace(batch, sample_ids=table.ids)
 
     def _smaller(self, batches: list[MicroBatch], retries: int, error: Exception) -> list[MicroBatch]:
         """The same samples in micro-batches of half the tokens, or an error that says what would help."""

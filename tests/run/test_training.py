@@ -72,6 +72,33 @@ def test_rollouts_on_disk_are_the_samples(config, run_dir, sums):
     } <= {(1,) * k for k in range(1, 7)}
 
 
+def test_rollouts_on_disk_say_what_training_made_of_them(config, run_dir):
+    miles.train(config)
+    for line in lines(run_dir / "metrics.jsonl")[1:]:
+        samples = lines(run_dir / f"rollouts/step_{line['step']:06d}.jsonl")
+        # Rollouts count the same and the two optimizer steps have as many each: the metric is the mean over samples.
+        assert np.mean([s["loss"] for s in samples]) == pytest.approx(line["train/pg_loss"], abs=2e-5)
+        for start in range(0, 16, 4):
+            rewards = np.array([s["reward"] for s in samples[start : start + 4]])
+            expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+            for s, value in zip(samples[start : start + 4], expected, strict=True):
+                n = s["prompt_length"]
+                assert s["advantages"][:n] == [0] * n
+                assert s["advantages"][n:] == pytest.approx([value] * (len(s["tokens"]) - n), abs=1e-4)
+
+
+def test_samples_of_a_step_that_fails_are_on_disk(config, run_dir, monkeypatch):
+    async def fails(self, table):
+        raise RuntimeError("no optimizer today")
+
+    monkeypatch.setattr("miles.training.trainer.Trainer._optimize", fails)
+    with pytest.raises(RuntimeError, match="no optimizer today"):
+        miles.train(config)
+    samples = lines(run_dir / "rollouts" / "step_000001.jsonl")
+    assert len(samples) == 16
+    assert all(len(s["advantages"]) == len(s["tokens"]) and s["loss"] is None for s in samples)
+
+
 def test_learning_rate_zero_changes_nothing(config, run_dir, checkpoint):
     miles.train({**config, "optimizer": {"lr": 0.0}, "checkpoint": {"save_hf": "hf/{step}"}})
     before, after = load_file(checkpoint / "model.safetensors"), load_file(run_dir / "hf/2/model.safetensors")

@@ -118,3 +118,17 @@ def test_values_off_the_mask_cannot_poison_the_loss():
     loss.backward()
     assert torch.isfinite(loss)
     assert new.grad[1:].tolist() == [-0.5, -0.5]
+
+
+def test_the_loss_of_each_sample_is_the_mean_over_its_trainable_tokens():
+    columns = {
+        "mask": [torch.tensor([0.0, 1, 1]), torch.tensor([0.0, 1]), torch.tensor([0.0, 0])],
+        "advantages": [torch.tensor([0.0, 1, 1]), torch.tensor([0.0, -2]), torch.tensor([0.0, 5])],
+        "weights": [torch.zeros(3), torch.zeros(2), torch.zeros(2)],
+    }
+    batch = build_micro_batch([0, 1, 2], [[1, 2, 3], [1, 2], [1, 2]], columns)
+    objective = Objective(AlgorithmSection(), reinforce)
+    objective(batch, Outputs(log_probs_T=torch.tensor([0.0, -1, -3, 0, -0.5, 0, -7])))
+    ((ids, loss_N),) = objective.losses
+    assert ids == [0, 1, 2]
+    assert loss_N.tolist() == [2.0, -1.0, 0.0]  # (1 + 3) / 2, -2 x 0.5, nothing trainable

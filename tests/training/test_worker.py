@@ -50,7 +50,7 @@ def worker(backend, **train):
     one.rank, one.want = 0, frozenset({"log_probs"})
     one.setup = SimpleNamespace(config=Config.model_validate({"train": train}), device="cpu")
     one.models = {"actor": backend}
-    one.objective = SimpleNamespace(scope=None)
+    one.objective = SimpleNamespace(scope=None, losses=[])
     return one
 
 

@@ -1,0 +1,41 @@
+"""What is written of a sample."""
+
+import json
+
+import numpy as np
+
+from miles.report.dump import dump_samples
+from miles.types import LOSS_MASK, Prompt, Sample, Status
+
+
+def sample(id=3):
+    one = Sample.begin(Prompt(id="s:0", task_set="s", text="x", tokens=[1]), id=id, group_id=0)
+    one.append([2], {LOSS_MASK: 1})
+    return one
+
+
+def written(folder, samples, learned):
+    dump_samples(folder, 7, samples, learned)
+    return [json.loads(line) for line in (folder / "step_000007.jsonl").read_text().splitlines()]
+
+
+def test_a_failed_sample_is_dumped_with_its_reason(tmp_path):
+    one = sample()
+    one.status, one.error = Status.FAILED, "ValueError: no"
+    (record,) = written(tmp_path, [one], {})
+    assert (record["status"], record["error"], record["loss_mask"]) == ("failed", "ValueError: no", [0, 1])
+    assert record["loss"] is None
+    assert "advantages" not in record
+
+
+def test_what_training_made_of_a_sample_goes_with_it(tmp_path):
+    learned = {3: {"advantages": np.array([0.0, 0.123456789], np.float32), "loss": -0.1234567}}
+    trained, left_out = written(tmp_path, [sample(3), sample(4)], learned)
+    assert (trained["advantages"], trained["loss"]) == ([0.0, 0.12346], -0.12346)
+    assert "advantages" not in left_out
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path):
+    learned = {3: {"advantages": np.array([0.0, np.nan], np.float32), "loss": float("inf")}}
+    (record,) = written(tmp_path, [sample()], learned)
+    assert (record["advantages"], record["loss"]) == ([0.0, None], None)
