@@ -14,7 +14,8 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 REST = (
-    "builtins", "cli", "report", "testing", "templates", "data", "hermes.py", "weights.py", "checkpoint_io.py",
+    "builtins", "cli", "report", "diagnosis", "testing", "templates", "data", "hermes.py", "weights.py",
+    "checkpoint_io.py",
     "toolkit.py", "api.py", "catalog.py", "rundir.py", "durable.py", "config/upstream.py",
 )  # fmt: skip
 """What of miles/ is not the spine."""

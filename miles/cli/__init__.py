@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": ("miles.cli.evaluate", "evaluate a checkpoint: the same arguments, and --checkpoint PATH"),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
+    "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
 }
 """Command -> module with `run(call: Call) -> int`, and one line of help."""
 

@@ -1,55 +1,62 @@
-"""Everything that can be wrong with what is installed, found by loading and importing all of it."""
+"""`miles doctor`: what is installed here, what is missing, and for what."""
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Iterator
 
-from miles.config.faults import Fault, Origin
-from miles.config.leaves import flag_table
-from miles.config.settings import Flattener, fixed_origin
-from miles.errors import MilesError
-from miles.kinds import KINDS
-from miles.options import options_of
-from miles.plugins import Plugins, Registration
-from miles.registry import Registry
-from miles.targets import import_target
+from miles.cli import Call
+from miles.diagnosis.report import Doctor, Report
+from miles.errors import ConfigError
+
+HELP = """usage: miles doctor [--json] [--all] [--online]
+
+Looks at packages, plugins, accelerators, the machine, disks and the environment, and says what can be done here.
+Exit code 0 when examples/quickstart can run on this machine's CPU, else 1.
+  --json      everything as JSON, facts included
+  --all       absent optional parts, too, that nothing installed could use
+  --online    ask the hub whether it answers; nothing is connected to without it"""
+SHOWN = {"ok": "ok", "info": "-", "warn": "WARN", "missing": "missing", "fault": "FAULT"}
+WIDTH = 118
 
 
-def diagnose(plugins: Plugins) -> list[str]:
-    """One line for each fault: of loading, of names, of presets, of flags and options, of targets."""
-    registry = Registry(plugins)
-    report = [str(fault) for fault in plugins.faults]
-    report += [str(conflict) for conflict in registry.conflicts()]
-    for kind, about in KINDS.items():
-        for offer in registry.offers(kind):
-            who = f"{about.singular} {offer.name!r} of {offer.plugin}"
-            if about.protocol is None:
-                report += [f"{who}: {fault}" for fault in _preset_faults(offer)]
-            else:
-                report += [f"{who}: {fault}" for fault in _component_faults(offer, who)]
-    return report
+def run(call: Call) -> int:
+    """Examine and print."""
+    if call.help:
+        print(HELP)
+        return 0
+    as_json, everything, online = call.take("--json"), call.take("--all"), call.take("--online")
+    if call.words:
+        raise ConfigError(f"miles doctor does not take {call.words[0]!r}; see `miles doctor --help`")
+    report = Doctor(call.blocked, online).examine()
+    print(json.dumps(report.as_json(), indent=2) if as_json else "\n".join(_lines(report, everything)))
+    return report.exit_code
 
 
-def _preset_faults(offer: Registration) -> list[Fault]:
-    faults: list[Fault] = []
-    flattener = Flattener(faults, lambda kind, thing: "")
-    list(flattener.mapping(offer.value, fixed_origin(Origin("preset", f"preset {offer.name!r}"))))
-    return faults
+def _lines(report: Report, everything: bool) -> Iterator[str]:
+    for section in report.sections:
+        findings = [f for f in section.findings if everything or f.facts.get("usable", True) or f.mark != "missing"]
+        if not findings:
+            continue
+        yield section.name
+        width = min(max(len(finding.name) for finding in findings), 20)
+        for finding in findings:
+            lead = f"  {SHOWN[finding.mark]:<8}{finding.name:<{width}}  "
+            yield from _wrapped(lead, finding.found)
+            if finding.remedy:
+                yield from _wrapped(" " * (width + 12) + "do: ", finding.remedy)
+        yield ""
+    yield "what can be done here"
+    for verdict in report.verdicts:
+        yield from _wrapped(
+            f"  {'yes' if verdict.can else 'no':<8}", verdict.what + (f": {verdict.why}" if verdict.why else "")
+        )
 
 
-def _component_faults(offer: Registration, who: str) -> Iterator[str]:
-    component = offer.value
-    try:
-        options = options_of(component.options)
-    except MilesError as error:
-        yield str(error)
-        return
-    for flag, option in component.flags.items():
-        if flag in flag_table():
-            yield f"its flag {flag} is already that of {flag_table()[flag].dotted}"
-        if option not in options:
-            yield f"its flag {flag} stands for {option!r}, which is none of its options"
-    try:
-        import_target(component.target, who)
-    except MilesError as error:
-        yield str(error).removeprefix(f"{who}: ")
+def _wrapped(lead: str, text: str) -> list[str]:
+    """Text behind a lead, its further lines below where it began."""
+    return textwrap.wrap(
+        " ".join(text.split()), max(WIDTH, len(lead) + 40), initial_indent=lead, subsequent_indent=" " * len(lead),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from miles.cli import Call
-from miles.cli.doctor import diagnose
+from miles.diagnosis.components import diagnose
 from miles.errors import ConfigError
 from miles.kinds import KINDS
 from miles.plugins import Plugins, Registration, load_plugins

@@ -1,47 +1,185 @@
-"""`miles plugins doctor` finds every fault, not the first."""
+"""`miles doctor`, and `miles plugins doctor`, on sound and on broken machines."""
 
-import types
+import copy
+import json
+import shutil
+import time
+from collections import namedtuple
+from importlib.metadata import version
 
-from miles.api import Component, hookimpl
-from miles.builtins.options import PpoClipOptions
-from miles.cli.doctor import diagnose
+import pytest
+
+from miles.config.components import components_of
+from miles.config.load import resolve
+from miles.diagnosis import accelerator, installed, probe, report
+from miles.kinds import KINDS
 from miles.plugins import load_plugins
 
-
-class Ill(types.SimpleNamespace):
-    __name__ = "ill"
-
-    @hookimpl
-    def miles_register_rewards(self):
-        return {
-            "no_module": Component("no_such_module_at_all:f"),
-            "no_attribute": Component("json:dumpz"),
-            "strange_options": Component("json:dumps", options=int),
-            "taken_flag": Component("json:dumps", options=PpoClipOptions, flags={"--lr": "eps"}),
-            "no_option": Component("json:dumps", options=PpoClipOptions, flags={"--my-flag": "epz"}),
-            "environment": Component("json:dumps"),
-        }
-
-    @hookimpl
-    def miles_register_presets(self):
-        return {"crooked": {"algorithm": {"kl_los_coef": 1}}}
+KEYS = {"schema", "miles", "sections", "verdicts", "exit_code"}
+FINDING_KEYS = {"name", "mark", "found", "remedy", "stops", "facts"}
 
 
-def test_every_fault_is_found():
-    report = "\n".join(diagnose(load_plugins(extra=[Ill()])))
-    for words in (
-        "cannot import no_such_module_at_all",
-        "json has no attribute 'dumpz'; did you mean 'dump'?",
-        "declares options but is no dataclass",
-        "--lr is already that of optimizer.lr",
-        "'epz', which is none of its options",
-        "the reward 'environment' is claimed by plugin 'builtin' of miles",
-        "did you mean algorithm.kl_loss_coef?",
-    ):
-        assert words in report, words
+@pytest.fixture(scope="session")
+def real_facts():
+    return probe.gather()
 
 
-def test_the_command(miles, monkeypatch):
+@pytest.fixture
+def doctor(miles, real_facts, monkeypatch):
+    """`doctor(*words)` -> (exit code, report as JSON), on this machine but for `doctor.facts`."""
+    facts = copy.deepcopy(real_facts)
+    monkeypatch.setattr(probe, "gather", lambda blocked: facts)
+    monkeypatch.setattr(accelerator, "cards", list)
+
+    def doctor(*words):
+        code, out, err = miles("doctor", "--json", *words)
+        assert err == ""
+        return code, json.loads(out)
+
+    doctor.facts = facts
+    return doctor
+
+
+def verdict(seen, what):
+    (found,) = [v for v in seen["verdicts"] if v["what"] == what]
+    return found
+
+
+def finding(seen, section, name):
+    (section,) = [s for s in seen["sections"] if s["name"] == section]
+    return next(f for f in section["findings"] if f["name"] == name)
+
+
+def test_this_machine_is_sound_and_told_so_quickly(miles, monkeypatch):
+    monkeypatch.setattr(accelerator, "cards", list)
+    started = time.perf_counter()
+    code, out, err = miles("doctor")
+    seconds = time.perf_counter() - started
+    assert (code, err) == (0, "")
+    assert "  yes     train on CPU" in out
+    assert "  no      rollout engine sglang: no installed plugin offers it (that would be miles-sglang)" in out
+    assert max(map(len, out.splitlines())) <= 120
+    assert seconds < 15  # 4 here; the suite may share the machine
+
+
+def test_the_json_has_the_shape_it_promises(doctor):
+    code, seen = doctor()
+    assert code == seen["exit_code"] == 0
+    assert seen.keys() == KEYS
+    assert seen["schema"] == 1
+    for section in seen["sections"]:
+        assert section.keys() == {"name", "findings"}
+        for one in section["findings"]:
+            assert one.keys() == FINDING_KEYS
+            assert one["mark"] in ("ok", "info", "warn", "missing", "fault")
+    assert all(v.keys() == {"what", "can", "why"} for v in seen["verdicts"])
+    assert all(v["can"] == (v["why"] == "") for v in seen["verdicts"])
+
+
+def test_no_torch(doctor):
+    error = {"error": "ModuleNotFoundError: No module named 'torch'"}
+    doctor.facts |= {"torch": error, "compute": error}
+    for one in doctor.facts["components"]["components"]:
+        if one["name"] == "torch":
+            one["faults"] = ["cannot import miles.builtins.torch_engine.engine: " + error["error"]]
+    code, seen = doctor()
+    assert code == 1
+    assert "No module named 'torch'" in verdict(seen, "train on CPU")["why"]
+    assert not verdict(seen, "rollout engine torch")["can"]
+    assert verdict(seen, "rollout engine none")["can"]
+    assert "pip install" in finding(seen, "accelerator", "torch")["remedy"]
+
+
+def test_a_transformers_of_the_wrong_version(doctor, monkeypatch):
+    monkeypatch.setattr(installed, "version", lambda name: "4.57.1" if name == "transformers" else version(name))
+    code, seen = doctor()
+    assert code == 1
+    assert verdict(seen, "train on CPU")["why"] == ("transformers: 4.57.1 is outside <5.18,>=5.12, which miles needs")
+    assert finding(seen, "packages", "transformers")["remedy"] == "pip install 'transformers<5.18,>=5.12'"
+
+
+def test_a_transformers_that_is_broken(doctor):
+    doctor.facts["transformers"] = {"error": "ImportError: cannot import name 'is_flax_available'"}
+    code, seen = doctor()
+    assert code == 1
+    assert "is_flax_available" in verdict(seen, "train on CPU")["why"]
+
+
+def test_a_plugin_that_does_not_load(doctor, tmp_path, monkeypatch):
+    info = tmp_path / "site" / "miles_ill-0.3.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: miles-ill\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[miles]\nill = no_such_module_at_all\n")
+    monkeypatch.syspath_prepend(str(info.parent))
+    code, seen = doctor()
+    assert code == 1
+    why = verdict(seen, "train on CPU")["why"]
+    assert "plugin 'ill' of miles-ill 0.3 (no_such_module_at_all) could not be loaded" in why
+    code, seen = doctor("-p", "no:ill")
+    assert code == 0
+    assert finding(seen, "plugins", "ill")["found"] == "left out"
+
+
+def test_a_component_that_cannot_be_imported_matters_where_it_is_used(doctor):
+    components = {(one["kind"], one["name"]): one for one in doctor.facts["components"]["components"]}
+    components["trackers", "wandb"]["faults"] = ["cannot import miles_wandb.tracker: ..."]
+    code, seen = doctor()
+    assert code == 0
+    assert finding(seen, "components", components["trackers", "wandb"]["title"])["mark"] == "fault"
+    components["rewards", "exact_match"]["faults"] = ["cannot import miles_math: ..."]
+    code, seen = doctor()
+    assert code == 1
+    assert "cannot import miles_math" in verdict(seen, "train on CPU")["why"]
+
+
+def test_a_full_disk(doctor, monkeypatch):
+    full = namedtuple("Usage", "total used free")(100 << 30, 100 << 30, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    code, seen = doctor()
+    assert code == 1
+    assert "full" in verdict(seen, "train on CPU")["why"]
+
+
+def test_a_gpu_and_a_torch_for_the_cpu(doctor, monkeypatch):
+    card = accelerator.Card("NVIDIA H100", "81559", "81000", "570.86", "9.0")
+    monkeypatch.setattr(accelerator, "cards", lambda: [card])
+    doctor.facts["torch"] |= {"version": "2.13.0+cpu", "cuda_build": None, "cuda_available": False, "devices": []}
+    code, seen = doctor()
+    assert code == 0  # the quickstart needs no GPU
+    expected = "nvidia-smi sees 1 (NVIDIA H100), but torch 2.13.0+cpu is built for the CPU alone"
+    assert verdict(seen, "train on GPU")["why"] == f"gpu: {expected}"
+
+
+def test_a_check_that_crashes_is_a_line_of_the_report(doctor, monkeypatch):
+    monkeypatch.setattr("miles.diagnosis.machine.memory", lambda: 1 / 0)
+    code, seen = doctor()
+    assert code == 0
+    assert "this check crashed: ZeroDivisionError" in finding(seen, "machine", "memory")["found"]
+    assert finding(seen, "machine", "cpu")["mark"] in ("ok", "warn")
+
+
+def test_what_the_quickstart_is_made_of_is_what_is_asked_for():
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "examples" / "quickstart"
+    used = set()
+    for name in ("sft.yaml", "grpo.yaml"):
+        config = resolve([folder / name], (), load_plugins(), purpose="show").config
+        used |= {(use.kind, use.name) for use in components_of(config)}
+    used = {(kind, name) for kind, name in used if name not in KINDS[kind].words}
+    chosen = {kind for kind, _ in report.QUICKSTART - used}
+    assert used <= report.QUICKSTART
+    assert chosen <= {"bridges", "chat_formats", "generate_functions"}  # what `auto` finds
+
+
+def test_words_that_it_does_not_take(miles):
+    code, _, err = miles("doctor", "--jsn")
+    assert code == 2
+    assert "miles doctor does not take '--jsn'" in err
+    assert "usage: miles doctor" in miles("doctor", "--help")[1]
+
+
+def test_the_doctor_of_plugins(miles, monkeypatch):
     monkeypatch.setattr("miles.cli.plugins.diagnose", lambda plugins: ["one is ill"])
     code, out, _ = miles("plugins", "doctor")
     assert code == 2

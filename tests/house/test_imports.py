@@ -10,7 +10,7 @@ import pytest
 
 LAYERS = [
     {"__main__", "cli"},
-    {"jobs"},
+    {"jobs", "diagnosis"},
     {"loop", "run", "build"},
     {
         "toolkit",
