@@ -41,6 +41,9 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "trackers": {"miles-wandb": ("wandb",)},
 }
 
+MADE = frozenset({"miles-grpo", "miles-llama", "miles-math", "miles-qwen", "miles-wandb"})
+"""Those of these distributions that exist in this version."""
+
 
 def provider(kind: str, name: str) -> str | None:
     """The distribution of ours that offers `name`, if one does."""

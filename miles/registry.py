@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from miles.catalog import provider
+from miles.catalog import MADE, provider
 from miles.component import Component
 from miles.conformance import check_result, construct, options_type
 from miles.errors import ConfigError, MilesError, PluginConflictError, UnknownNameError
@@ -126,8 +126,10 @@ class Registry:
         known = self.names(kind.name)
         distribution = provider(kind.name, bare)
         close = get_close_matches(bare, known, n=2)
-        if distribution:
+        if distribution in MADE:
             lines.append(f"{distribution} does: pip install {distribution}")
+        elif distribution:
+            lines.append(f"it is planned as {distribution}, which is not in this version")
         module, _, attribute = bare.rpartition(".")
         if kind.protocol is not None and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
             lines.append(f"a function or class of a module is written with a colon: {module}:{attribute}")

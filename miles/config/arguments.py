@@ -11,7 +11,7 @@ from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.settings import Flattener, Setting, fixed_origin
-from miles.config.upstream import reply_to
+from miles.config.upstream import Answer, answer_to
 from miles.config.values import Text, from_text
 from miles.options import options_of
 from miles.registry import Registry
@@ -43,6 +43,7 @@ class _Reader:
         self._flattener = flattener
         self._component_flags = component_flags(registry)
         self._out = Arguments(faults=flattener.faults)
+        self._answered: dict[Answer, list[str]] = {}
 
     def read(self) -> Arguments:
         while self._left:
@@ -52,6 +53,8 @@ class _Reader:
                 continue
             flag, equals, text = word.partition("=")
             self._one(flag, text if equals else None)
+        for answer, flags in self._answered.items():
+            self._fault(", ".join(dict.fromkeys(flags)), answer.problem, answer.remedy)
         return self._out
 
     def _one(self, flag: str, text: str | None) -> None:
@@ -141,9 +144,9 @@ class _Reader:
         return True if not words else Text(words[0]) if len(words) == 1 else [from_text(w, Any) for w in words]
 
     def _unknown(self, flag: str) -> None:
-        reply = reply_to(flag)
-        if reply is not None:
-            self._fault(flag, "is a flag of slime and Miles that is spelt or done otherwise here", reply)
+        answer = answer_to(flag)
+        if answer is not None:
+            self._answered.setdefault(answer, []).append(flag)
             return
         known = {*flag_table(), *self._component_flags, EVAL_PROMPT_DATA}
         close = get_close_matches(flag, known, n=2, cutoff=0.7)
@@ -190,11 +193,8 @@ def component_flags(registry: Registry) -> dict[str, Any]:
 
 
 def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:
-    """(engine, option) of a flag `--<engine>-<option>`, for any engine that is installed or known."""
-    from miles.catalog import PROVIDERS
-
-    known = {*registry.names("rollout_engines"), *(n for names in PROVIDERS["rollout_engines"].values() for n in names)}
-    for name in sorted(known, key=len, reverse=True):
+    """(engine, option) of a flag `--<engine>-<option>`, for any engine that is installed."""
+    for name in sorted(registry.names("rollout_engines"), key=len, reverse=True):
         prefix = f"--{name.replace('_', '-')}-"
         if flag.startswith(prefix) and len(flag) > len(prefix):
             return name, flag[len(prefix) :].replace("-", "_")

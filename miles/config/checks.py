@@ -209,6 +209,14 @@ def _evaluation(c: _Checked) -> Iterator[Fault]:
         )
 
 
+def _export(c: _Checked) -> Iterator[Fault]:
+    try:
+        (c.config.checkpoint.save_hf or "").format(step=0)
+    except (LookupError, ValueError) as error:
+        problem = f"cannot be filled in ({type(error).__name__}: {error}): only {{step}} is replaced"
+        yield c.fault("checkpoint.save_hf", problem, "such as --save-hf hf/{step}")
+
+
 def _needs(c: _Checked) -> Iterator[Fault]:
     """What components need of the core is there. Components that need an environment stand in sets that have one."""
     sets = {f"{where}.{task_set.name}": task_set for where, task_set in _all_sets(c.config)}
@@ -248,7 +256,19 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
             )
 
 
-_CHECKS = (_plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _needs, _routing_replay)
+_CHECKS = (
+    _plugins,
+    _kl,
+    _losses,
+    _sampling,
+    _lengths,
+    _modes,
+    _optimizer,
+    _evaluation,
+    _export,
+    _needs,
+    _routing_replay,
+)
 
 
 # ---------------------------------------------------------------------------------------- what must be there, and when

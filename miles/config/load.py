@@ -15,12 +15,13 @@ from pydantic import ValidationError
 
 from miles.config.arguments import component_flags, engine_of, read_arguments
 from miles.config.checks import check
-from miles.config.components import components_of, read_texts, uses_in
+from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
 from miles.config.leaves import Path, children, flag_table, leaf_above, leaves
 from miles.config.schema import Config
 from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
 from miles.config.tree import Tree
+from miles.config.upstream import known_name
 from miles.config.yaml_file import read_yaml
 from miles.errors import ConfigError, MilesError
 from miles.kinds import KINDS
@@ -282,12 +283,21 @@ class _Resolution:
                 read_texts(options, component.options if component else None)
                 faults = self.registry.check(use.kind, use.name, options)
             except MilesError as error:
-                self._fault(use.path, str(error), "", use.name, origin)
+                self._unknown_name(use, str(error), origin)
                 continue
             for fault in faults:
                 path = (*use.path, *(fault.key.split(".") if fault.key else ()))
                 place = tree.origin((*use.path, "options", *fault.key.split(".")) if fault.key else use.path)
                 self._fault(path, f"{KINDS[use.kind].singular} {use.name!r}: {fault.problem}", "", fault.value, place)
+
+    def _unknown_name(self, use: Use, problem: str, origin: Origin) -> None:
+        answer = known_name(use.kind, use.name)
+        if answer is None:
+            self._fault(use.path, problem, "", use.name, origin)
+        elif answer.fate == "replaced":
+            self._fault(use.path, problem, answer.text, use.name, origin)
+        else:
+            self._fault(use.path, answer.problem, "name another component", use.name, origin)
 
     # ------------------------------------------------------------------------------------------------------- the whole
 

@@ -1,60 +1,73 @@
-"""What to use here instead of flags of slime and Miles that are spelt or done otherwise.
+"""What becomes here of the flags of slime and Miles that are not accepted as they are.
 
-Data only. A flag is `renamed` (another spelling, same meaning), `replaced` (done in another way), `elsewhere` (declared
-by a plugin that is not installed) or `absent` (not supported, with the reason). Flags that are accepted as they are do
-not stand here; a test holds this table against upstream's list.
+Data, and the one place for it: the command line answers with it, and scripts/migrating.py prints it into
+docs/migrating.md. A flag that stands here may still be declared by a plugin that is installed; it is then accepted.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Literal
+
+FateOfFlag = Literal["renamed", "replaced", "not in this version", "not supported"]
+VALUE = "VALUE"
+"""In the new spelling of a flag: its value, as it was."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to do instead of a flag."""
+
+    fate: FateOfFlag
+    text: str
+    """What to write (renamed), how it is done (replaced), what it belongs to, or why not."""
+
+    @property
+    def problem(self) -> str:
+        """Why the flag is refused."""
+        if self.fate == "renamed":
+            return "is called otherwise here than in slime and Miles"
+        if self.fate == "replaced":
+            return "is done otherwise here than in slime and Miles"
+        return f"is {self.fate}: {self.text}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do instead."""
+        if self.fate == "renamed":
+            return f"write {self.text}"
+        return self.text if self.fate == "replaced" else "leave it out"
+
 
 RENAMED: dict[str, str] = {
     "offload": "--offload-train --offload-rollout",
     "skip-eval-before-train": "--no-eval-before-train",
     "calculate-per-token-loss": "--loss-aggregation token_mean",
-    "fully-async": "--rollout-mode fully_async",
     "use-rollout-logprobs": "--old-logprobs rollout",
-    "skip-actor-forward-only": "--old-logprobs rollout",
-    "use-routing-replay": "--routing-replay r2",
-    "use-rollout-routing-replay": "--routing-replay r3",
-    "use-tis": "--is-correction tis",
-    "custom-tis-function-path": "--is-correction my_module:my_function",
-    "custom-loss-function-path": "--policy-loss my_module:my_function",
-    "custom-advantage-function-path": "--advantage-estimator my_module:my_function",
-    "custom-rm-path": "--rm-type my_module:my_function",
-    "custom-generate-function-path": "--generate my_module:my_function",
-    "dynamic-sampling-filter-path": "--rollout-filters agreeing_rewards, or my_module:my_filter",
-    "data-source-path": "--data-source my_module:MySource",
-    "eval-function-path": "--evaluator my_module:MyEvaluator",
-    "multimodal-keys": "--image-key",
-    "use-tensorboard": "--tracking jsonl,tensorboard",
-    "use-wandb": "--tracking jsonl,wandb",
-    "dump-details": "--run-dir: every run writes metrics.jsonl and rollouts/ there",
-    "num-gpus-per-node": "--actor-num-gpus-per-node",
-    "reward-key": "a reward returns named parts, among which `reward` is the scalar",
-    "eval-reward-key": "a reward returns named parts, among which `reward` is the scalar",
-    "custom-config-path": "miles train CONFIG.yaml [MORE.yaml ...]",
-    "eval-config": "the section eval.sets of a config file",
-    "ref-ckpt-step": "--ref-load, with the checkpoint itself",
-    "start-rollout-id": "--resume: a run goes on from its newest checkpoint; --resume never starts anew",
-    "disable-rollout-global-dataset": "--data-source my_module:MySource",
-    "max-seq-len": "--rollout-max-context-len",
-    "eval-max-context-len": "--rollout-max-context-len",
-    "eval-max-prompt-len": "--rollout-max-prompt-len",
-    "optimizer": "nothing: the optimizer is AdamW",
+    "disable-grpo-std-normalization": "--no-grpo-std-normalization",
+    "use-tensorboard": "--tracking tensorboard",
+    "use-wandb": "--tracking wandb",
+    "wandb-run-name": "--run-name VALUE",
+    "max-seq-len": "--rollout-max-context-len VALUE",
+    "bf16": "--train-dtype bf16",
 }
-"""Flag -> what to write instead."""
+"""Flag -> the words that mean the same."""
 
 REPLACED: tuple[tuple[str, str], ...] = (
-    ("the loss has a name of its own: --policy-loss sft, or another name", "loss-type"),
-    ("--kl-loss-coef above 0 is enough", "use-kl-loss"),
-    ("--advantage-estimator dr_grpo does not divide by the standard deviation", "disable-grpo-std-normalization"),
-    ("normalisation belongs to the estimator: name one without it", "disable-rewards-normalization"),
-    ("--policy-loss sft needs no advantages", "disable-compute-advantages-and-returns"),
+    # ------------------------------------------------------------------------------------------- functions of one's own
+    ("--rm-type my_module:my_reward; see docs/migrating.md for what it gets and returns", "custom-rm-path"),
+    ("--generate my_module:my_generate", "custom-generate-function-path"),
+    ("--policy-loss my_module:my_loss: a loss for each token; the core averages", "custom-loss-function-path"),
+    ("--is-correction my_module:my_correction", "custom-tis-function-path"),
+    ("--advantage-estimator my_module:my_estimator", "custom-advantage-function-path"),
+    ("--rollout-filters agreeing_rewards, or my_module:my_filter", "dynamic-sampling-filter-path"),
+    ("--data-source my_module:MySource", "data-source-path disable-rollout-global-dataset"),
+    ("--evaluator my_module:MyEvaluator", "eval-function-path"),
     ("--loss-aggregation names the reducer", "custom-pg-loss-reducer-function-path"),
     ("a reward with the method `score_group(group)` judges a group at once", "group-rm"),
-    ("a reward is any async function or class, and may call a server: --rm-type my_module:MyReward", "rm-url"),
+    ("a reward may be an async function that asks a server: --rm-type my_module:my_reward", "rm-url"),
+    ("a reward returns named parts, among which `reward` is the scalar", "reward-key eval-reward-key"),
     (
         "implement the hook miles_modify_samples in a plugin",
         "custom-reward-post-process-path rollout-sample-filter-path rollout-sample-hook-path "
@@ -71,187 +84,321 @@ REPLACED: tuple[tuple[str, str], ...] = (
         "custom-megatron-before-log-prob-hook-path custom-megatron-before-train-step-hook-path",
     ),
     (
-        "write a generate function or an environment: --generate my_module:f, --environment my_module:MyWorld",
-        "rollout-function-path custom-agent-function-path generate-tool-specs-path generate-tool-call-parser "
-        "generate-execute-tool-function-path",
+        "write a generate function (--generate my_module:f) or an environment (--environment my_module:MyWorld)",
+        "rollout-function-path generate-tool-specs-path generate-tool-call-parser generate-execute-tool-function-path",
     ),
+    ("a bridge (--bridge) or a train backend (--train-backend) of your own", "custom-model-provider-path spec"),
+    ("--model-transforms my_module:MyTransform says what is trainable", "only-train-params-name-list "
+     "freeze-params-name-list freeze-indexer"),
+    # ---------------------------------------------------------------------------------------------------- the algorithm
+    ("--preset sft for `sft_loss`, --policy-loss NAME for another loss; leave `policy_loss` out", "loss-type"),
+    ("leave it out: --kl-loss-coef above 0 is enough", "use-kl-loss"),
+    ("--preset sft needs no advantages", "disable-compute-advantages-and-returns"),
+    ("an estimator that takes rewards as they are: --advantage-estimator my_module:f", "disable-rewards-normalization"),
+    ("leave it out: --old-logprobs auto, the default, saves the pass where one optimizer step follows each rollout",
+     "skip-actor-forward-only"),
+    ("leave it out: rollout and trainer are compared in every run, by a real recomputation",
+     "get-mismatch-metrics"),
+    ("leave it out: train/entropy is a metric of every run", "use-rollout-entropy observe-training-entropy"),
+    # ------------------------------------------------------------------------------------------------------ model, data
+    ("leave it out: the model's shape is read from the config of --hf-checkpoint",
+     "swiglu num-layers hidden-size ffn-hidden-size num-attention-heads group-query-attention num-query-groups "
+     "kv-channels qk-layernorm normalization norm-epsilon apply-layernorm-1p use-rotary-position-embeddings "
+     "position-embedding-type no-position-embedding rotary-base rotary-percent rotary-interleaved "
+     "rotary-scaling-factor use-rope-scaling mscale mscale-all-dim max-position-embeddings seq-length "
+     "disable-bias-linear add-qkv-bias untie-embeddings-and-output-weights vocab-size make-vocab-size-divisible-by "
+     "padded-vocab-size attention-output-gate use-gated-attention post-self-attn-layernorm post-mlp-layernorm "
+     "multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim qk-pos-emb-head-dim v-head-dim num-experts "
+     "moe-layer-freq moe-ffn-hidden-size moe-shared-expert-intermediate-size moe-shared-expert-gate moe-router-topk "
+     "moe-router-topk-scaling-factor moe-router-num-groups moe-router-group-topk moe-router-score-function "
+     "moe-router-dtype moe-router-pre-softmax moe-router-enable-expert-bias"),
+    ("leave it out: the config of --hf-checkpoint says how a router is balanced (router_aux_loss_coef)",
+     "moe-aux-loss-coeff moe-router-load-balancing-type moe-router-bias-update-rate"),
+    ("leave it out: --bridge, or the checkpoint's own model type, names the family", "megatron-to-hf-mode model-name"),
+    ("--ref-load, with the checkpoint itself", "ref-ckpt-step"),
+    ("--load, with the checkpoint itself", "ckpt-step"),
+    ("leave it out: --load takes weights alone; the run directory's own checkpoints, everything",
+     "finetune no-load-optim no-load-rng use-checkpoint-lr-scheduler override-lr-scheduler"),
+    ("leave it out: a run goes on from its newest checkpoint; --resume never starts anew", "start-rollout-id"),
     ("chat formats are components: --chat-format NAME", "chat-template-path loss-mask-type tito-model"),
-    (
-        "tokens of the model are never tokenised again, in any generate function: there is nothing to turn on",
-        "use-session-server session-server-ip session-server-port session-message-matcher "
-        "session-sample-picker-path session-sample-postprocessor-path",
-    ),
-    (
-        "mismatch between rollout and trainer is measured in every run, from a real recomputation",
-        "get-mismatch-metrics use-rollout-entropy observe-training-entropy",
-    ),
-    ("weights are compared through log-probs after a sync: --weight-sync-verify", "check-weight-update-equal"),
-    (
-        "--weight-sync-verify and --weight-sync-tolerance say how weights are compared",
-        "check-weight-update-selector check-weight-update-skip-list check-weight-update-allow-quant-error "
-        "check-lora-weight-equal save-local-weight-checksum",
-    ),
-    ("micro-batches are always balanced by tokens over ranks", "balance-data balance-by-flops"),
-    ("sizes need not divide: --incomplete-groups and --max-failed-fraction", "allow-partial-train-step"),
-    ("--incomplete-groups says what becomes of them", "disable-rollout-trim-samples use-dynamic-global-batch-size"),
+    ("--rollout-max-context-len and --rollout-max-prompt-len hold for evaluation too",
+     "eval-max-context-len eval-max-prompt-len"),
+    ("the section eval.sets of a config file: miles train CONFIG.yaml", "eval-config"),
+    ("config files come first on the command line: miles train CONFIG.yaml [MORE.yaml ...]",
+     "custom-config-path config"),
+    ("leave it out: special tokens stay in the token stream; text is decoded without them",
+     "rollout-skip-special-tokens"),
+    # --------------------------------------------------------------------------------------------- optimizer and memory
+    ("leave it out: the optimizer is AdamW", "optimizer"),
+    ("--lr-warmup-iters, in optimizer steps", "lr-warmup-fraction warmup-ratio"),
+    ("leave it out: the number of steps follows from --num-rollout or --num-epoch", "train-iters"),
+    ("leave it out: dropout is off", "attention-dropout hidden-dropout"),
+    ("--gradient-checkpointing", "recompute-granularity recompute-method recompute-num-layers"),
+    ("--attention sdpa, flex or flash", "attention-backend attn-implementation"),
+    ("--log-probs-chunk-size bounds the logits that exist at once", "recompute-loss-function"),
+    ("leave it out: Megatron's kernels are not used",
+     "accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 transformer-impl no-rope-fusion "
+     "no-masked-softmax-fusion no-gradient-accumulation-fusion moe-token-dispatcher-type moe-enable-deepep "
+     "moe-grouped-gemm moe-permute-fusion moe-token-drop-policy enable-experimental"),
+    ("leave it out: samples are packed end to end, without padding", "qkv-format data-pad-size-multiplier"),
+    ("leave it out: micro-batches are packed by tokens (--max-tokens-per-gpu)", "balance-data balance-by-flops"),
+    ("--max-nonfinite-steps says how many steps with NaN are skipped before the run stops",
+     "no-check-for-nan-in-loss-and-grad"),
+    # ------------------------------------------------------------------------------------------------- rollout, batches
+    ("--num-steps-per-rollout instead of --global-batch-size: that many steps, whatever the batch came to",
+     "allow-partial-train-step use-dynamic-global-batch-size"),
+    ("leave it out: nothing is trimmed; --incomplete-groups says what becomes of groups with failed samples",
+     "disable-rollout-trim-samples"),
+    ("leave it out: tokens of the model are never tokenised again, in any generate function",
+     "session-message-matcher session-sample-picker-path session-sample-postprocessor-path"),
+    ("leave it out: log-probs of engine and trainer are compared after the first sync (--weight-sync-verify, "
+     "--weight-sync-tolerance)",
+     "check-weight-update-equal check-weight-update-selector check-weight-update-skip-list "
+     "check-weight-update-allow-quant-error check-lora-weight-equal save-local-weight-checksum"),
+    # ------------------------------------------------------------------------------------- checkpoints, logs, debugging
+    ("send SIGTERM: the run saves and stops; the same command goes on", "save-trigger-sentinel"),
     ("--num-rollout 1", "debug-exit-after-rollout"),
     ("--lr 0 trains nothing", "debug-disable-optimizer"),
-    ("a run with --rollout-engine none trains on data alone", "debug-train-only load-debug-rollout-data"),
+    ("--preset sft, or --rollout-engine none: trains on data alone", "debug-train-only"),
     ("miles eval generates and judges without training", "debug-rollout-only"),
+    ("leave it out: samples of every step are in rollouts/ of the run directory (--dump-samples)",
+     "save-debug-rollout-data save-debug-trajectory-data save-debug-train-data log-multi-turn log-correct-samples"),
+    ("leave it out: metrics and samples of every step are in the run directory (--run-dir)",
+     "dump-details save-debug-event-data use-miles-dashboard"),
+    ("leave it out: every named part of a reward is a metric", "log-reward-category"),
+    ("leave it out: pass@k is reported where several samples are drawn; --eval-pass-k names other k", "log-passrate"),
+    ("leave it out: versions of everything are in plugins.json and summary.json of the run directory", "env-report"),
+    ("leave it out: event files stand in the run directory (--run-dir)",
+     "tb-project-name tb-experiment-name tensorboard-dir"),
+    ("install the plugin miles-wandb, which declares it",
+     "wandb-project wandb-team wandb-group wandb-mode wandb-host wandb-dir wandb-run-id"),
+    ("WANDB_API_KEY in the environment, or `wandb login`", "wandb-key"),
+    ("leave it out: a run is called --run-name, and its steps are rollout steps",
+     "disable-wandb-random-suffix wandb-always-use-train-step"),
+    ("a tracker of your own: --tracking my_module:MyTracker",
+     "use-mlflow mlflow-tracking-uri mlflow-experiment-name mlflow-run-name mlflow-run-id use-prometheus "
+     "prometheus-port prometheus-run-name"),
+    ("the profilers of torch, started in the hook miles_on_worker_start of a plugin",
+     "memory-snapshot-dir memory-snapshot-num-steps memory-snapshot-path profile-target memory-recorder "
+     "record-memory-history use-pytorch-profiler profile-step-start profile-step-end"),
+    ("environment variables are set in the shell: everything runs in one process", "train-env-vars"),
+    ("HTTP_PROXY in the environment", "http-proxy"),
+)  # fmt: skip
+"""(how it is done here, flags)."""
+
+LATER: tuple[tuple[str, str], ...] = (
     (
-        "samples of every step are in rollouts/ of the run directory: --dump-samples",
-        "save-debug-rollout-data save-debug-trajectory-data save-debug-train-data log-multi-turn log-correct-samples",
+        "images in prompts (a row that has any is an error)",
+        "multimodal-keys",
     ),
-    ("metrics of every step are in metrics.jsonl of the run directory", "save-debug-event-data log-reward-category"),
-    ("pass@k is always reported where several samples are drawn: --eval-pass-k", "log-passrate"),
-    ("versions of everything are in summary.json of the run directory", "env-report"),
     (
-        "--model-transforms my_module:MyTransform says what is trainable",
-        "only-train-params-name-list freeze-params-name-list freeze-indexer",
+        "LoRA (miles-lora)",
+        "lora-rank lora-alpha lora-dropout lora-type target-modules exclude-modules lora-adapter-path "
+        "lora-sync-from-tensor lora-base-cpu-backup lora-train-only experts-shared-outer-loras",
     ),
-    ("a bridge names a model family in every world: --bridge", "megatron-to-hf-mode model-name"),
-    ("a bridge or a train backend of your own", "custom-model-provider-path"),
     (
-        "engines belong to a rollout engine's options: --rollout.engine.OPTION=VALUE",
+        "training several adapters at once",
+        "multi-lora-n-adapters multi-lora-adapter multi-lora-idle-poll-s multi-lora-http-server-path "
+        "multi-lora-backend-path multi-lora-api-port multi-lora-disable-service-mode "
+        "multi-lora-max-adapter-global-batch-size multi-lora-max-coalesce-wait-s multi-lora-max-empty-wait-s",
+    ),
+    (
+        "distillation from a teacher (miles-distillation)",
+        "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
+        "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
+    ),
+    (
+        "PPO with a critic (miles-ppo)",
+        "critic-num-nodes critic-num-gpus-per-node critic-load critic-save critic-lr critic-lr-warmup-iters "
+        "num-critic-only-steps value-clip gamma lambd",
+    ),
+    ("named corrections of importance (miles-is-correction)", "use-tis tis-clip tis-clip-low"),
+    (
+        "replay of expert choices (miles-routing-replay)",
+        "use-routing-replay use-rollout-routing-replay use-indexer-replay use-rollout-indexer-replay",
+    ),
+    (
+        "training that equals the rollout bit for bit (miles-true-on-policy)",
+        "true-on-policy-mode recompute-logprobs-via-prefill debug-deterministic-collective",
+    ),
+    ("8-bit training (miles-fp8)", "fp8-format fp8-recipe fp8-param-gather first-last-layers-bf16 "
+     "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
+    (
+        "the train backend Megatron and what it divides a model by (miles-megatron)",
+        "tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
+        "expert-tensor-parallel-size sequence-parallel decoder-first-pipeline-num-layers "
+        "decoder-last-pipeline-num-layers use-distributed-optimizer optimizer-cpu-offload "
+        "overlap-cpu-optimizer-d2h-h2d use-precision-aware-optimizer linear-attention-backend "
+        "miles-dsa-topk-backend dsa-attention-backend allgather-cp megatron-config-path "
+        "megatron-deepgemm-forward-layers megatron-deepgemm-forward-modules megatron-deepgemm-moe-forward-layers "
+        "megatron-deepgemm-moe-forward-modules qwen-gdn-backend stream-optimizer-state-to-disk "
+        "stream-optimizer-state-moment-dtype use-stateless-adam rematerialize-param-from-master-weight "
+        "check-rematerialize-param-from-master-weight enable-mtp-training mtp-num-layers mtp-loss-scaling-factor",
+    ),
+    (
+        "workers in several processes (miles-ray)",
+        "object-store-backend mooncake-store-init-kwargs mooncake-replica-num rollout-data-transport "
+        "distributed-backend distributed-timeout-minutes use-distributed-post release-train "
+        "pin-rollout-manager-to-head delay-split-train-data-by-dp dp-replicate-size num-gpus-per-node",
+    ),
+    (
+        "SGLang as the rollout engine (miles-sglang); the engine of this version, `torch`, lives in the trainer's "
+        "process",
         "rollout-num-gpus rollout-num-gpus-per-engine rollout-external rollout-external-engine-addrs "
         "prefill-num-servers use-miles-router miles-router-timeout miles-router-max-connections "
         "miles-router-health-check-failure-threshold rollout-health-check-interval rollout-health-check-timeout "
         "rollout-health-check-first-wait no-sglang-lora-use-virtual-experts",
     ),
     (
-        "transports are components with options: --weight-sync NAME, --weight_sync.transport.OPTION=VALUE",
+        "sending weights to another process; trainer and engine share one",
         "update-weight-mode update-weight-transport update-weight-disk-dir update-weight-local-checkpoint-dir "
         "update-weight-delta-encoding update-weight-delta-checksum update-weight-disk-keep-files "
         "custom-update-weight-post-write-path p2p-transfer-num-workers p2p-transfer-timeout",
     ),
-    ("executors have options: --resources.executor.OPTION=VALUE", "train-env-vars pin-rollout-manager-to-head"),
-    ("a checkpoint is always complete: model, optimizer, data position, random states", "no-save-optim"),
-    ("send SIGTERM: the run saves and stops", "save-trigger-sentinel"),
-    ("set HTTP_PROXY in the environment", "http-proxy"),
-    ("special tokens stay in the token stream; text is decoded without them", "rollout-skip-special-tokens"),
-)
-"""(how it is done here, flags)."""
-
-ELSEWHERE: tuple[tuple[str, str], ...] = (
     (
-        "miles-lora (model transform `lora`)",
-        "lora-rank lora-alpha lora-dropout lora-type target-modules exclude-modules lora-adapter-path "
-        "lora-sync-from-tensor lora-base-cpu-backup lora-train-only experts-shared-outer-loras",
+        "asynchronous rollouts",
+        "fully-async rollout-submission-granularity partial-rollout mask-offpolicy-in-partial-rollout "
+        "max-weight-staleness async-max-concurrent-samples async-data-buffer-capacity-factor "
+        "async-unused-samples-handler custom-async-data-buffer-path buffer-filter-path pause-generation-mode "
+        "keep-old-actor",
     ),
     (
-        "miles-distillation (advantage term `distillation`)",
-        "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
-        "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
+        "agents that speak to the model over HTTP",
+        "use-session-server session-server-ip session-server-port custom-agent-function-path",
     ),
     (
-        "miles-ppo (advantage estimator `gae`, a critic)",
-        "critic-num-nodes critic-num-gpus-per-node critic-load critic-save critic-lr critic-lr-warmup-iters "
-        "num-critic-only-steps value-clip gamma lambd",
-    ),
-    ("miles-is-correction (`tis`, `mis`, `icepop`, `m2po`)", "tis-clip tis-clip-low use-opsm opsm-delta"),
-    ("miles-true-on-policy", "true-on-policy-mode recompute-logprobs-via-prefill debug-deterministic-collective"),
-    (
-        "miles-wandb (tracker `wandb`)",
-        "wandb-mode wandb-dir wandb-key wandb-host wandb-team wandb-group wandb-project disable-wandb-random-suffix "
-        "wandb-always-use-train-step wandb-run-id",
-    ),
-    (
-        "miles-megatron (train backend `megatron`)",
-        "tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
-        "expert-tensor-parallel-size sequence-parallel recompute-granularity recompute-method recompute-num-layers "
-        "attention-backend attention-softmax-in-fp32 accumulate-allreduce-grads-in-fp32 optimizer-cpu-offload "
-        "overlap-cpu-optimizer-d2h-h2d use-precision-aware-optimizer attention-dropout hidden-dropout "
-        "qkv-format linear-attention-backend miles-dsa-topk-backend dsa-attention-backend allgather-cp "
-        "extra-high-precision-layers-hf extra-high-precision-layers-megatron padded-vocab-size megatron-config-path "
-        "megatron-deepgemm-forward-layers megatron-deepgemm-moe-forward-layers qwen-gdn-backend "
-        "stream-optimizer-state-to-disk stream-optimizer-state-moment-dtype use-stateless-adam "
-        "rematerialize-param-from-master-weight check-rematerialize-param-from-master-weight "
-        "data-pad-size-multiplier recompute-loss-function enable-mtp-training mtp-num-layers "
-        "mtp-loss-scaling-factor use-indexer-replay use-rollout-indexer-replay",
-    ),
-    (
-        "miles-ray (executor `ray`)",
-        "object-store-backend mooncake-store-init-kwargs mooncake-replica-num rollout-data-transport "
-        "distributed-backend distributed-timeout-minutes use-distributed-post release-train",
-    ),
-)
-"""(plugin of ours that declares it, flags). Only reached while that plugin is not installed."""
-
-ABSENT: tuple[tuple[str, str], ...] = (
-    (
-        "asynchronous rollouts (--rollout-mode) are not in this version",
-        "rollout-submission-granularity partial-rollout mask-offpolicy-in-partial-rollout max-weight-staleness "
-        "async-max-concurrent-samples async-data-buffer-capacity-factor async-unused-samples-handler "
-        "custom-async-data-buffer-path buffer-filter-path pause-generation-mode keep-old-actor",
-    ),
-    (
-        "a separate fleet for evaluation is not in this version: live engines evaluate",
+        "a separate fleet of engines for evaluation; the live engine evaluates",
         "eval-num-gpus eval-num-gpus-per-engine eval-hf-dir eval-max-in-flight eval-overflow-policy "
         "eval-keep-snapshots",
     ),
     (
-        "fault tolerance of workers is not in this version: a run that died goes on with the same command",
+        "training on dumped samples",
+        "load-debug-rollout-data load-debug-rollout-data-subsample load-forge-rollout-data",
+    ),
+    (
+        "replacing workers that died; a run that died goes on with the same command",
         "use-fault-tolerance ft-components control-server-port mini-ft-controller-enable "
-        "mini-ft-controller-poll-interval mini-ft-controller-resume-delay indep-dp ci-ft-test-actions",
+        "mini-ft-controller-poll-interval mini-ft-controller-resume-delay indep-dp",
     ),
+)  # fmt: skip
+"""(what it belongs to, flags). `(miles-x)` is the package it is planned for, which does not exist yet."""
+
+UNSUPPORTED: tuple[tuple[str, str], ...] = (
     (
-        "training several adapters at once is not in this version",
-        "multi-lora-n-adapters multi-lora-adapter multi-lora-idle-poll-s multi-lora-http-server-path "
-        "multi-lora-backend-path multi-lora-api-port multi-lora-disable-service-mode "
-        "multi-lora-max-adapter-global-batch-size multi-lora-max-coalesce-wait-s "
-        "multi-lora-max-empty-wait-s",
-    ),
-    (
-        "write a tracker: --tracking my_module:MyTracker",
-        "use-mlflow mlflow-tracking-uri mlflow-experiment-name mlflow-run-name mlflow-run-id use-prometheus "
-        "prometheus-port prometheus-run-name",
-    ),
-    ("event files stand in the run directory, under its name: --run-dir", "tb-project-name tb-experiment-name"),
-    (
-        "offloading goes to the CPU's memory only",
+        "offloading goes to the CPU's memory, whole, and only between phases (--offload-train, --offload-rollout)",
         "offload-rollout-level offload-train-target offload-train-disk-dir offload-train-disk-chunk-mb "
-        "train-memory-margin-bytes low-memory-resume",
+        "train-memory-margin-bytes low-memory-resume fsdp-cpu-offload fsdp-cpu-backend fsdp-state-dict-cpu-offload",
     ),
-    (
-        "use the profilers of torch, in the hook miles_on_worker_start",
-        "dumper-enable dumper-dir dumper-inference dumper-fwd-only dumper-fwd-bwd "
-        "dumper-source-patcher-config-inference dumper-source-patcher-config-train memory-snapshot-dir "
-        "memory-snapshot-num-steps profile-target memory-recorder record-memory-history mfu-peak-tflops",
-    ),
-    (
-        "debugging aids of upstream's own tests; the tests of miles do without",
-        "debug-skip-weight-update enable-event-analyzer enable-witness witness-buffer-size "
-        "ci-inject-rollout-data-path ci-inject-rollout-data-start-rollout-id "
-        "ci-inject-rollout-data-min-match-ratio ci-test ci-disable-kl-checker ci-disable-logprobs-checker "
-        "ci-disable-weight-update-checker ci-metric-checker-key ci-metric-checker-threshold ci-save-grad-norm "
-        "ci-load-grad-norm ci-save-model-hash ci-check-model-hash ci-train-rollout-logprob-abs-diff-threshold "
-        "load-debug-rollout-data-subsample load-forge-rollout-data",
-    ),
+    ("bf16 always keeps fp32 masters, and there is no fp16 (--train-dtype)", "fp16 disable-fp32-master"),
+    ("schedules are constant, linear or cosine, with a warm-up from 0 (--lr-decay-style)", "lr-warmup-init "
+     "lr-wsd-decay-iters lr-wsd-decay-style"),
+    ("a checkpoint is always complete: model, optimizer, data position, random states", "no-save-optim no-save-rng"),
+    ("checkpoints are written before the next step begins, in one format", "async-save ckpt-format"),
+    ("the reference model stays as it is", "ref-update-interval"),
+    ("the optimizer keeps its state over the whole run", "reset-optimizer-states"),
+    ("dropping whole sequences by their KL is a policy loss of your own: --policy-loss my_module:f",
+     "use-opsm opsm-delta"),
     (
         "an outside rollout service is a data source or a generate function of your own",
         "rollout-buffer-url fetch-trajectory-retry-times min-batch-collection-ratio rollout-task-type",
     ),
-    ("trainer and ranks split a batch in one place", "delay-split-train-data-by-dp"),
-    ("checkpoints are written before the next step begins", "async-save"),
-    ("the reference model stays as it is", "ref-update-interval"),
-    ("the optimizer keeps its state over the whole run", "reset-optimizer-states"),
-)
+    (
+        "an aid of upstream's own tests and debugging",
+        "debug-skip-weight-update enable-event-analyzer enable-witness witness-buffer-size ci-ft-test-actions "
+        "ci-inject-rollout-data-path ci-inject-rollout-data-start-rollout-id "
+        "ci-inject-rollout-data-min-match-ratio ci-test ci-disable-kl-checker ci-disable-logprobs-checker "
+        "ci-disable-weight-update-checker ci-metric-checker-key ci-metric-checker-threshold ci-save-grad-norm "
+        "ci-load-grad-norm ci-save-model-hash ci-check-model-hash ci-train-rollout-logprob-abs-diff-threshold "
+        "dumper-enable dumper-dir dumper-inference dumper-fwd-only dumper-fwd-bwd "
+        "dumper-source-patcher-config-inference dumper-source-patcher-config-train",
+    ),
+    ("throughput is measured in tokens a second; the peak of a device is not known", "mfu-peak-tflops"),
+)  # fmt: skip
 """(why not, and what is nearest; flags)."""
+
+PREFIXES: dict[str, str] = {
+    "sglang-": "SGLang as the rollout engine (miles-sglang); options of the engine `torch` are --torch-...",
+    "router-": "SGLang as the rollout engine (miles-sglang), and its router",
+}
+"""Beginnings of flags that upstream hands through -> what they belong to. Not in this version."""
+
+ACCEPTED: dict[str, str] = {
+    "actor-num-nodes": "1 in this version: one process",
+    "actor-num-gpus-per-node": "1 in this version: one process",
+    "colocate": "engine and trainer share one device in any case; with it they take turns in its memory",
+    "update-weight-transfer-mode": "`inprocess` is the only one in this version",
+    "apply-chat-template": "for prompts that are text; a list of messages is rendered with or without it",
+    "rm-type": "names differ, see below; also a mapping of weights, or `my_module:my_reward`",
+    "rollout-top-p": "1 in training: importance ratios would be wrong otherwise. Evaluation may cut",
+    "rollout-top-k": "-1 in training: importance ratios would be wrong otherwise. Evaluation may cut",
+    "log-probs-chunk-size": "-1 (one chunk) is written as a large number",
+    "global-batch-size": "must divide the samples of a rollout batch",
+    "kl-coef": "taken off the reward under every estimator, `grpo` included, which ignores it upstream",
+    "eval-interval": "without it the sets are evaluated before and after training; upstream then never does",
+    "save": "`checkpoints/` of the run directory when not given",
+    "save-interval": "a tenth of the run when not given, and always one at the end",
+    "save-hf": "`{step}` instead of `{rollout_id}`; relative to the run directory",
+    "load": "weights of a checkpoint of miles; a run finds its own without it. Megatron's `torch_dist` is not read",
+    "ref-load": "a Hugging Face folder or hub name; the policy's own start when not given",
+    "lr-decay-style": "`constant`, `linear` or `cosine`",
+    "weight-decay": "on matrices only",
+    "sglang-server-concurrency": "another name of `--rollout-concurrency`, whatever the engine",
+    "deterministic-mode": "a killed and resumed run then ends bit for bit where an unbroken one does",
+}
+"""Flag -> what to know of a flag that is accepted: for the page alone."""
+
+VALUES: dict[tuple[str, str], Answer] = {
+    ("rewards", "deepscaler"): Answer("replaced", "`math` judges the last formula of a response"),
+    ("rewards", "dapo"): Answer(
+        "replaced", "`math` (1 or 0 instead of 1 or -1), or `exact_match` with a pattern of your own"
+    ),
+    ("rewards", "gemma_math"): Answer("replaced", "`math` judges the last formula of a response"),
+    ("rewards", "remote_rm"): Answer("replaced", "an async function of your own: --rm-type my_module:my_reward"),
+    ("rewards", "random"): Answer("replaced", "a function of your own: --rm-type my_module:my_reward"),
+    ("rewards", "deterministic_random"): Answer("replaced", "a function of your own: --rm-type my_module:my_reward"),
+    ("rewards", "f1"): Answer("not in this version", "token F1; write it as --rm-type my_module:my_reward"),
+    ("rewards", "gpqa"): Answer("not in this version", "letters of choices; write it as --rm-type my_module:my_reward"),
+    ("rewards", "ifbench"): Answer("not in this version", "the checks of IFBench"),
+    ("advantage_estimators", "gspo"): Answer("not in this version", "GSPO (miles-gspo)"),
+    ("advantage_estimators", "cispo"): Answer("not in this version", "CISPO (miles-cispo)"),
+    ("advantage_estimators", "ppo"): Answer("not in this version", "PPO with a critic (miles-ppo)"),
+    ("advantage_estimators", "reinforce_plus_plus"): Answer(
+        "not in this version", "REINFORCE++ (miles-reinforce-plus-plus)"
+    ),
+    ("advantage_estimators", "reinforce_plus_plus_baseline"): Answer(
+        "not in this version", "REINFORCE++ (miles-reinforce-plus-plus)"
+    ),
+    ("train_backends", "megatron"): Answer("not in this version", "Megatron (miles-megatron); `fsdp` is the backend"),
+    ("weight_syncs", "broadcast"): Answer("not in this version", "sending weights to another process; leave it out"),
+    ("weight_syncs", "p2p"): Answer("not in this version", "sending weights to another process; leave it out"),
+    ("weight_syncs", "disk-delta"): Answer("not in this version", "sending weights to another process; leave it out"),
+}
+"""(kind of component, upstream's name) -> what to use instead, while no plugin offers the name."""
 
 
 @cache
-def replies() -> dict[str, str]:
-    """Flag without dashes -> what to use instead."""
-    table = {flag: f"write {text}" for flag, text in RENAMED.items()}
+def answers() -> dict[str, Answer]:
+    """Flag without dashes -> what to do instead."""
+    table = {flag: Answer("renamed", text) for flag, text in RENAMED.items()}
     for text, flags in REPLACED:
-        table |= dict.fromkeys(flags.split(), text)
-    for plugin, flags in ELSEWHERE:
-        table |= dict.fromkeys(flags.split(), f"it belongs to {plugin}, which is not installed")
-    for text, flags in ABSENT:
-        table |= dict.fromkeys(flags.split(), f"not supported: {text}")
+        table |= dict.fromkeys(flags.split(), Answer("replaced", text))
+    for text, flags in LATER:
+        table |= dict.fromkeys(flags.split(), Answer("not in this version", text))
+    for text, flags in UNSUPPORTED:
+        table |= dict.fromkeys(flags.split(), Answer("not supported", text))
     return table
 
 
-def reply_to(flag: str) -> str | None:
-    """What to use instead of an upstream flag; None when it is none, or is accepted here as it is."""
-    return replies().get(flag.removeprefix("--"))
+def answer_to(flag: str) -> Answer | None:
+    """What to do instead of an upstream flag (with its dashes); None when it is not one."""
+    name = flag.removeprefix("--")
+    found = answers().get(name)
+    if found is None:
+        belongs = next((text for prefix, text in PREFIXES.items() if name.startswith(prefix)), None)
+        found = Answer("not in this version", belongs) if belongs else None
+    return found
+
+
+def known_name(kind: str, name: str) -> Answer | None:
+    """What to use instead of upstream's name of a component; None when it is not one."""
+    return VALUES.get((kind, name))

@@ -2,7 +2,7 @@
 
 import tomllib
 
-from miles.catalog import PROVIDERS, provider
+from miles.catalog import MADE, PROVIDERS, provider
 from miles.kinds import KINDS
 from miles.plugins import load_plugins
 
@@ -23,3 +23,9 @@ def test_the_table_is_well_formed():
         names = [name for those in distributions.values() for name in those]
         assert len(names) == len(set(names)), kind
         assert all(distribution.startswith("miles-") for distribution in distributions)
+
+
+def test_what_is_said_to_be_made_is_there_and_the_rest_is_not(root):
+    ours = {tomllib.loads(path.read_text())["project"]["name"] for path in root.glob("plugins/*/*/pyproject.toml")}
+    named = {distribution for distributions in PROVIDERS.values() for distribution in distributions}
+    assert named & ours == MADE

@@ -91,9 +91,12 @@ def test_a_function_gets_its_options_as_a_keyword(registry):
     assert registry.build("advantage_estimators", Spec(name="plain"))(None) == 1
 
 
-def test_unknown_names_are_answered_with_what_is_there(registry):
+def test_unknown_names_are_answered_with_what_is_there(registry, monkeypatch):
     with pytest.raises(UnknownNameError, match=r"no installed plugin offers the reward 'jugde'.*did you mean 'judge'"):
         registry.component("rewards", "jugde")
+    with pytest.raises(UnknownNameError, match="planned as miles-rloo, which is not in this version"):
+        registry.component("advantage_estimators", "rloo")
+    monkeypatch.setattr("miles.registry.MADE", {"miles-rloo"})
     with pytest.raises(UnknownNameError, match="pip install miles-rloo"):
         registry.component("advantage_estimators", "rloo")
     with pytest.raises(UnknownNameError, match="no kind of component"):
