@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,3 +25,14 @@ def prepare_process(run: RunSection, rank: int = 0) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def prepared_process(run: RunSection) -> Iterator[None]:
+    """`prepare_process` for as long as a job lasts; the caller then has the CPU threads again that it had."""
+    threads = torch.get_num_threads()
+    prepare_process(run)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,16 +1,17 @@
-"""Executor `inprocess`: the worker is an object in this process, and its methods run in a thread of their own.
+"""Executor `inprocess`: the worker is an object in this process, and its methods run in the thread that computes.
 
-One thread, always the same, so that the work of a rank is serialised and the event loop never waits for it.
+Always the same thread, so that the work of a rank is serialised and the event loop never waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from miles.api import ConfigError, import_target
+from miles.builtins.compute import compute_thread
 
 
 class InProcessWorkers:
@@ -18,21 +19,19 @@ class InProcessWorkers:
 
     size = 1
 
-    def __init__(self, worker: Any, thread: ThreadPoolExecutor):
+    def __init__(self, worker: Any):
         self.worker = worker
-        self._thread = thread
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        function = getattr(self.worker, method)
-        loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))]
+        return [await _compute(partial(getattr(self.worker, method), *args, **kwargs))]
 
     async def call_each(self, method: str, args: Sequence[tuple]) -> list[Any]:
         (only,) = args
         return await self.call(method, *only)
 
     async def close(self) -> None:
-        self._thread.shutdown(wait=True)
+        """A call that is under way ends first."""
+        await _compute(lambda: None)
 
 
 class InProcessExecutor:
@@ -46,10 +45,11 @@ class InProcessExecutor:
                 f"resources.executor: inprocess runs one train rank, not {size}; lower --actor-num-gpus-per-node and "
                 "--actor-num-nodes to 1, or choose another executor"
             )
-        thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="miles-train")
-        loop = asyncio.get_running_loop()
-        worker = await loop.run_in_executor(thread, lambda: import_target(target)(0, size, *args, **kwargs))
-        return InProcessWorkers(worker, thread)
+        return InProcessWorkers(await _compute(lambda: import_target(target)(0, size, *args, **kwargs)))
 
     async def close(self) -> None:
-        """Nothing is left to close: worker groups end their own thread."""
+        """Nothing is left to close: the thread that computes lives as long as the process."""
+
+
+async def _compute(function: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(compute_thread(), function)

@@ -1,14 +1,13 @@
 """`TorchEngine`: the rollout engine that needs nothing but torch. The event loop's side of it.
 
-Its model runs in one thread of its own. Methods here check what they are given, hand it to that thread and await a
-future; nothing blocks the event loop.
+Its model runs in the thread that computes, a turn of a few steps at a time, so that others get theirs. Methods here
+check what they are given, hand it to that thread and await a future; nothing blocks the event loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -27,6 +26,7 @@ from miles.api import (
     WeightGroup,
     WeightSyncError,
 )
+from miles.builtins.compute import compute_thread
 from miles.builtins.parking import Parking
 from miles.builtins.torch_engine.budget import Budget
 from miles.builtins.torch_engine.decoder import Decoder, DecoderConfig
@@ -39,6 +39,8 @@ from miles.builtins.torch_engine.stopping import StopStrings
 from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TURN = 8
+"""Steps after which others who wait for the thread are let in."""
 NO_WEIGHTS = "no weights have arrived: sync them first, or build it with load_weights"
 
 
@@ -58,11 +60,11 @@ class TorchEngine:
         """Why no request can be served, if none can."""
         self.asleep: frozenset[EnginePart] = frozenset()
         self.parking = Parking()
-        self._thread: threading.Thread | None = None
+        self._ended: str | None = "was not started"
+        self._turn_asked = False
         self._arrivals = itertools.count()
         self._pending: set[asyncio.Future] = set()
         self._outbox: list[tuple[Any, Any]] = []
-        self._closing = False
 
     @property
     def max_len(self) -> int:
@@ -73,27 +75,11 @@ class TorchEngine:
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self._loop_side = LoopSide(loop)
+        self._loop_side = LoopSide(loop, self._ask_for_turn)
         self._engine_side = EngineSide(self._loop_side, self.options.handover_steps, self.options.deterministic)
-        ready = loop.create_future()
-        self._thread = threading.Thread(target=self._main, args=(ready,), name="miles-torch-engine", daemon=True)
-        self._thread.start()
-        await ready
-
-    def _main(self, ready: asyncio.Future) -> None:
-        side = self._loop_side
-        try:
-            self._build()
-        except Exception as error:
-            side.loop.call_soon_threadsafe(side.deliver, [(ready, error)])
-            return
-        side.loop.call_soon_threadsafe(side.deliver, [(ready, None)])
-        try:
-            self._serve()
-            reason = "was closed"
-        except Exception as error:
-            reason = f"stopped working: {type(error).__name__}: {error}"
-        side.loop.call_soon_threadsafe(self._fail_pending, f"torch engine: it {reason}")
+        self._thread = compute_thread()
+        await loop.run_in_executor(self._thread, self._build)
+        self._ended = None
 
     def _build(self) -> None:
         if self.device.index is not None:
@@ -106,17 +92,37 @@ class TorchEngine:
         if self.context.load_weights:
             self._load(0, checkpoint_groups(self.context.checkpoint))
 
-    def _serve(self) -> None:
+    def _ask_for_turn(self) -> None:
+        """Called when something has come, from either side."""
+        if not self._turn_asked:
+            self._turn_asked = True
+            self._thread.submit(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._turn_asked = False  # what comes from here on asks again, or finds that it was asked
+        if self._ended:
+            return
+        try:
+            for _ in range(TURN):
+                if not self._advance():
+                    return
+        except Exception as error:
+            reason = f"stopped working: {type(error).__name__}: {error}"
+            self._loop_side.loop.call_soon_threadsafe(self._end, reason)
+            return
+        self._ask_for_turn()
+
+    def _advance(self) -> bool:
+        """Pass results on, take requests in, and make a step; whether there is more to do."""
         scheduler, side = self.scheduler, self._engine_side
-        while not self._closing:
-            if side.hand_out(self._outbox):
-                self._outbox = []
-            side.take_in(idle=not scheduler.runnable)
-            if scheduler.runnable:
-                scheduler.step()
-                side.clock += 1
-            self._collect()
-        side.hand_out(self._outbox)
+        if side.hand_out(self._outbox):
+            self._outbox = []
+        side.take_in(idle=not scheduler.runnable)
+        if scheduler.runnable:
+            scheduler.step()
+            side.clock += 1
+        self._collect()
+        return scheduler.runnable or bool(self._outbox)
 
     def _collect(self) -> None:
         self._outbox += self.scheduler.finished
@@ -145,17 +151,20 @@ class TorchEngine:
         return future
 
     def _check_alive(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            raise EngineError("torch engine: it is not running; it was not started, was closed or has stopped working")
+        if self._ended:
+            raise EngineError(f"torch engine: it is not running: it {self._ended}")
 
-    def _fail_pending(self, reason: str) -> None:
-        self._loop_side.deliver([(future, EngineError(reason)) for future in self._pending])
+    def _end(self, reason: str) -> None:
+        """In the event loop: deliver what is finished, and tell the others why they get nothing."""
+        self._ended, outbox, self._outbox = reason, self._outbox, []
+        error = EngineError(f"torch engine: it {reason}")
+        self._loop_side.deliver([*outbox, *((future, error) for future in self._pending)])
 
     async def close(self) -> None:
-        if self._thread is None or not self._thread.is_alive():
-            return
-        self._loop_side.submit(lambda: setattr(self, "_closing", True))
-        await asyncio.to_thread(self._thread.join)
+        if not self._ended:
+            self._ended = "was closed"  # the turn under way is the last
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._collect)
+            self._end("was closed")
 
     # ------------------------------------------------------------------------------------------------------- generation
 

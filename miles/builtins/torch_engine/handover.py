@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import queue
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,9 @@ class Batch:
 class LoopSide:
     """The event loop's end. Collects actions and hands them over once the loop has settled."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, handed_over: Callable[[], None]):
+        """`handed_over` is called after each batch."""
+        self.loop, self.handed_over = loop, handed_over
         self.inbox: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._batch = Batch()
         self._settling = False
@@ -71,6 +73,7 @@ class LoopSide:
         self._settling = False
         batch, self._batch = self._batch, Batch()
         self.inbox.put(batch)
+        self.handed_over()
 
     def _busy(self) -> bool:
         """Whether callbacks are waiting to run. A loop that does not tell (uvloop) is taken to be busy: it gets its
@@ -96,20 +99,23 @@ class EngineSide:
         return True
 
     def take_in(self, idle: bool) -> None:
-        """Run the actions that have come and whose time it is. Waits when the engine is idle or an answer is due."""
+        """Run the actions that have come and whose time it is. When an answer is due, wait for it."""
         if self._due is None or not self.deterministic:
-            self._run_arrived(wait=idle)
+            self._run_arrived()
         elif idle or self.clock >= self._due:
             while self._due is not None:
-                self._run(self.loop_side.inbox.get())
+                self._run(self._next())
 
-    def _run_arrived(self, wait: bool) -> None:
-        try:
-            self._run(self.loop_side.inbox.get(block=wait))
+    def _run_arrived(self) -> None:
+        with suppress(queue.Empty):
             while True:
                 self._run(self.loop_side.inbox.get_nowait())
-        except queue.Empty:
-            return
+
+    def _next(self) -> Batch:
+        while not self.loop_side.loop.is_closed():
+            with suppress(queue.Empty):
+                return self.loop_side.inbox.get(timeout=1.0)
+        return Batch(answers_delivery=True)  # nobody will answer any more
 
     def _run(self, batch: Batch) -> None:
         if batch.answers_delivery:

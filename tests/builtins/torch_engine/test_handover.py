@@ -81,7 +81,7 @@ def test_a_long_lived_engine_computes_what_a_fresh_one_does(lab):
 
 def test_a_batch_holds_everything_that_one_cause_brought_about():
     async def main():
-        side = LoopSide(asyncio.get_running_loop())
+        side = LoopSide(asyncio.get_running_loop(), lambda: None)
         ran = []
 
         async def chain(depth):
@@ -107,7 +107,7 @@ def test_one_delivery_at_a_time(deterministic):
     """The second waits for the answer to the first, which is taken in a fixed number of steps later."""
 
     async def main():
-        side = LoopSide(asyncio.get_running_loop())
+        side = LoopSide(asyncio.get_running_loop(), lambda: None)
         engine = EngineSide(side, steps=2, deterministic=deterministic)
         assert not engine.hand_out([])
         future = asyncio.get_running_loop().create_future()
