@@ -329,7 +329,8 @@ ACCEPTED: dict[str, str] = {
     "colocate": "engine and trainer share one device in any case; with it they take turns in its memory",
     "update-weight-transfer-mode": "`inprocess` is the only one in this version",
     "apply-chat-template": "for prompts that are text; a list of messages is rendered with or without it",
-    "rm-type": "names differ, see below; also a mapping of weights, or `my_module:my_reward`",
+    "rm-type": "names differ, see below; `math` takes answers that are not boxed too, and instead of upstream's prefix "
+    "`boxed_` there is `{name: math, require_boxed: true}`; also a mapping of weights, or `my_module:my_reward`",
     "rollout-top-p": "1 in training: importance ratios would be wrong otherwise. Evaluation may cut",
     "rollout-top-k": "-1 in training: importance ratios would be wrong otherwise. Evaluation may cut",
     "log-probs-chunk-size": "-1 (one chunk) is written as a large number",
