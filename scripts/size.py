@@ -14,7 +14,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 REST = (
-    "builtins", "cli", "report", "diagnosis", "testing", "templates", "data", "hermes.py", "weights.py",
+    "builtins", "cli", "bench", "report", "diagnosis", "testing", "templates", "data", "hermes.py", "weights.py",
     "checkpoint_io.py",
     "toolkit.py", "api.py", "catalog.py", "rundir.py", "durable.py", "config/upstream.py",
 )  # fmt: skip

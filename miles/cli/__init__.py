@@ -15,6 +15,7 @@ COMMANDS = {
     "train": ("miles.cli.train", "train a model: [CONFIG.yaml ...] [--flag value] [--section.key=value] [--dry-run]"),
     "eval": ("miles.cli.evaluate", "evaluate a checkpoint: the same arguments, and --checkpoint PATH"),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
+    "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
     "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
 }

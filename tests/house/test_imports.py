@@ -10,6 +10,7 @@ import pytest
 
 LAYERS = [
     {"__main__", "cli"},
+    {"bench"},
     {"jobs", "diagnosis"},
     {"loop", "run", "build"},
     {
