@@ -46,10 +46,11 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     except (OSError, ValueError) as error:
         at = f" at revision {revision!r}" if revision else ""
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise ConfigError(
             f"checkpoint {name!r}{at} is neither a folder here nor could it be fetched from the hub: {reason}. "
-            "Give the path of a local folder, check the name, or set HF_TOKEN if the repository is private or gated"
+            "Give the path of a local folder, check the name and the connection (`miles doctor --online`), or set "
+            "HF_TOKEN if the repository is private or gated"
         ) from error
 
 

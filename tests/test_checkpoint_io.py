@@ -170,7 +170,7 @@ def test_other_names_are_hub_names(tmp_path, monkeypatch):
     def download(name, revision, allow_patterns):
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         if name == "somebody/absent":
-            raise OSError("404: repository not found")
+            raise OSError("404: repository not found.")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -178,5 +178,7 @@ def test_other_names_are_hub_names(tmp_path, monkeypatch):
     assert asked["name"] == "Qwen/Qwen3-0.6B"
     assert asked["revision"] == "main"
     assert "*.safetensors" in asked["patterns"]
-    with pytest.raises(ConfigError, match=r"'somebody/absent' is neither a folder .* 404: .*HF_TOKEN"):
+    with pytest.raises(
+        ConfigError, match=r"'somebody/absent' is neither a folder .* 404: [\w ]+\. Give .*--online.*HF_TOKEN"
+    ):
         resolve_checkpoint("somebody/absent")

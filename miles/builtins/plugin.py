@@ -144,3 +144,10 @@ def miles_register_trackers():
         "jsonl": Component("miles.builtins.trackers:JsonlTracker", summary="metrics.jsonl in the run directory"),
         "tensorboard": Component("miles.builtins.trackers:TensorboardTracker", summary="TensorBoard event files"),
     }
+
+
+@hookimpl
+def miles_on_rollout_end(run, groups, metrics):
+    from miles.builtins.notices import nothing_to_compare
+
+    nothing_to_compare(run, groups, metrics)

@@ -64,7 +64,8 @@ class Producer:
                     f"({_fates(self.fates)}). Change rollout.filters, the task's difficulty, or raise "
                     f"--max-filtered-batches (now {rollout.max_filtered_batches})"
                 )
-            wave = self._next_groups(max(target - len(kept), rollout.over_sampling_batch_size or 0))
+            missing = max(target - len(kept), rollout.over_sampling_batch_size or 0)
+            wave = [self._group(prompt) for prompt in self.source.next_prompts(missing)]
             started += len(wave)
             await run_all(self._generate(group) for group in wave)
             self._check_failures(wave)
@@ -77,9 +78,6 @@ class Producer:
                 else:
                     self._count("surplus", len(group.samples))
         return kept
-
-    def _next_groups(self, count: int) -> list[Group]:
-        return [self._group(prompt) for prompt in self.source.next_prompts(count)]
 
     def _group(self, prompt: Prompt) -> Group:
         task = self.tasks[prompt.task_set]
@@ -110,8 +108,11 @@ class Producer:
         """Note what failed; stop when too much of the whole batch did."""
         samples = [sample for group in wave for sample in group.samples]
         failed = [sample for sample in samples if sample.status is Status.FAILED]
-        for error in {sample.error for sample in failed} - {sample.error for sample in self.lost}:
-            logger.warning("%d samples failed: %s", sum(sample.error == error for sample in failed), error)
+        errors = Counter(sample.error for sample in failed if sample.error not in {s.error for s in self.lost})
+        for error, count in errors.most_common(3):
+            logger.warning("%d samples failed: %s", count, error)
+        if len(errors) > 3:  # those that quote a response or a request are all different
+            logger.warning("... and so on: %d different errors, all in rollouts/", len(errors))
         self.lost += failed
         self.started += len(samples)
         if len(self.lost) > self.config.rollout.max_failed_fraction * self.started:

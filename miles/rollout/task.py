@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
@@ -150,6 +151,8 @@ def _parts(score: Score | BaseException) -> dict[str, float]:
         raise TypeError(
             f"it returned {score!r}; a number is expected, or a mapping from names to numbers with 'reward'"
         )
+    if not math.isfinite(float(parts["reward"])):
+        raise ValueError(f"it returned {score!r}; a finite number is expected")
     return {name: float(value) for name, value in parts.items()}
 
 

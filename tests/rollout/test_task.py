@@ -126,7 +126,14 @@ def test_components_may_come_from_a_plugin_given_in_python():
 
 
 @pytest.mark.parametrize(
-    ("score", "message"), [(None, "it returned None"), ("good", "it returned 'good'"), ({"a": 1}, "without 'reward'")]
+    ("score", "message"),
+    [
+        (None, "it returned None"),
+        ("good", "it returned 'good'"),
+        ({"a": 1}, "without 'reward'"),
+        (float("nan"), "reward odd: ValueError: it returned nan; a finite number is expected"),
+        ({"reward": float("-inf"), "a": 1}, "it returned {'reward': -inf, 'a': 1}; a finite number is expected"),
+    ],
 )
 def test_what_is_no_score_is_said(score, message):
     task, _ = make(
