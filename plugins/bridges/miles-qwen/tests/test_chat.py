@@ -1,5 +1,7 @@
 """Qwen3's format against a Jinja template of the same format, on a byte-level tokenizer built here."""
 
+from pathlib import Path
+
 import pytest
 from miles_qwen.chat import NO_THOUGHTS, Qwen3Chat
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -7,54 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from miles.api import ChatContext, ChatFormat, ConfigError, DataError
 
-TEMPLATE = r"""
-{%- macro turn(role, text) %}<|im_start|>{{ role }}{{ '\n' }}{{ text }}<|im_end|>{{ '\n' }}{% endmacro %}
-{%- set start = 1 if messages and messages[0].role == 'system' else 0 %}
-{%- set system = messages[0].content if start else none %}
-{%- if tools %}
-    {%- set ns = namespace(text=(system + '\n\n') if start else '') %}
-    {%- set ns.text = ns.text + '# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' %}
-    {%- set ns.text = ns.text + 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' %}
-    {%- for tool in tools %}{%- set ns.text = ns.text + '\n' + (tool | tojson) %}{% endfor %}
-    {%- set ns.text = ns.text + '\n</tools>\n\nFor each function call, return a json object with function name and ' %}
-    {%- set ns.text = ns.text + 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{"name": ' %}
-    {%- set ns.text = ns.text + '<function-name>, "arguments": <args-json-object>}\n</tool_call>' %}
-    {{- turn('system', ns.text) }}
-{%- elif start %}{{- turn('system', system) }}{% endif %}
-{%- set last = namespace(question=messages | length) %}
-{%- for m in messages %}
-    {%- if m.role == 'user' and not m.content.startswith('<tool_response>') %}
-        {%- set last.question = loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for m in messages[start:] %}
-    {%- set at = loop.index0 + start %}
-    {%- if m.role == 'tool' %}
-        {%- if loop.first or loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
-        {{- '\n<tool_response>\n' + m.content + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\n' }}{% endif %}
-    {%- elif m.role == 'assistant' %}
-        {%- set thought = m.reasoning_content or '' %}
-        {%- set said = m.content or '' %}
-        {%- if not m.reasoning_content and '</think>' in said %}
-            {%- set thought = said.split('</think>')[0].replace('<think>', '').strip('\n') %}
-            {%- set said = said.split('</think>')[1].lstrip('\n') %}
-        {%- endif %}
-        {%- set ns = namespace(text=said) %}
-        {%- for call in m.tool_calls or [] %}
-            {%- set f = call.function or call %}
-            {%- set arguments = f.arguments if f.arguments is string else f.arguments | tojson %}
-            {%- set ns.text = ns.text + ('\n' if ns.text else '') + '<tool_call>\n{"name": "' + f.name %}
-            {%- set ns.text = ns.text + '", "arguments": ' + arguments + '}\n</tool_call>' %}
-        {%- endfor %}
-        {%- if at > last.question and (thought or loop.last and EMPTY_THOUGHTS) %}
-            {%- set ns.text = '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + ns.text %}
-        {%- endif %}
-        {{- turn('assistant', ns.text) }}
-    {%- else %}{{- turn(m.role, m.content) }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}OPENING{% endif %}
-""".strip()
+TEMPLATE = (Path(__file__).parent / "qwen3.jinja").read_text(encoding="utf-8").strip()
 HYBRID = TEMPLATE.replace("EMPTY_THOUGHTS", "true").replace(
     "OPENING", r"{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 )

@@ -1,30 +1,28 @@
-"""The plugin registers what it says, lightly, and each target is what its kind demands."""
+"""The bridge and the chat format keep the contracts of their kinds."""
 
-from __future__ import annotations
+from pathlib import Path
 
-import importlib
-import subprocess
-import sys
-
-import miles_qwen.plugin as plugin
-from transformers import CONFIG_MAPPING
-
-from miles.api import API_VERSION, Bridge
+from miles.testing import BridgeContract, ChatFormatContract
+from miles.testing.chat import TOOL
+from miles.testing.tiny import tokenizer
 
 
-def test_the_bridge_serves_the_model_types_it_names():
-    assert plugin.MILES_API == API_VERSION
-    for component in plugin.miles_register_bridges().values():
-        module, _, attribute = component.target.partition(":")
-        bridge = getattr(importlib.import_module(module), attribute)()
-        assert isinstance(bridge, Bridge)
-        assert component.summary
-        for model_type in component.provides:
-            config = CONFIG_MAPPING[model_type]()
-            assert bridge.config_for("decoder", config)["num_layers"] == config.num_hidden_layers
-            assert bridge.weights(config)
+class TestQwen(BridgeContract):
+    name = "qwen"
+    worlds = ("hf", "torch", "decoder", "megatron", "megatron_te")
 
 
-def test_registering_imports_no_torch():
-    code = "import sys, miles_qwen.plugin as p; p.miles_register_bridges(); assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+class TestQwenWithDenseLayers(BridgeContract):
+    name = "qwen"
+    changes = {"num_hidden_layers": 3, "mlp_only_layers": [1]}
+
+
+class TestQwen3Chat(ChatFormatContract):
+    name = "qwen3"
+    takes_reasoning = True
+    follow_up = TOOL
+
+    def tokenizer(self):
+        """With a template of the family whose members may think."""
+        template = (Path(__file__).parent / "qwen3.jinja").read_text(encoding="utf-8").strip()
+        return tokenizer(template.replace("EMPTY_THOUGHTS", "true").replace("OPENING", ""))

@@ -1,34 +1,16 @@
-"""The plugin registers what it says, lightly, and both rewards are built as the protocol says."""
+"""The rewards keep the contract of their kind."""
 
-import asyncio
-import importlib
-import inspect
-import subprocess
-import sys
-
-import miles_math.plugin as plugin
-
-from miles.api import API_VERSION, Prompt, Sample
+from miles.testing import RewardContract
 
 
-def test_every_reward_scores_a_right_and_a_wrong_answer():
-    assert plugin.MILES_API == API_VERSION
-    for component in plugin.miles_register_rewards().values():
-        module, _, attribute = component.target.partition(":")
-        reward = getattr(importlib.import_module(module), attribute)(component.options())
-        scores = []
-        for text in ("42", "43"):
-            sample = Sample.begin(Prompt("a:0", "a", text="?", label=42, tokens=[1]), id=0, group_id=0)
-            sample.text = text
-            score = reward.score(sample)
-            score = asyncio.run(score) if inspect.isawaitable(score) else score
-            scores.append(score["reward"] if isinstance(score, dict) else score)
-        assert scores == [1.0, 0.0]
+class TestExactMatch(RewardContract):
+    name = "exact_match"
+    cases = [("42", "42", 1.0), (" 42\n", "42", 1.0), ("43", "42", 0.0)]
+    bad_options = [{"pattern": "("}]
 
 
-def test_registering_imports_neither_torch_nor_the_math_library():
-    code = (
-        "import sys, miles_math.plugin as p; p.miles_register_rewards(); "
-        "assert not {'torch', 'sympy', 'math_verify'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+class TestMath(RewardContract):
+    name = "math"
+    options = {"timeout": 2.0}
+    cases = [("so \\boxed{84/2}", "42", 1.0), ("\\boxed{43}", "42", 0.0)]
+    bad_options = [{"timeout": 0.0}, {"workers": 0}]
