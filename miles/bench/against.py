@@ -1,152 +1,95 @@
-"""The torch engine against transformers' own generation, on the same model, in one process, in turns.
+"""The torch engine against transformers' own generation: the same model and workloads, in turns.
 
-`generate` takes a padded batch and goes on until its longest response is done. `generate_batch`'s machinery, continuous
-batching over a paged cache, keeps its manager from round to round and is timed from the first request to the last
-result, so that its start-up does not count. Both draw from the whole distribution at temperature 1, as the engine does.
-The engine also returns log-probabilities, and makes its draws independent of the batch; transformers does neither here.
+Each side has a process of its own. In one process they would disturb each other: torch keeps a team of threads for
+every thread that computes, and more members than cores slow all of them down. transformers' side is `opponent`. The
+engine also returns log-probabilities, and makes its draws independent of the batch; transformers does neither here.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+import json
+import subprocess
+import sys
+from dataclasses import asdict
 
-import torch
-
-from miles.bench.engine import TOKENS, WORKLOADS, Draw, Workload, seconds_of
+from miles.bench.engine import NEEDS, TOKENS, WORKLOADS, Draw, Workload, seconds_of
 from miles.bench.measure import OWN, Benchmark, Quantity, Round
 from miles.bench.workbench import Workbench
 from miles.errors import EngineError
 
 RATIO = Quantity("times", "higher")
 THEIRS = "transformers"
-BLOCK = 256
-"""Tokens in a block of the paged cache, transformers' default."""
-Timed = Callable[[Workload], float]
-"""Seconds that transformers takes for a workload."""
 
 
-def contest(about: str, draw: Draw, opponent: Callable[[Workbench], Timed], needs: tuple[str, ...] = ()) -> Benchmark:
+class Opponent:
+    """A process that generates with transformers."""
+
+    def __init__(self, kind: str, bench: Workbench):
+        about = {
+            "kind": kind, "checkpoint": str(bench.checkpoint), "device": bench.device, "dtype": bench.size.dtype,
+        }  # fmt: skip
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "miles.bench.opponent", json.dumps(about)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for us; it ends with its input
+        )
+
+    def seconds_of(self, work: Workload) -> float:
+        """Raises EngineError when the process has died; it has said why."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(asdict(work)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # its output has ended too
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise EngineError(f"transformers' process ended with code {self.process.wait()}; see above")
+        return float(answer)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def opponent(kind: str, bench: Workbench) -> Opponent:
+    """The process of this kind; all contests of a call share it."""
+    if kind not in bench.opponents:
+        bench.opponents[kind] = made = Opponent(kind, bench)
+        bench.stack.callback(made.close)
+    return bench.opponents[kind]
+
+
+def contest(about: str, draw: Draw, kind: str, needs: tuple[str, ...] = ()) -> Benchmark:
     """Both sides generate the same workload in each round; who begins changes every round."""
 
     async def prepare(bench: Workbench) -> Round:
-        engine, timed, rounds = await bench.engine(), opponent(bench), itertools.count()
+        engine, other, rounds = await bench.engine(), opponent(kind, bench), itertools.count()
 
         async def once() -> dict[str, float]:
             work = draw(bench)
-            seconds: dict[str, float] = {}
-            sides: list[tuple[str, Callable[[], Awaitable[float]]]] = [
-                ("ours", lambda: seconds_of(engine, work, bench)),
-                ("theirs", lambda: _at_once(timed, work)),
-            ]
-            for name, side in sides if next(rounds) % 2 else reversed(sides):
-                seconds[name] = await side()
-            return {OWN: seconds["theirs"] / seconds["ours"], THEIRS: work.tokens / seconds["theirs"]}
+            if next(rounds) % 2:
+                theirs = other.seconds_of(work)
+                ours = await seconds_of(engine, work, bench)
+            else:
+                ours = await seconds_of(engine, work, bench)
+                theirs = other.seconds_of(work)
+            return {OWN: theirs / ours, THEIRS: work.tokens / theirs}
 
         return once
 
-    return Benchmark(about, {OWN: RATIO, THEIRS: Quantity(TOKENS.unit, "neither")}, prepare, needs)
-
-
-async def _at_once(timed: Timed, work: Workload) -> float:
-    return timed(work)
-
-
-def generate(bench: Workbench) -> Timed:
-    """`model.generate` on all prompts as one batch, responses that are done padded to the longest."""
-    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
-
-    model = bench.transformers_model()
-
-    class Lengths(StoppingCriteria):
-        """Ends each row at the length its request asks for."""
-
-        def __init__(self, ends: torch.Tensor):
-            self.ends_N = ends
-
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            return input_ids.shape[1] >= self.ends_N
-
-    def timed(work: Workload) -> float:
-        prompts = torch.tensor(work.prompts, device=bench.device)
-        ends_N = torch.tensor(work.lengths, device=bench.device).repeat_interleave(work.samples) + prompts.shape[1]
-        settings = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=max(work.lengths), num_return_sequences=work.samples,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        started = time.perf_counter()
-        done = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([Lengths(ends_N)]),
-        )
-        shape = tuple(done.cpu().shape)
-        seconds = time.perf_counter() - started
-        _check(shape == (len(work.prompts) * work.samples, prompts.shape[1] + max(work.lengths)), shape)
-        return seconds
-
-    return timed
-
-
-def continuous_batching(bench: Workbench) -> Timed:
-    """`model.generate_batch` with a length for each request, which only its manager takes."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
-
-    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-    model = bench.transformers_model()
-
-    def timed(work: Workload) -> float:
-        responses = len(work.prompts) * work.samples
-        blocks = -(-(len(work.prompts[0]) + max(work.lengths)) // BLOCK)
-        settings = GenerationConfig(
-            do_sample=True, top_k=0, max_new_tokens=max(work.lengths), num_return_sequences=work.samples,
-            eos_token_id=-1, pad_token_id=0,
-        )  # fmt: skip
-        paged = ContinuousBatchingConfig(block_size=BLOCK, num_blocks=(responses + 1) * (blocks + 1))
-        with model.continuous_batching_context_manager(
-            generation_config=settings, continuous_batching_config=paged, persistent_manager=True
-        ) as manager:
-            started = time.perf_counter()
-            for tokens, length in zip(work.prompts, work.lengths, strict=True):
-                manager.add_request(tokens, max_new_tokens=length)
-            found = sum(len(result.generated_tokens) for result in _finished(manager, responses))
-            seconds = time.perf_counter() - started
-        _check(found == work.tokens, found)
-        return seconds
-
-    return timed
-
-
-def _finished(manager: Any, count: int) -> list[Any]:
-    """The results of so many requests; raises when the manager's thread has died."""
-    results: list[Any] = []
-    while len(results) < count:
-        result = manager.get_result(timeout=1)
-        if result is not None and result.is_finished():
-            results.append(result)
-        elif result is None and not manager.is_running():
-            raise EngineError("transformers' continuous batching stopped working")
-    return results
-
-
-def _check(right: bool, found: Any) -> None:
-    if not right:
-        raise EngineError(f"transformers generated something else than was asked for: {found}")
+    quantities = {OWN: RATIO, THEIRS: Quantity(TOKENS.unit, "neither")}
+    return Benchmark(f"torch engine / transformers' {about}", quantities, prepare, (*NEEDS, *needs))
 
 
 BENCHMARKS = {
+    **{f"vs_generate_{name}": contest(f"generate: {w}", draw, "generate") for name, (draw, w) in WORKLOADS.items()},
     **{
-        f"vs_generate_{name}": contest(f"torch engine / transformers' generate: {about}", draw, generate)
-        for name, (draw, about) in WORKLOADS.items()
-    },
-    **{
-        f"vs_batching_{name}": contest(
-            f"torch engine / transformers' continuous batching: {about}", draw, continuous_batching, ("psutil",)
-        )
-        for name, (draw, about) in WORKLOADS.items()
+        f"vs_batching_{name}": contest(f"continuous batching: {w}", draw, "batching", ("psutil",))
+        for name, (draw, w) in WORKLOADS.items()
     },
 }

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 from miles.bench.measure import OWN, Benchmark, Quantity, Round
 from miles.bench.workbench import Workbench
+from miles.errors import EngineError
 from miles.protocols import RolloutEngine
 from miles.types import GenerateRequest, SamplingParams
 
 TOKENS = Quantity("tokens/s", "higher")
+NEEDS = ("miles-qwen", "miles-grpo")
+"""Of every benchmark that builds a job."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,14 @@ def generation(about: str, draw: Draw) -> Benchmark:
 
         return once
 
-    return Benchmark(f"torch engine: {about}", {OWN: TOKENS}, prepare)
+    return Benchmark(f"torch engine: {about}", {OWN: TOKENS}, prepare, NEEDS)
 
 
 async def seconds_of(engine: RolloutEngine, work: Workload, bench: Workbench) -> float:
     """How long the engine takes for a workload; all requests come at once.
 
     Raises:
-        AssertionError: a response has another length than asked for, and the comparison would be worth nothing.
+        EngineError: a response has another length than asked for, and tokens a second would mean nothing.
     """
     requests = [
         GenerateRequest(
@@ -98,7 +101,8 @@ async def seconds_of(engine: RolloutEngine, work: Workload, bench: Workbench) ->
     started = time.perf_counter()
     results = await asyncio.gather(*map(engine.generate, requests))
     seconds = time.perf_counter() - started
-    assert sum(len(result.tokens) for result in results) == work.tokens
+    if (found := sum(len(result.tokens) for result in results)) != work.tokens:
+        raise EngineError(f"the engine generated {found} tokens, and {work.tokens} were asked for")
     return seconds
 
 
@@ -121,5 +125,5 @@ def _streams(bench: Workbench, lengths: Sequence[int]) -> list[list[int]]:
 
 BENCHMARKS = {
     **{f"engine_{name}": generation(about, draw) for name, (draw, about) in WORKLOADS.items()},
-    "engine_score": Benchmark("torch engine: log-probabilities of 64 given sequences", {OWN: TOKENS}, scoring),
+    "engine_score": Benchmark("torch engine: log-probabilities of 64 given sequences", {OWN: TOKENS}, scoring, NEEDS),
 }

@@ -8,6 +8,7 @@ import json
 from contextlib import redirect_stderr
 from statistics import median
 
+from miles.bench.engine import NEEDS
 from miles.bench.measure import OWN, Benchmark, Quantity, Round
 from miles.bench.workbench import Workbench
 from miles.jobs import run_job
@@ -54,6 +55,6 @@ BENCHMARKS = {
             "overhead": Quantity("%", "lower"),
         },
         main_job,
-        ("miles-qwen", "miles-grpo"),
+        NEEDS,
     )
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 
 import numpy as np
@@ -88,7 +89,7 @@ class Listener:
 
 async def hook_call(bench: Workbench) -> Round:
     """A lifecycle hook with one listener."""
-    hook = load_plugins(extra=[Listener()]).hook
+    hook = load_plugins(bench.block, extra=[Listener()]).hook
 
     def work() -> None:
         for _ in range(HOOK_CALLS):
@@ -115,7 +116,7 @@ def start_up(*arguments: str) -> Callable[[Workbench], Awaitable[Round]]:
 
 
 async def matmul(bench: Workbench) -> Round:
-    """Matrix products in fp32 on the device: how fast the machine itself is at the moment."""
+    """Matrix products in fp32, on a CPU in one thread: how fast the machine itself is at the moment."""
     left, right = (torch.rand(MATRIX, MATRIX, device=bench.device) for _ in range(2))
 
     def work() -> None:
@@ -124,14 +125,27 @@ async def matmul(bench: Workbench) -> Round:
         float(product[0, 0])  # it is done when its result is here
 
     async def once() -> dict[str, float]:
-        return {OWN: MATMULS * 2 * MATRIX**3 / await bench.mean_seconds(work) / 1e9}
+        with one_thread():
+            return {OWN: MATMULS * 2 * MATRIX**3 / await bench.mean_seconds(work) / 1e9}
 
     return once
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The driver of a run computes in one thread: it leaves the others to whoever trains and generates."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _mean_seconds(bench: Workbench, work: Callable[[], object], scale: float = 1.0) -> Round:
     async def once() -> dict[str, float]:
-        return {OWN: scale * await bench.mean_seconds(work)}
+        with one_thread():
+            return {OWN: scale * await bench.mean_seconds(work)}
 
     return once
 

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -36,24 +36,27 @@ def new_results(device: str, size: str | None) -> Results:
     return Results(versions(), machine(device), size, device)
 
 
-def measure(benchmarks: Mapping[str, Benchmark], results: Results, rounds: int, warmup: int) -> None:
-    """Run benchmarks into `results`, which after an interruption (Ctrl-C) hold what was measured until then."""
+def measure(
+    benchmarks: Mapping[str, Benchmark], results: Results, rounds: int, warmup: int, block: Sequence[str] = ()
+) -> None:
+    """Run benchmarks into `results`, which after an interruption (Ctrl-C) hold what was measured until then.
+    `block`: plugins that are left out."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     session = Session(benchmarks, results, lambda line: print(f"miles: {line}", file=sys.stderr, flush=True))
     try:
-        asyncio.run(_in_a_folder(session, rounds, warmup))
+        asyncio.run(_in_a_folder(session, rounds, warmup, block))
     except (KeyboardInterrupt, RunInterrupted):
         results.interrupted = True
 
 
-async def _in_a_folder(session: Session, rounds: int, warmup: int) -> None:
-    results = session.results
+async def _in_a_folder(session: Session, rounds: int, warmup: int, block: Sequence[str]) -> None:
+    size, device = SIZES[session.results.size], session.results.device
     with tempfile.TemporaryDirectory(prefix="miles-bench-") as folder:
         async with AsyncExitStack() as stack:
-            await session.run(Workbench(SIZES[results.size], results.device, Path(folder), stack), rounds, warmup)
+            await session.run(Workbench(size, device, Path(folder), stack, block), rounds, warmup)
 
 
 @dataclass

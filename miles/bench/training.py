@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 
-from miles.bench.engine import TOKENS
+from miles.bench.engine import NEEDS, TOKENS
 from miles.bench.measure import OWN, Benchmark, Quantity, Round
 from miles.bench.workbench import Workbench
 from miles.toolkit import plan_micro_batches
@@ -60,7 +60,6 @@ async def weight_sync(bench: Workbench) -> Round:
     return once
 
 
-NEEDS = ("miles-qwen", "miles-grpo")
 BENCHMARKS = {
     "train_step": Benchmark("packing, forward, backward, optimizer on 64 samples", {OWN: TOKENS}, train_step, NEEDS),
     "log_probs": Benchmark("log-probabilities of 64 samples by the trainer", {OWN: TOKENS}, log_probs, NEEDS),

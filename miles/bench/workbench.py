@@ -32,17 +32,19 @@ END = "<end>"
 class Workbench:
     """Everything in it follows from a seed and lies in a folder that its owner removes."""
 
-    def __init__(self, size: Size, device: str, folder: Path, stack: AsyncExitStack):
-        """`stack` closes what is built here."""
-        self.size, self.device, self.folder, self.stack = size, device, folder, stack
+    def __init__(self, size: Size, device: str, folder: Path, stack: AsyncExitStack, block: Sequence[str] = ()):
+        """`stack` closes what is built here; `block`: plugins that are left out."""
+        self.size, self.device, self.folder, self.stack, self.block = size, device, folder, stack, block
         self.draw = random.Random(SEED)
+        self.opponents: dict[str, Any] = {}
+        """Processes of `against`, by kind."""
         self._parts: Parts | None = None
 
     # ---------------------------------------------------------------------------------------------------- the material
 
     @cached_property
     def registry(self) -> Registry:
-        return Registry(load_plugins())
+        return Registry(load_plugins(self.block))
 
     @cached_property
     def checkpoint(self) -> Path:
@@ -62,13 +64,6 @@ class Workbench:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             return Qwen3ForCausalLM(config)
-
-    def transformers_model(self) -> Any:
-        """The checkpoint as a transformers module, on the device, in the engine's number format."""
-        from transformers import AutoModelForCausalLM
-
-        dtype = torch.bfloat16 if self.size.dtype == "bf16" else torch.float32
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype).eval().to(self.device)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         """Other tokens with every call, so that no cache knows them."""

@@ -65,7 +65,7 @@ def run(call: Call) -> int:
 
     results = new_results(wish.device, wish.size)
     baseline = read_baseline(wish.baseline, results, benchmarks)
-    measure(benchmarks, results, wish.rounds, wish.warmup)
+    measure(benchmarks, results, wish.rounds, wish.warmup, call.blocked)
     for path in (wish.json, wish.save_baseline if results.whole else None):
         if path is not None:
             results.write(path)
