@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
     "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
+    "new-plugin": ("miles.cli.new_plugin", "write the package of a new plugin: KIND NAME [--dir DIR]"),
 }
 """Command -> module with `run(call: Call) -> int`, and one line of help."""
 
@@ -123,7 +124,7 @@ def usage() -> str:
     """What `miles --help` prints."""
     lines = [f"miles {__version__}: reinforcement learning for language models, one plugin at a time", ""]
     lines += ["usage: miles COMMAND ...", ""]
-    lines += [f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     lines += ["", "with every command:"]
     lines += ["  --help       what the command takes; `miles train --help` lists every flag with its default"]
     lines += ["  -p no:NAME   leave out a plugin", "  --debug      show tracebacks of errors", "  --version"]
