@@ -35,6 +35,9 @@ class MicroBatch:
     scalars: dict[str, Tensor] = field(default_factory=dict)
     """Per sample, `[N]`."""
     multimodal: list[dict[str, Any]] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
+    """For each sample the length of its prompt if the sample before it has the same one, else 0: a backend may compute
+    what siblings begin with once. Empty where nobody looked."""
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

@@ -94,8 +94,23 @@ def build_micro_batch(
         packed,
         {name: values[index.to(values.device)] for name, values in (scalars or {}).items()},
         [multimodal[row] for row in rows] if multimodal else [],
+        _shared_prompts([tokens[row] for row in rows], [columns["mask"][row] for row in rows])
+        if "mask" in columns and not any(multimodal or ())
+        else [],
     )
     return move_micro_batch(batch, device)
+
+
+def _shared_prompts(tokens: Sequence[Sequence[int] | np.ndarray], masks: Sequence[Rows]) -> list[int]:
+    """For each sample the length of its prompt, if the sample before it has the same one, else 0. A prompt is what
+    comes before the first token that is learned; a sample that learns nothing shares nothing."""
+    shared, before = [], np.zeros(0, np.int64)
+    for ids, mask in zip(tokens, masks, strict=True):
+        learned = np.flatnonzero(np.asarray(mask))
+        prompt = np.asarray(ids)[: learned[0]] if len(learned) else np.zeros(0, np.int64)
+        shared.append(len(prompt) if np.array_equal(prompt, before) else 0)
+        before = prompt
+    return shared
 
 
 def _pack(pieces: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None) -> Tensor:
@@ -134,6 +149,7 @@ def move_micro_batch(batch: MicroBatch, device: str | torch.device) -> MicroBatc
         {name: column.to(device) for name, column in batch.columns.items()},
         {name: values.to(device) for name, values in batch.scalars.items()},
         batch.multimodal,
+        batch.shared,
     )
 
 
@@ -164,6 +180,7 @@ def take_samples(batch: MicroBatch, first: int, last: int) -> MicroBatch:
         {name: column[start:end] for name, column in batch.columns.items()},
         {name: values[first:last] for name, values in batch.scalars.items()},
         batch.multimodal[first:last],
+        [0, *batch.shared[first + 1 : last]] if batch.shared else [],
     )
 
 

@@ -6,6 +6,7 @@ It is told by a `PackedLayout`, which travels to every layer as the keyword `pac
     sdpa    samples of similar length are laid side by side, padded to the longest of them, and attended with
             torch's causal SDPA. Padding on the right is invisible to causal attention: no mask is built, let alone
             one of `[T, T]`. Where all lengths agree (groups of one prompt often do) nothing is copied at all.
+            What continues a shared prompt gets the prompt's keys and values in front of its own.
     flex    torch's flex_attention with a block mask per sample; compiled, so for CUDA.
     flash   `flash_attn_varlen_func` of the flash-attn package.
 
@@ -15,8 +16,9 @@ It is told by a `PackedLayout`, which travels to every layer as the keyword `pac
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from miles.api import ConfigError
+from miles.builtins.fsdp.prefixes import Stretch, TokenTree
 
 SIMILAR = 0.8
 """Samples down to this share of the longest one's length are padded to it."""
@@ -33,34 +36,62 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of models whose attention is of another form; dropping one would be silently wrong."""
 
 
+@dataclass(frozen=True)
+class Block:
+    """Stretches of similar length, side by side in the padded layout, whose contexts are equally long."""
+
+    first: int
+    """Slot."""
+    count: int
+    length: int
+    """Of the longest."""
+    context: Tensor | None
+    """`[count * context length]`: places of the tokens that come before each stretch."""
+
+    @property
+    def context_length(self) -> int:
+        return 0 if self.context is None else len(self.context) // self.count
+
+
 class PackedLayout:
     """Where the samples of a micro-batch lie. Built once a micro-batch, read by every layer.
 
+    Args:
+        shared: as in `MicroBatch.shared`; empty to compute every sample whole.
+
     Attributes:
-        groups: `(first slot, samples, length)` of each block of similar samples in the padded layout.
-        slots: how many slots these have together.
+        tree: which tokens are computed. From here on `T` counts these.
+        blocks: the padded layout, in which they have `slots` places.
     """
 
-    def __init__(self, bounds: Sequence[int], device: torch.device | str):
-        self.bounds = list(bounds)
+    def __init__(self, bounds: Sequence[int], device: torch.device | str, shared: Sequence[int] = ()):
         self.device = device
-        self.lengths = [end - start for start, end in pairwise(bounds)]
-        self.groups: list[tuple[int, int, int]] = []
+        self.tree = TokenTree.of(bounds, shared, device)
+        stretches = self.tree.stretches
+        self.lengths = [stretch.length for stretch in stretches]
+        self.blocks: list[Block] = []
         self.slots = 0
-        self._first_slot = [0] * len(self.lengths)
-        self._bands: dict[tuple[int, int], Tensor] = {}
-        for members in _similar(self.lengths):
-            longest = self.lengths[members[0]]
-            self.groups.append((self.slots, len(members), longest))
-            for place, sample in enumerate(members):
-                self._first_slot[sample] = self.slots + place * longest
+        self._first_slot = [0] * len(stretches)
+        self._bands: dict[tuple[int, int, int, torch.dtype], Tensor] = {}
+        for members in _similar(stretches):
+            self.blocks.append(self._block([stretches[i] for i in members]))
+            longest = self.blocks[-1].length
+            for place, member in enumerate(members):
+                self._first_slot[member] = self.slots + place * longest
             self.slots += len(members) * longest
+
+    def _block(self, members: Sequence[Stretch]) -> Block:
+        contexts = [member.context for member in members if member.context]
+        places = [torch.arange(context.start, context.start + context.length) for context in contexts]
+        context = torch.cat(places).to(self.device) if places else None
+        return Block(self.slots, len(members), members[0].length, context)
 
     @cached_property
     def slot_T(self) -> Tensor | None:
         """Slot of each token; None when every token is in its place already."""
+        starts = [stretch.start for stretch in self.tree.stretches]
         pairs = list(zip(self._first_slot, self.lengths, strict=True))
-        if self._first_slot == self.bounds[:-1] and self.slots == self.bounds[-1]:
+        if self._first_slot == starts and self.slots == sum(self.lengths):
             return None
         slots = torch.cat([torch.arange(first, first + length) for first, length in pairs])
         return slots.to(self.device)
@@ -68,15 +99,20 @@ class PackedLayout:
     @cached_property
     def cumulative(self) -> Tensor:
         """int32 bounds, as flash-attn wants them."""
-        return torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
-    def band(self, length: int, window: int) -> Tensor:
-        """`[length, length]` bool: causal, and at most `window` tokens back, the token itself included."""
-        if (length, window) not in self._bands:
-            position = torch.arange(length, device=self.device)
-            distance = position[:, None] - position[None, :]
-            self._bands[length, window] = (distance >= 0) & (distance < window)
-        return self._bands[length, window]
+    def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive, `[length, context + length]`: causal, and at most `window` tokens back, the token itself included.
+        None where plain causality says it all."""
+        context, length = block.context_length, block.length
+        if not context and (window is None or window >= length):
+            return None
+        key = (context, length, window or 0, dtype)
+        if key not in self._bands:
+            distance = torch.arange(length)[:, None] + context - torch.arange(context + length)
+            hidden = (distance < 0) | (distance >= (window or context + length))
+            self._bands[key] = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(self.device)
+        return self._bands[key]
 
     def block_mask(self, window: int | None) -> Any:
         """flex_attention's mask for this packing."""
@@ -89,14 +125,19 @@ class PackedLayout:
         return {}
 
 
-def _similar(lengths: Sequence[int]) -> list[list[int]]:
-    """Samples in blocks of similar length, longest first; each block's longest leads it."""
+def _similar(stretches: Sequence[Stretch]) -> list[list[int]]:
+    """In blocks of similar length and equally long contexts, longest first; each block's longest leads it."""
+
+    def context(index: int) -> int:
+        return stretches[index].context.length if stretches[index].context else 0  # type: ignore[union-attr]
+
     blocks: list[list[int]] = []
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if blocks and lengths[sample] >= SIMILAR * lengths[blocks[-1][0]]:
-            blocks[-1].append(sample)
+    for i in sorted(range(len(stretches)), key=lambda i: (-context(i), -stretches[i].length, i)):
+        leads = blocks[-1][0] if blocks else i
+        if blocks and context(leads) == context(i) and stretches[i].length >= SIMILAR * stretches[leads].length:
+            blocks[-1].append(i)
         else:
-            blocks.append([sample])
+            blocks.append([i])
     return blocks
 
 
@@ -140,13 +181,19 @@ def sdpa_packed(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[1, A, T, D]` queries and keys, returns `[1, T, A, D]`."""
     _refuse(module, kwargs)
-    query_SAD, key_SAD, value_SAD = (_to_slots(x[0].transpose(0, 1), packed) for x in (query, key, value))
+    per_token = [x[0].transpose(0, 1) for x in (query, key, value)]
+    padded = [_to_slots(x, packed) for x in per_token]
     repeats = query.shape[1] // key.shape[1]
     blocks = []
-    for first, count, length in packed.groups:
-        block = slice(first, first + count * length)
-        q, k, v = (x[block].unflatten(0, (count, length)).transpose(1, 2) for x in (query_SAD, key_SAD, value_SAD))
-        mask = packed.band(length, sliding_window) if sliding_window and sliding_window < length else None
+    for block in packed.blocks:
+        span, shape = slice(block.first, block.first + block.count * block.length), (block.count, block.length)
+        q, k, v = (x[span].unflatten(0, shape) for x in padded)
+        if block.context is not None:
+            shape = (block.count, block.context_length)
+            before = (x.index_select(0, block.context).unflatten(0, shape) for x in per_token[1:])
+            k, v = (torch.cat(pair, 1) for pair in zip(before, (k, v), strict=True))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = packed.mask(block, sliding_window, q.dtype)
         shared = repeats > 1 and _shares_keys(q, mask)
         if repeats > 1 and not shared:
             k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
@@ -273,12 +320,23 @@ def _flex_kernel(compiled: bool) -> Any:
 def _block_mask(layout: PackedLayout, window: int | None) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    lengths = torch.tensor(layout.lengths, device=layout.device)
-    sample_T = torch.repeat_interleave(torch.arange(len(layout.lengths), device=layout.device), lengths)
+    stretches = layout.tree.stretches
+    contexts = [stretch.context or Stretch(0, 0) for stretch in stretches]
+    lengths = torch.tensor(layout.lengths)
+
+    def per_token(values: Sequence[int]) -> Tensor:
+        return torch.repeat_interleave(torch.tensor(values), lengths).to(layout.device)
+
+    stretch_T = per_token(range(len(stretches)))
+    first_T = per_token([context.start for context in contexts])
+    end_T = per_token([context.start + context.length for context in contexts])
+    offset_T = per_token([c.length - s.start for c, s in zip(contexts, stretches, strict=True)])
+    position_T = torch.arange(len(stretch_T), device=layout.device) + offset_T
 
     def own_past(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = (query >= key) & (sample_T[query] == sample_T[key])
-        return seen & (query - key < window) if window else seen
+        before = (key >= first_T[query]) & (key < end_T[query])
+        seen = (query >= key) & (before | (stretch_T[query] == stretch_T[key]))
+        return seen & (position_T[query] - position_T[key] < window) if window else seen
 
-    tokens = layout.bounds[-1]
+    tokens = len(stretch_T)
     return create_block_mask(own_past, None, None, tokens, tokens, device=str(layout.device))

@@ -60,6 +60,8 @@ class FsdpBackend:
             self.scorer = self.built.scorer
             self.optimizer = self._make_optimizer()
             fill(self.built, initial_weights(context), self.optimizer.write if self.optimizer else copy_into)
+        # A balance loss counts tokens, so all of them are computed; and flash-attn knows no continuation of a prompt.
+        self.shares = not self.scorer.routes and context.config.train.attention != "flash"
         self.placement = Placement(self.scorer, self.optimizer, self.device)
 
     def _make_optimizer(self) -> Optimizer | None:
@@ -103,17 +105,17 @@ class FsdpBackend:
         tokens = batch.bounds[-1]
         padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
         tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
-        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device)
+        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device, batch.shared if self.shares else ())
         precision = self.context.precision
         if precision is None:
             found = self.scorer(tokens_T, positions_T, layout, want)
         else:
             with precision.autocast():
                 found = self.scorer(tokens_T, positions_T, layout, want)
-        hidden = found.pop("hidden")
+        before_UH = found.pop("before")
         outputs = Outputs(**{f"{name}_T": found[name][:tokens] for name in want if name in found})
         if "logits" in want:
-            outputs.logits = lambda start, end: self.scorer.logits(hidden, start, end)
+            outputs.logits = lambda start, end: self.scorer.logits(before_UH[layout.tree.places(start, end)])
         if "router_balance" in found:
             coefficient = self.scorer.lm.config.router_aux_loss_coef
             outputs.aux_losses["router_balance"] = found["router_balance"] * (coefficient * share)

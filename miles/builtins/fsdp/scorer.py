@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from miles.api import Want
 from miles.builtins.fsdp.attention import PackedLayout
-from miles.toolkit import align_with_tokens, next_tokens, selected_log_probs
+from miles.toolkit import selected_log_probs
 
 
 class TokenScorer(nn.Module):
@@ -43,41 +43,45 @@ class TokenScorer(nn.Module):
     def forward(
         self, tokens_T: Tensor, positions_T: Tensor, packed: PackedLayout, want: frozenset[Want]
     ) -> dict[str, Tensor]:
-        """`log_probs`, `entropy`, `values` as wanted, each `[T]` and aligned with the tokens; the `hidden` states
-        `[1, T, H]`; `router_balance`, before its coefficient, when the config asks for it."""
+        """`log_probs`, `entropy`, `values` as wanted, each `[T]` and aligned with the tokens, 0 where a sample starts;
+        `before` `[U, H]`, the hidden state that predicts each computed token; `router_balance`, before its coefficient,
+        when the config asks for it."""
+        tree = packed.tree
+        tokens_U, positions_U = tree.computed(tokens_T), tree.computed(positions_T)
         asked = {"output_router_logits": True} if self.routes else {}
         decoded = self.lm.base_model(
-            input_ids=tokens_T.unsqueeze(0),
-            position_ids=positions_T.unsqueeze(0),
+            input_ids=tokens_U.unsqueeze(0),
+            position_ids=positions_U.unsqueeze(0),
             use_cache=False,
             packed=packed,
             **asked,
         )
-        hidden = decoded.last_hidden_state
-        found = {"hidden": hidden}
+        before_UH = tree.predecessors(decoded.last_hidden_state[0])
+        columns: dict[str, Tensor | None] = {}
         if want & {"log_probs", "entropy"}:
-            log_probs_T, entropy_T = selected_log_probs(
-                hidden[0],
+            columns["log_probs"], columns["entropy"] = selected_log_probs(
+                before_UH,
                 self.lm.get_output_embeddings(),
-                next_tokens(tokens_T),
+                tokens_U,
                 temperature=self.temperature,
                 chunk_size=self.chunk_size,
                 entropy="entropy" in want,
             )
-            found["log_probs"] = align_with_tokens(log_probs_T, positions_T)
-            if entropy_T is not None:
-                found["entropy"] = align_with_tokens(entropy_T, positions_T)
         if self.value_head is not None and "values" in want:
-            values_T = self.value_head(hidden[0].to(self.value_head.weight.dtype)).squeeze(-1)
-            found["values"] = align_with_tokens(values_T, positions_T)
+            columns["values"] = self.value_head(before_UH.to(self.value_head.weight.dtype)).squeeze(-1)
+        found = {
+            name: tree.spread(torch.where(positions_U > 0, values_U, 0.0))
+            for name, values_U in columns.items()
+            if values_U is not None
+        }
+        found["before"] = before_UH
         if self.routes:
             found["router_balance"] = router_balance(decoded.router_logits, self.lm.config)
         return found
 
-    def logits(self, hidden: Tensor, start: int, end: int) -> Tensor:
-        """`[end - start, V]` at the temperature, at least float32: rows that predict `tokens[start:end]`."""
-        rows = torch.arange(start - 1, end - 1, device=hidden.device).clamp_min(0)
-        logits = self.lm.get_output_embeddings()(hidden[0, rows])
+    def logits(self, before_XH: Tensor) -> Tensor:
+        """`[X, V]` at the temperature, at least float32."""
+        logits = self.lm.get_output_embeddings()(before_XH)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
 

@@ -117,13 +117,13 @@ def test_every_token_has_a_slot_of_its_own_and_padding_is_bounded(lengths):
     slots = layout.slot_T if layout.slot_T is not None else torch.arange(bounds[-1])
     assert len(set(slots.tolist())) == bounds[-1]
     assert int(slots.max()) < layout.slots <= bounds[-1] / SIMILAR
-    starts = {first + place * length for first, count, length in layout.groups for place in range(count)}
+    starts = {block.first + place * block.length for block in layout.blocks for place in range(block.count)}
     assert all(int(slots[start]) in starts for start in bounds[:-1])
 
 
 def test_equal_lengths_are_left_in_place():
     layout = PackedLayout([0, 6, 12, 18], "cpu")
-    assert layout.groups == [(0, 3, 6)]
+    assert [(block.first, block.count, block.length) for block in layout.blocks] == [(0, 3, 6)]
     assert layout.slot_T is None
 
 
