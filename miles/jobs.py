@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
 from miles.config.load import Resolved, plugin_wishes, resolve
-from miles.determinism import prepare_process
+from miles.determinism import prepared_process
 from miles.errors import RunInterrupted
 from miles.log import logger, speak
 from miles.loop import train as train_loop
 from miles.plugins import load_plugins
+from miles.report.page import leave_report
 from miles.run import Run
 from miles.rundir import note_failure, run_directory
 from miles.tracking import Tracking
@@ -76,14 +77,13 @@ async def run_job(resolved: Resolved) -> Run:
     config, registry = resolved.config, resolved.registry
     hook = registry.plugins.hook
     hook.miles_configure(config=config)
-    prepare_process(config.run)
-    with run_directory(config, registry.plugins):
+    with prepared_process(config.run), run_directory(config, registry.plugins):
         try:
             async with AsyncExitStack() as stack:
                 tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
                 derived, parts = await build(config, registry, tracking, stack)
                 run = Run(config, derived, parts)
-                for line in (*run.header(), *_lines(hook.miles_report_header(config=config))):
+                for line in run.header:
                     logger.info("%s", line)
                 _settle_garbage()
                 stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
@@ -92,6 +92,9 @@ async def run_job(resolved: Resolved) -> Run:
         except BaseException as error:
             note_failure(config.run.dir, error)
             raise
+        finally:
+            if config.run.report:
+                leave_report(config.run.dir)
 
 
 async def _drive(run: Run) -> None:
@@ -131,24 +134,20 @@ async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str,
     """Evaluate a Hugging Face checkpoint in the engine alone, or one of miles through the trainer and a weight sync."""
     config, registry = resolved.config, resolved.registry
     registry.plugins.hook.miles_configure(config=config)
-    prepare_process(config.run)
     ours = None
     if checkpoint is not None and _is_ours(checkpoint):
         ours = find_checkpoint(checkpoint)
     elif checkpoint is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"hf_checkpoint": str(checkpoint)})})
-    async with AsyncExitStack() as stack:
-        parts = await evaluation_parts(config, registry, stack, ours)
-        return await parts.evaluator.evaluate(parts, ours.step if ours else 0)
+    with prepared_process(config.run):
+        async with AsyncExitStack() as stack:
+            parts = await evaluation_parts(config, registry, stack, ours)
+            return await parts.evaluator.evaluate(parts, ours.step if ours else 0)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether a path is a checkpoint, a folder of checkpoints, or a run directory of miles."""
     return (path / MANIFEST).exists() or (path / "checkpoints").is_dir() or any(path.glob(f"step_*/{MANIFEST}"))
-
-
-def _lines(answers: Iterable[str | Sequence[str]]) -> list[str]:
-    return [line for answer in answers for line in ([answer] if isinstance(answer, str) else answer)]
 
 
 def _settle_garbage() -> None:

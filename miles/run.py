@@ -35,7 +35,7 @@ from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
-from miles.rundir import SUMMARY
+from miles.rundir import write_summary
 from miles.tracking import Progress, Tracking
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
@@ -82,6 +82,7 @@ class Run:
         self.store = CheckpointStore(
             self.config.checkpoint.dir or self.directory / "checkpoints", self.config.checkpoint.keep
         )
+        self.header = self._header()
         self._clock = time.perf_counter()
         self._step_clock = self._clock
         self._boundary = self._snapshot()
@@ -296,14 +297,16 @@ class Run:
         self.totals.seconds += now - self._clock
         self._clock = now
 
-    def header(self) -> list[str]:
+    def _header(self) -> list[str]:
         """What a person wants to know before it begins."""
         config, model = self.config, self.parts.model
         device, steps = resolve_device(config.resources.device), self.derived.num_rollout
+        answers = self.hook.miles_report_header(config=config)
         prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
         return [
             f"{config.run.name} in {self.directory}: {steps} steps on {device}",
             f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",
+            *(line for said in answers for line in ([said] if isinstance(said, str) else said)),
         ]
 
     def info(self) -> RunInfo:
@@ -317,6 +320,7 @@ class Run:
         return {
             "status": self.status,
             "name": self.config.run.name,
+            "header": self.header,
             "steps": self.step,
             "seconds": round(self.totals.seconds, 3),
             "tokens": {
@@ -331,8 +335,7 @@ class Run:
 
     def write_summary(self) -> None:
         self._count_seconds()
-        text = json.dumps(_finite(self.summary), indent=2) + "\n"
-        (self.directory / SUMMARY).write_text(text)
+        write_summary(self.directory, self.summary)
 
 
 def _random_state() -> dict[str, Any]:
@@ -358,10 +361,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: say null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

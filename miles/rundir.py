@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,9 @@ from miles.plugins import Plugins
 
 SUMMARY, SETTINGS, LOCK = "summary.json", "config.yaml", ".lock"
 FREE = (
-    "run.dir", "run.name", "run.resume", "rollout.num_rollout", "rollout.num_epoch", "rollout.dump_samples", "eval",
-    "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify", "weight_sync.tolerance",
+    "run.dir", "run.name", "run.resume", "run.report", "rollout.num_rollout", "rollout.num_epoch",
+    "rollout.dump_samples", "eval", "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify",
+    "weight_sync.tolerance",
 )  # fmt: skip
 """What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
 
@@ -89,7 +92,7 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
     checkpoints = config.checkpoint.dir or directory / "checkpoints"
     if not path.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
         return
-    before, now = (_leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
+    before, now = (leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
     if keys:
         lines = "".join(f"\n  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
@@ -104,14 +107,31 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Dotted path -> value; empty mappings and lists are values."""
     if isinstance(value, list):
         value = dict(enumerate(value)) or value
     if not isinstance(value, Mapping) or not value:
         return {path: value}
     parts = {f"{path}.{name}" if path else str(name): item for name, item in value.items()}
-    return {key: leaf for part, item in parts.items() for key, leaf in _leaves(item, part).items()}
+    return {key: leaf for part, item in parts.items() for key, leaf in leaves(item, part).items()}
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`, with the time of now as the run's end."""
+    ended = datetime.now().astimezone().isoformat(timespec="seconds")
+    (directory / SUMMARY).write_text(json.dumps(plain({**summary, "ended": ended}), indent=2) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: keys are text, a number that is not finite is None, what JSON does not know is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, int | str) else str(value)
 
 
 def note_failure(directory: Path, error: BaseException) -> None:
@@ -123,6 +143,6 @@ def note_failure(directory: Path, error: BaseException) -> None:
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
         known |= {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
-        path.write_text(json.dumps(known, indent=2) + "\n")
+        write_summary(directory, known)
     except OSError as failure:
         logger.warning("%s cannot be written: %s", path, failure)

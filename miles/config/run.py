@@ -19,5 +19,7 @@ class RunSection(Section):
     """Deterministic kernels and scheduling: a killed and resumed run ends bit for bit where an unbroken one does."""
     resume: Annotated[Literal["auto", "never", "must"], Flag("--resume")] = "auto"
     """auto: go on from the newest good checkpoint of the run directory, if there is one."""
+    report: Annotated[bool, Flag("--report")] = True
+    """Write `report.html` to the run's directory when the run ends, however it ends."""
     num_threads: Annotated[int | None, Flag("--num-threads")] = None
     """Threads of torch on a CPU; all cores when not given."""

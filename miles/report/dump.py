@@ -1,4 +1,4 @@
-"""Samples on disk: `rollouts/step_NNNNNN.jsonl` of a run directory, one sample a line, written once it is trained on."""
+"""Samples on disk: `rollouts/step_NNNNNN.jsonl` of a run directory, a sample a line, written once it is trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = "rollouts"
 def dump_samples(directory: Path, step: int, samples: Sequence[Sample], learned: Mapping[int, Mapping]) -> None:
     """Write the samples of a step. `learned`: sample id -> what training made of it, `advantages` `[T]` and `loss`."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+    with (directory / f"step_{step:06d}.jsonl").open("w", encoding="utf-8", errors="replace") as file:
         for sample in samples:
             record = sample_record(sample, learned.get(sample.id, {}))
             file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")

@@ -42,7 +42,7 @@ class Objective:
         self.policy_loss = policy_loss
         self.scope = StepScope(tokens=1.0)
         self.losses: list[tuple[list[int], Tensor]] = []
-        """Of each micro-batch since this was emptied: sample ids, and the mean policy loss of their trainable tokens."""
+        """Of each micro-batch since this was emptied: sample ids, and mean policy loss of their trainable tokens."""
 
     def __call__(self, batch: MicroBatch, outputs: Outputs) -> LossResult:
         assert outputs.log_probs_T is not None
