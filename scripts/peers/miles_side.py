@@ -12,7 +12,6 @@ import transformers
 from task import Task, Turns, digits
 
 import miles
-from miles.api import hookimpl
 
 
 class TakesTurns:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 import time
-import warnings
 from pathlib import Path
-
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-warnings.filterwarnings("ignore")
-
-import json
 
 import torch
 import transformers
@@ -46,14 +40,14 @@ class TakesTurns(TrainerCallback):
         self.turns, self.rewards, self.trainer = turns, rewards, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.turns.give(ready=f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
+        self.turns.give(
+            ready=f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+        )
         self.wait()
 
     def on_step_end(self, args, state, control, **kwargs):
         seconds, trainer = time.perf_counter() - self.started, self.trainer
-        self.turns.give(
-            seconds=seconds, tokens=trainer.tokens, generating=trainer.generating, reward=self.rewards[-1]
-        )
+        self.turns.give(seconds=seconds, tokens=trainer.tokens, generating=trainer.generating, reward=self.rewards[-1])
         self.wait()
 
     def wait(self):
@@ -93,13 +87,13 @@ def main(folder: Path, task: Task, steps: int, seed: int) -> None:
         loss_type="dapo",
         gradient_checkpointing=False,
     )
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train").rename_column("input", "prompt")
+    rows = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train")
     callback = TakesTurns(turns, rewards)
     trainer = Counted(
         model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32),
         reward_funcs=reward,
         args=options,
-        train_dataset=data,
+        train_dataset=rows.rename_column("input", "prompt"),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[callback],
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from task import FIXED, SETTINGS, Task
 HERE = Path(__file__).resolve().parent
 TRL_PYTHON = HERE.parents[1] / ".peers/trl/bin/python"
 WARM_UP = 3
+QUIET = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
 SIDES = {"miles": (sys.executable, "miles_side.py"), "trl": (str(TRL_PYTHON), "trl_side.py")}
 
 
@@ -39,6 +41,7 @@ class Side:
             self.process = subprocess.Popen(
                 [python, script, json.dumps(arguments)],
                 cwd=HERE,
+                env=os.environ | QUIET,
                 text=True,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -94,14 +97,16 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=list(SETTINGS), choices=[*SETTINGS, []])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--learning", action="store_true", help="40 steps of `fixed` a seed, and the reward they end at")
+    parser.add_argument(
+        "--learning", action="store_true", help="40 steps of `fixed` a seed, and the reward they end at"
+    )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if not TRL_PYTHON.exists():
         sys.exit(f"{TRL_PYTHON} is not there; run scripts/peers/install.sh trl")
     results = []
     settings = {"fixed": FIXED} if given.learning else {name: SETTINGS[name] for name in given.settings}
-    print("| setting | seed | | s/step | tokens/s | generating | reward, first -> last 5 steps |\n|---|---|---|---|---|---|---|")
+    print("| setting | seed | | s/step | tokens/s | generating | reward, first -> last 5 steps |\n" + "|---" * 7 + "|")
     for name, task in settings.items():
         for seed in given.seeds:
             sides = play(task, 40 if given.learning else given.steps, seed)
@@ -112,9 +117,10 @@ def main() -> None:
                 )
             ratio = sides["miles"].speed() / sides["trl"].speed()
             print(f"| {name} | {seed} | ratio | | **{ratio:.2f}** | | |", flush=True)
-            results.append({"setting": name, "seed": seed, "task": asdict(task), "ratio": ratio} | {
-                side.name: {"version": side.ready, "steps": side.steps} for side in sides.values()
-            })
+            results.append(
+                {"setting": name, "seed": seed, "task": asdict(task), "ratio": ratio}
+                | {side.name: {"version": side.ready, "steps": side.steps} for side in sides.values()}
+            )
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
 
