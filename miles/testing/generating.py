@@ -28,6 +28,7 @@ from miles.types import (
 
 ENDED = (Status.COMPLETED, Status.TRUNCATED, Status.ABORTED, Status.FAILED)
 VERSION = 3
+ID, GROUP, SEED = 5, 1, 99
 
 
 @dataclass
@@ -95,12 +96,10 @@ class GenerateFunctionContract(ComponentContract):
         tokens = chat.render_prompt(messages)
         return Prompt("contract:0", "contract", messages=messages, label="hello you", tokens=tokens)
 
-    def finish(
-        self, script: Script, environment: Callable[[], Any] = Echo, **context: Any
-    ) -> tuple[Sample, list[Sample]]:
-        """A fresh sample through the function: what went in, what came out."""
+    def finish(self, script: Script, environment: Callable[[], Any] = Echo, **context: Any) -> list[Sample]:
+        """A fresh sample through the function."""
         prompt = self.prompt(script.chat)
-        sample = Sample.begin(prompt, id=5, group_id=1, seed=99)
+        sample = Sample.begin(prompt, id=ID, group_id=GROUP, seed=SEED)
         given: dict[str, Any] = {
             "generate": script,
             "chat": script.chat,
@@ -109,14 +108,14 @@ class GenerateFunctionContract(ComponentContract):
             **context,
         }
         result = asyncio.run(self.build()(GenerateContext(**given), sample))
-        return sample, result if isinstance(result, list) else [result]
+        return result if isinstance(result, list) else [result]
 
     def script(self, *answers: tuple[str, str]) -> Script:
         return Script(tiny.chat_format(installed()), answers or (("hello you", "stop"),))
 
     def test_a_finished_sample(self) -> None:
         """It has tokens, an end, a decoded response, and turns that lie within it, one after the other."""
-        _, samples = self.finish(self.script())
+        samples = self.finish(self.script())
         assert samples, "no sample came out"
         for sample in samples:
             assert sample.status in (Status.COMPLETED, Status.TRUNCATED), f"{sample.status}: {sample.error}"
@@ -130,7 +129,7 @@ class GenerateFunctionContract(ComponentContract):
     def test_columns_are_aligned(self) -> None:
         """Entry `t` of a column speaks of token `t`: one place off, and the run trains on other numbers."""
         script = self.script()
-        for sample in self.finish(script)[1]:
+        for sample in self.finish(script):
             for name, column in sample.columns.items():
                 rows = sample.specs[name].rows(len(sample.tokens))
                 assert len(column) == rows, f"{name} has {len(column)} rows for {len(sample.tokens)} tokens"
@@ -143,7 +142,7 @@ class GenerateFunctionContract(ComponentContract):
     def test_only_what_the_model_said_is_trained(self) -> None:
         """Prompt and environment tokens have mask 0; the weight version tells who produced a token."""
         script = self.script()
-        _, samples = self.finish(script)
+        samples = self.finish(script)
         trained = sum(sample.trainable_tokens for sample in samples)
         assert trained > 0, "nothing is trained"
         for sample in samples:
@@ -158,7 +157,7 @@ class GenerateFunctionContract(ComponentContract):
         """What was generated stays in the stream as it was, and every request continues the one before: tokens of a
         decoded and re-encoded text are others, with log-probs of tokens that were never drawn."""
         script = self.script(("hell", "stop"), ("o", "stop"))
-        _, samples = self.finish(script)
+        samples = self.finish(script)
         for sample in samples:
             for request in script.requests:
                 seen = sample.tokens[: len(request.tokens)]
@@ -168,7 +167,7 @@ class GenerateFunctionContract(ComponentContract):
         """Truncated samples are counted, and masked or dropped by option: the status must say so."""
         if self.trains == "responses":
             pytest.skip("asks no engine")
-        _, samples = self.finish(self.script(("hello you", "length")))
+        samples = self.finish(self.script(("hello you", "length")))
         assert {sample.status for sample in samples} == {Status.TRUNCATED}
 
     def test_an_aborted_answer_is_aborted_and_goes_on(self) -> None:
@@ -176,7 +175,7 @@ class GenerateFunctionContract(ComponentContract):
         if self.trains == "responses":
             pytest.skip("asks no engine")
         script = self.script(("hel", "abort"), ("lo", "stop"))
-        _, (sample, *_) = self.finish(script)
+        sample, *_ = self.finish(script)
         assert sample.status is Status.ABORTED
         context = GenerateContext(
             script, script.chat, SamplingParams(max_new_tokens=64, stop_token_ids=script.chat.stop_token_ids), Echo
@@ -190,24 +189,24 @@ class GenerateFunctionContract(ComponentContract):
 
     def test_the_context_is_not_exceeded(self) -> None:
         """The engine refuses a sequence that is too long, and the trainer's memory was measured for the limit."""
-        asked = min(sample.prompt_length for sample in self.finish(self.script())[1])
+        asked = min(sample.prompt_length for sample in self.finish(self.script()))
         for room in (0, 1, 3):
             limit = asked + room
-            for sample in self.finish(self.script(), max_context_tokens=limit)[1]:
+            for sample in self.finish(self.script(), max_context_tokens=limit):
                 assert len(sample.tokens) <= limit, f"{len(sample.tokens)} tokens within a context of {limit}"
                 assert sample.status in (Status.TRUNCATED, Status.FAILED), f"cut off, but {sample.status}"
 
     def test_siblings_share_their_trajectory(self) -> None:
         """Samples cut from one trajectory count once in every average: they say so by their `rollout_id`."""
-        given, samples = self.finish(self.script())
-        assert {sample.rollout_id for sample in samples} == {given.rollout_id}
-        assert {sample.group_id for sample in samples} == {given.group_id}
+        samples = self.finish(self.script())
+        assert {sample.rollout_id for sample in samples} == {ID}
+        assert {sample.group_id for sample in samples} == {GROUP}
 
     def test_the_samples_seed_decides_its_draws(self) -> None:
         """Siblings of a group must differ, and a repeated run must not."""
         script = self.script()
         self.finish(script)
-        assert {request.seed for request in script.requests} <= {99}, "requests do not carry the sample's seed"
+        assert {request.seed for request in script.requests} <= {SEED}, "requests do not carry the sample's seed"
         assert all(request.sampling.max_new_tokens <= 64 for request in script.requests)
 
     def test_a_broken_engine_is_no_sample(self) -> None:
@@ -217,7 +216,7 @@ class GenerateFunctionContract(ComponentContract):
         script = self.script()
         script.broken = True
         try:
-            _, samples = self.finish(script)
+            samples = self.finish(script)
         except ConnectionError:
             return
         for sample in samples:

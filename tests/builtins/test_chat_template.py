@@ -2,7 +2,7 @@
 
 import pytest
 
-from miles.api import ChatFormat, DataError
+from miles.api import DataError
 
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
 USER = {"role": "user", "content": "hello\n\n"}
@@ -27,10 +27,6 @@ def whole(chat, messages, tools=None, speak=False):
     return chat.tokenizer.apply_chat_template(
         messages, tools=tools, add_generation_prompt=speak, tokenize=False, **chat.template_kwargs
     )
-
-
-def test_it_is_a_chat_format(chat):
-    assert isinstance(chat, ChatFormat)
 
 
 def test_the_prompt_is_the_templates(chat):

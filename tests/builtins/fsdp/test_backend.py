@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 from miles.builtins.fsdp.model import initial_weights
 from miles.builtins.fsdp.norms import fuse_norms
 from miles.errors import ConfigError
-from miles.protocols import TrainBackend
 from miles.training.packing import plan_micro_batches, split_by_sample, split_micro_batch
 from miles.types import LossResult, Outputs
 
@@ -55,10 +54,6 @@ def any_config(request, dense, moe):
         "moe": moe,
     }
     return built[request.param]()
-
-
-def test_is_a_train_backend(make_backend):
-    assert isinstance(make_backend(), TrainBackend)
 
 
 def test_packed_equals_each_sample_alone_and_a_padded_batch(any_config, make_backend, samples, pack):

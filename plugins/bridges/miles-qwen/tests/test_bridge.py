@@ -12,7 +12,7 @@ from miles_qwen.bridge import QwenBridge
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
-from miles.api import Bridge, ConfigError, Part, Share, WeightError
+from miles.api import ConfigError, Part, Share, WeightError
 from miles.builtins.torch_engine.decoder import DecoderConfig, weight_shapes
 from miles.checkpoint_io import read_weights
 from miles.toolkit import join_shards
@@ -72,16 +72,6 @@ def merged(groups):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_it_is_a_bridge():
-    assert isinstance(QwenBridge(), Bridge)
-
-
-def test_the_torch_world_is_the_state_dict(saved):
-    """Names, fused experts and tied head included."""
-    model, config, folder = saved
-    assert same(merged(QwenBridge().to_world("torch", config, read_weights(folder))), model.state_dict())
 
 
 def test_a_module_without_its_tied_name_exports_the_same(saved):

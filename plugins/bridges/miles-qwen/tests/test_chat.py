@@ -7,7 +7,7 @@ from miles_qwen.chat import NO_THOUGHTS, Qwen3Chat
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from miles.api import ChatContext, ChatFormat, ConfigError, DataError
+from miles.api import ChatContext, ConfigError, DataError
 
 TEMPLATE = (Path(__file__).parent / "qwen3.jinja").read_text(encoding="utf-8").strip()
 HYBRID = TEMPLATE.replace("EMPTY_THOUGHTS", "true").replace(
@@ -71,10 +71,6 @@ CONVERSATIONS = {
     "a late system message": [ASK, ANSWER, SYSTEM],
     "a tool's answer as a user": [ASK, CALLS, {"role": "user", "content": "<tool_response>\n1\n</tool_response>"}],
 }
-
-
-def test_it_is_a_chat_format():
-    assert isinstance(chat_of(), ChatFormat)
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
