@@ -42,10 +42,14 @@ def _lines(report: Report, everything: bool) -> Iterator[str]:
         yield section.name
         width = min(max(len(finding.name) for finding in findings), 20)
         for finding in findings:
-            lead = f"  {SHOWN[finding.mark]:<8}{finding.name:<{width}}  "
-            yield from _wrapped(lead, finding.found)
+            mark = f"  {SHOWN[finding.mark]:<8}"
+            if len(finding.name) <= width:
+                yield from _wrapped(f"{mark}{finding.name:<{width}}  ", finding.found)
+            else:
+                yield from _wrapped(mark, f"{finding.name}: {finding.found}")
             if finding.remedy:
-                yield from _wrapped(" " * (width + 12) + "do: ", finding.remedy)
+                indent = width + 12 if len(finding.name) <= width else 10
+                yield from _wrapped(" " * indent + "do: ", finding.remedy)
         yield ""
     yield "what can be done here"
     for verdict in report.verdicts:

@@ -138,16 +138,22 @@ class Doctor:
             remedy = "pip install --force-reinstall 'transformers>=5.12,<5.18'"
             yield Finding("transformers", "fault", problem, remedy, TRAINING)
         if "error" in found:
-            stops: tuple[Job, ...] = TRAINING
-            yield Finding("components", "fault", found["error"], "repair what is named there", stops)
+            yield Finding("components", "fault", found["error"], "repair what is named there", TRAINING)
             return
-        well = 0
-        for one in found["components"]:
-            stops = TRAINING if (one["kind"], one["name"]) in QUICKSTART else ()
-            for fault in one["faults"]:
-                remedy = "`miles plugins doctor` says it too; pip install what it lacks, or -p no:NAME"
-                yield Finding(one["title"], "fault", fault, remedy, stops, {"kind": one["kind"], "name": one["name"]})
-            well += not one["faults"]
+        known = {self._facts[library].get("error") for library in ("torch", "transformers")} - {None}
+        for reason, ones in _by_reason(found["components"]).items():
+            names = ", ".join(one["title"] for one in ones[:2]) + (
+                f" and {len(ones) - 2} more" if len(ones) > 2 else ""
+            )
+            needed = any((one["kind"], one["name"]) in QUICKSTART for one in ones)
+            facts = {"components": [[one["kind"], one["name"]] for one in ones]}
+            said = any(reason.endswith(error) for error in known)
+            remedy = (
+                "as above" if said else "`miles plugins doctor` lists each; pip install what it lacks, or -p no:NAME"
+            )
+            stops = TRAINING if needed and not said else ()
+            yield Finding(names, "fault", reason, remedy, stops, facts)
+        well = sum(not one["faults"] for one in found["components"])
         yield Finding("registered", "ok", f"{well} of {len(found['components'])} can be used", facts={"usable": well})
 
     def _optional_parts(self) -> Iterator[Finding]:
@@ -158,7 +164,8 @@ class Doctor:
 
     def _verdicts(self, findings: Sequence[Finding]) -> Iterator[Verdict]:
         def reasons(*jobs: Job) -> str:
-            return "; ".join(f"{f.name}: {f.found}" for f in findings if set(f.stops) & set(jobs))
+            those = [f"{f.name}: {f.found}" for f in findings if set(f.stops) & set(jobs)]
+            return "; ".join(those[:3]) + (f"; and {len(those) - 3} more" if len(those) > 3 else "")
 
         for what, why in (("train on CPU", reasons("training")), ("train on GPU", reasons("training", "gpu"))):
             yield Verdict(what, not why, why)
@@ -169,6 +176,18 @@ class Doctor:
                 known.setdefault(name, f"no installed plugin offers it (that would be {distributions})")
             for name in sorted(known):
                 yield Verdict(f"{place} {name}", not known[name], known[name])
+
+
+def _by_reason(components: Sequence[Any]) -> dict[str, list[Any]]:
+    """What is wrong -> the components that it is wrong with: one broken library stops many."""
+    reasons: dict[str, list[Any]] = {}
+    for one in components:
+        for fault in one["faults"]:
+            lead, _, error = fault.partition(": ")
+            reasons.setdefault(
+                f"cannot be imported: {error}" if lead.startswith("cannot import ") else fault, []
+            ).append(one)
+    return reasons
 
 
 def _promised(kind: str) -> dict[str, str]:

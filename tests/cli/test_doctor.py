@@ -87,6 +87,7 @@ def test_no_torch(doctor):
     assert "No module named 'torch'" in verdict(seen, "train on CPU")["why"]
     assert not verdict(seen, "rollout engine torch")["can"]
     assert verdict(seen, "rollout engine none")["can"]
+    assert verdict(seen, "train on CPU")["why"].count("No module named") == 1  # said once is enough
     assert "pip install" in finding(seen, "accelerator", "torch")["remedy"]
 
 
@@ -125,11 +126,23 @@ def test_a_component_that_cannot_be_imported_matters_where_it_is_used(doctor):
     components["trackers", "wandb"]["faults"] = ["cannot import miles_wandb.tracker: ..."]
     code, seen = doctor()
     assert code == 0
-    assert finding(seen, "components", components["trackers", "wandb"]["title"])["mark"] == "fault"
-    components["rewards", "exact_match"]["faults"] = ["cannot import miles_math: ..."]
+    broken = finding(seen, "components", components["trackers", "wandb"]["title"])
+    assert (broken["mark"], broken["facts"]) == ("fault", {"components": [["trackers", "wandb"]]})
+    components["rewards", "exact_match"]["faults"] = ["cannot import miles_math: ImportError: no math"]
     code, seen = doctor()
     assert code == 1
-    assert "cannot import miles_math" in verdict(seen, "train on CPU")["why"]
+    why = "cannot be imported: ImportError: no math"
+    assert verdict(seen, "train on CPU")["why"] == f"{components['rewards', 'exact_match']['title']}: {why}"
+
+
+def test_one_broken_library_is_one_line(doctor):
+    ones = doctor.facts["components"]["components"]
+    for one in (ones[0], ones[1], ones[2], ones[3]):
+        one["faults"] = [f"cannot import {one['name']}.thing: ImportError: no blas"]
+    _, seen = doctor()
+    found = finding(seen, "components", f"{ones[0]['title']}, {ones[1]['title']} and 2 more")
+    assert found["found"] == "cannot be imported: ImportError: no blas"
+    assert len(found["facts"]["components"]) == 4
 
 
 def test_a_full_disk(doctor, monkeypatch):
