@@ -55,10 +55,11 @@ def examine(name: str, *checks: Check) -> Section:
 
 
 def _crashed(check: Check, error: Exception) -> Finding:
+    lacking = isinstance(error, ImportError)
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Finding(
         getattr(check, "__name__", getattr(getattr(check, "func", None), "__name__", "check")).strip("_"),
         "fault",
         f"this check crashed: {type(error).__name__}: {error} ({last.filename}:{last.lineno})",
-        "the other lines hold all the same; please report this one",
+        "install what it lacks" if lacking else "the other lines hold all the same; please report this one",
     )

@@ -39,8 +39,11 @@ def packages() -> Iterator[Finding]:
 
 
 def requirements(distribution: str) -> list[Requirement]:
-    """What a distribution needs here, extras left out."""
-    every = [Requirement(text) for text in requires(distribution) or ()]
+    """What a distribution needs here, extras left out; nothing where it is not installed."""
+    try:
+        every = [Requirement(text) for text in requires(distribution) or ()]
+    except PackageNotFoundError:
+        return []
     return [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 

@@ -18,6 +18,15 @@ def breaks_at_once(_):
     raise OSError("no such thing")
 
 
+def lacks():
+    raise ModuleNotFoundError("No module named 'pydantic'")
+
+
+def test_a_missing_library_is_no_mistake_of_miles():
+    (found,) = examine("all", lacks).findings
+    assert found.remedy == "install what it lacks"
+
+
 def test_a_crash_is_a_line_and_the_rest_goes_on():
     section = examine("all", good, breaks_late, partial(breaks_at_once, 1), partial(good, "last"))
     assert [finding.name for finding in section.findings] == ["fine", "first", "breaks_late", "breaks_at_once", "last"]

@@ -55,6 +55,18 @@ def test_a_plugin_that_lacks_something(monkeypatch):
     assert found.stops == ()
 
 
+def test_a_miles_that_is_not_installed(monkeypatch):
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    for name in ("metadata", "requires", "version"):
+        monkeypatch.setattr(installed, name, absent)
+    (found,) = installed.packages()
+    assert (found.mark, found.stops) == ("fault", ("training",))
+    assert "is not installed: no plugin can be found" in found.found
+    assert {finding.mark for finding in installed.optional_parts(set()) if finding.name != "chromium"} == {"missing"}
+
+
 def test_parts_are_of_use_when_something_installed_uses_them(versions):
     versions(sglang="0.5.17", datasets="5.0")
     parts = {finding.name: finding for finding in installed.optional_parts(set())}
