@@ -1,9 +1,9 @@
 """`miles new-plugin KIND NAME`: the package of a new plugin, working and tested.
 
 What is written comes from `miles/templates/plugin/`: `package.txt` holds the files of every plugin, `<kind>.txt` those
-of one kind. A line `=== path` begins a file; `$package` and the other fields of `Names` are filled in, in paths and texts
-alike, by `string.Template`. The section `about` is no file: its first line says in a few words what the component
-does, the rest is for the README.
+of one kind. A line `=== path` begins a file; `$package` and the other fields of `Names` are filled in, in paths and
+texts alike, by `string.Template`. The section `about` is no file: its first line says in a few words what the
+component does, the rest is for the README.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ def test_the_three_trained_a_model_together(reader):
     trained = [step for step in steps if "train/grad_norm" in step]
     assert len(trained) == 2
     assert all(step["train/grad_norm"] > 0 for step in trained)
+    assert all("rollout/reward_parts/digits/plain" in step for step in trained)
     samples = [json.loads(line) for path in sorted((run / "rollouts").glob("*.jsonl")) for line in path.open()]
     assert len(samples) == 2 * 4 * 8
     for sample in samples:
