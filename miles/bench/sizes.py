@@ -13,7 +13,7 @@ class Size:
 
     model: Mapping[str, Any]
     dtype: str = "fp32"
-    seconds: float = 0.5
+    seconds: float = 0.3
     """What takes less is done again until that much time has passed, within one round."""
     requests: int = 64
     """Responses that are generated together."""

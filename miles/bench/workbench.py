@@ -91,7 +91,7 @@ class Workbench:
         """A GRPO job on this checkpoint, whose responses are `new_tokens` long and judged by their digits."""
         size = self.size
         settings = {
-            "run": {"dir": str(self.folder / name), "seed": SEED},
+            "run": {"dir": str(self.folder / name), "seed": SEED, "report": False},
             "model": {"hf_checkpoint": str(self.checkpoint)},
             "data": {
                 "sets": [
