@@ -24,11 +24,21 @@ def run_dir(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_leaves_a_complete_directory(config, run_dir):
+def test_a_run_leaves_a_complete_directory(config, run_dir, caplog):
+    caplog.set_level("INFO", "miles")
     run = miles.train(config)
+    assert caplog.messages[-2:] == [f"completed: 2 steps; everything is in {run_dir}", f"report: {run_dir}/report.html"]
     assert run.status == "completed"
     names = {path.name for path in run_dir.iterdir()}
-    assert {"config.yaml", "plugins.json", "metrics.jsonl", "rollouts", "checkpoints", "summary.json"} <= names
+    assert {
+        "config.yaml",
+        "plugins.json",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "summary.json",
+        "report.html",
+    } <= names
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("completed", 2)
     assert summary["tokens"]["generated"] > 2 * 16
@@ -173,6 +183,13 @@ def test_a_failed_run_says_so_in_its_summary(config, run_dir):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"].startswith("RolloutError: 16 of 16 samples failed")
+    assert (run_dir / "report.html").exists()
+
+
+def test_a_run_without_a_report(config, run_dir):
+    miles.train(config, num_rollout=0, report=False)
+    assert (run_dir / "summary.json").exists()
+    assert not (run_dir / "report.html").exists()
 
 
 def test_failures_are_no_successes_in_an_evaluation(config):
