@@ -10,7 +10,6 @@ from miles.training.logprobs import align_with_tokens, log_probs_from_logits, ne
 from miles.training.packing import (
     build_micro_batch,
     chunk_micro_batches,
-    gather_rows,
     move_micro_batch,
     plan_micro_batches,
     split_by_sample,
@@ -37,7 +36,6 @@ __all__ = [
     "build_micro_batch",
     "chunk_micro_batches",
     "cut_shard",
-    "gather_rows",
     "join_shards",
     "log_probs_from_logits",
     "move_micro_batch",

@@ -7,6 +7,7 @@ work whatever the lengths are. Who reads one finds sample `i` at `[bounds[i], bo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -140,15 +141,12 @@ def _rows(piece: Rows, length: int, name: str, spec: Column | None) -> np.ndarra
 
 def move_micro_batch(batch: MicroBatch, device: str | torch.device) -> MicroBatch:
     """The same micro-batch with its tensors on `device`."""
-    return MicroBatch(
-        batch.tokens_T.to(device),
-        batch.positions_T.to(device),
-        batch.bounds,
-        batch.sample_ids,
-        {name: column.to(device) for name, column in batch.columns.items()},
-        {name: values.to(device) for name, values in batch.scalars.items()},
-        batch.multimodal,
-        batch.shared,
+    return replace(
+        batch,
+        tokens_T=batch.tokens_T.to(device),
+        positions_T=batch.positions_T.to(device),
+        columns={name: column.to(device) for name, column in batch.columns.items()},
+        scalars={name: values.to(device) for name, values in batch.scalars.items()},
     )
 
 
@@ -186,12 +184,3 @@ def take_samples(batch: MicroBatch, first: int, last: int) -> MicroBatch:
 def split_by_sample(values_T: Tensor, bounds: Sequence[int]) -> list[Tensor]:
     """A packed column as one view a sample; a trailing pad is left out."""
     return [values_T[start:end] for start, end in pairwise(bounds)]
-
-
-def gather_rows(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Packed outputs of several micro-batches as `{table row: its [tokens, ...] part}`."""
-    return {
-        row: piece
-        for batch, values_T in zip(batches, values, strict=True)
-        for row, piece in zip(batch.sample_ids, split_by_sample(values_T, batch.bounds), strict=True)
-    }

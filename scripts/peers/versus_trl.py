@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 
-from task import FIXED, SETTINGS, Task
+from task import SETTINGS, Task
 
 HERE = Path(__file__).resolve().parent
 TRL_PYTHON = HERE.parents[1] / ".peers/trl/bin/python"
@@ -94,7 +94,7 @@ def play(task: Task, steps: int, seed: int) -> dict[str, Side]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", default=list(SETTINGS), choices=[*SETTINGS, []])
+    parser.add_argument("settings", nargs="*", help=f"of {', '.join(SETTINGS)}; all when not given")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -102,12 +102,15 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if unknown := set(given.settings) - set(SETTINGS):
+        parser.error(f"no setting {unknown.pop()!r}; there are {', '.join(SETTINGS)}")
     if not TRL_PYTHON.exists():
         sys.exit(f"{TRL_PYTHON} is not there; run scripts/peers/install.sh trl")
     results = []
-    settings = {"fixed": FIXED} if given.learning else {name: SETTINGS[name] for name in given.settings}
+    names = ["fixed"] if given.learning else given.settings or list(SETTINGS)
     print("| setting | seed | | s/step | tokens/s | generating | reward, first -> last 5 steps |\n" + "|---" * 7 + "|")
-    for name, task in settings.items():
+    for name in names:
+        task = SETTINGS[name]
         for seed in given.seeds:
             sides = play(task, 40 if given.learning else given.steps, seed)
             for side in sides.values():
