@@ -87,14 +87,13 @@ def build_micro_batch(
         name: _pack([column[row] for row in rows], lengths, name, specs.get(name)) for name, column in columns.items()
     }
     masks = None if any(multimodal or ()) else columns.get("mask")  # equal tokens may stand for other images
-    index = torch.as_tensor(rows, dtype=torch.int64)
     batch = MicroBatch(
         torch.from_numpy(ids_T),
         torch.from_numpy(positions_T),
         bounds,
         list(rows),
         packed,
-        {name: values[index.to(values.device)] for name, values in (scalars or {}).items()},
+        {name: values[list(rows)] for name, values in (scalars or {}).items()},
         [multimodal[row] for row in rows] if multimodal else [],
         [] if masks is None else _shared_prompts([tokens[row] for row in rows], [masks[row] for row in rows]),
     )
