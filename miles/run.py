@@ -177,13 +177,12 @@ class Run:
 
     async def learn(self, groups: list[Group]) -> Metrics:
         """Train on a batch. However that ends, its samples go to disk, with what training made of them."""
-        self.trainer.learned = {}
         try:
             return await self.trainer.step(groups)
         finally:
             samples = [*self.producer.lost, *(sample for group in groups for sample in group.samples)]
-            samples = samples[: self.config.rollout.dump_samples]
-            dump_samples(self.directory / FOLDER, self.step + 1, samples, self.trainer.learned)
+            kept = samples[: self.config.rollout.dump_samples]
+            dump_samples(self.directory / FOLDER, self.step + 1, kept, self.trainer.learned)
 
     def advance(self, metrics: Metrics) -> None:
         """The step is trained: take the picture that a checkpoint would save."""
