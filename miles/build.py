@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -88,17 +88,19 @@ class Parts:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of miles, Python and the libraries that decide results."""
-        found = {"miles": __version__, "python": platform.python_version()}
-        for name in LIBRARIES:
-            try:
-                found[name] = version(name)
-            except PackageNotFoundError:
-                continue
-        return found
+        return versions()
 
     def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
+
+
+def versions() -> dict[str, str]:
+    """Of miles, Python and the libraries that decide results."""
+    found = {"miles": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def load_model(config: Config, registry: Registry) -> Model:

@@ -7,32 +7,18 @@ import platform
 import re
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from miles import __version__
 from miles.bench.measure import Circumstances
 
-LIBRARIES = ("torch", "transformers", "numpy", "triton")
 MIB = 2**20
 _PRESSURE, _CPUINFO = Path("/proc/pressure/cpu"), Path("/proc/cpuinfo")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What `clear_refs` takes to forget the peak (proc(5))."""
-
-
-def versions() -> dict[str, str]:
-    """Of miles, Python and the libraries that decide speed."""
-    found = {"miles": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from miles.bench.machine import Watch, machine, versions
+from miles.bench.machine import Watch, machine
 from miles.bench.measure import Benchmark, Circumstances, Measured, Round
 from miles.bench.record import Results
 from miles.bench.sizes import SIZES
 from miles.bench.workbench import Workbench
+from miles.build import versions
 from miles.errors import ConfigError, RunInterrupted
 from miles.modeling import resolve_device
 
