@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,6 +51,17 @@ class AdvantageEstimatorContract(ComponentContract):
         """An estimator that says the same of every trajectory teaches nothing. (A term has no rewards, but columns.)"""
         advantages_T = self.advantages(rollout_batch())
         assert advantages_T.unique().numel() > 2
+
+    def test_a_better_reward_is_no_worse(self) -> None:
+        """A sign that is off makes the policy unlearn whatever was rewarded. (For a term, nothing changes.)"""
+        inputs = rollout_batch()
+        expected_T = self.advantages(inputs)
+        for sample, (start, end) in enumerate(pairwise(inputs.bounds)):
+            rewards_N = inputs.rewards_N.clone()
+            rewards_N[sample] += 0.5
+            better_T = self.advantages(replace(inputs, rewards_N=rewards_N))
+            gain = float((better_T - expected_T)[start:end].sum())
+            assert gain >= -1e-4, f"sample {sample} was paid more, and its advantages fell by {-gain:.3g}"
 
     def test_its_inputs_are_left_alone(self) -> None:
         """The batch is logged, and read by other components, after it."""

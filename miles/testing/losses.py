@@ -150,6 +150,13 @@ class ISCorrectionContract(ComponentContract):
         touched = [v for v in (far.weights_T, far.keep_T) if v is not None and (v.float() != 1).any()]
         assert touched, "all weights are 1 and all tokens are kept"
 
+    def test_what_was_drawn_too_often_counts_no_more(self) -> None:
+        """The weight is trainer over rollout: turned round, it makes the mismatch worse instead of better."""
+        train_T, _, mask_T, bounds = self.sample()
+        weights_T = self.correct(train_T, train_T + 0.1, mask_T, bounds).weights_T
+        if weights_T is not None:
+            assert (weights_T[mask_T > 0] <= 1 + 1e-4).all(), "the rollout says too much, and weights are above 1"
+
     def test_finite_however_far_the_policies_are_apart(self) -> None:
         """A token of probability 0 in one of the two is what corrections are for."""
         for far in (1.0, 50.0, -50.0, 1000.0):

@@ -78,6 +78,10 @@ def test_wrong_ones_are_caught(catches):
                 of(lambda inputs: (inputs.rewards_N - baseline(inputs)).float().repeat_interleave(lengths(inputs))),
             ],
             "test_rewards_matter": [of(lambda inputs: inputs.mask_T.clone())],
+            "test_a_better_reward_is_no_worse": [
+                of(lambda inputs: -right(inputs)),
+                of(lambda inputs: right(inputs).abs()),
+            ],
             "test_its_inputs_are_left_alone": [of(in_place)],
             "test_the_same_answer_twice": [Growing, of(lambda inputs: right(inputs) + torch.rand(1))],
             "test_the_order_of_samples_does_not_matter": [

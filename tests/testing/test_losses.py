@@ -137,6 +137,10 @@ def test_wrong_corrections_are_caught(catches):
                 of(lambda t, r, m, b: Correction(keep_T=(t != r).float())),
             ],
             "test_a_mismatch_is_corrected": [of(lambda t, r, m, b: Correction(torch.ones_like(t)))],
+            "test_what_was_drawn_too_often_counts_no_more": [
+                of(lambda t, r, m, b: Correction(weights_of(r, t))),
+                of(lambda t, r, m, b: Correction((t - r).abs().clamp(max=20).exp().clamp(max=2.0))),
+            ],
             "test_finite_however_far_the_policies_are_apart": [
                 of(lambda t, r, m, b: Correction((t - r).exp())),
                 of(lambda t, r, m, b: Correction(weights_of(t, r), metrics={"kl": float((t - r).exp().mean())})),
