@@ -107,8 +107,9 @@ class TorchEngine:
                 if not self._advance():
                     return
         except Exception as error:
-            reason = f"stopped working: {type(error).__name__}: {error}"
-            self._loop_side.loop.call_soon_threadsafe(self._end, reason)
+            # At once, and not when the loop hears of it: the next turn may be asked for already.
+            self._ended = f"stopped working: {type(error).__name__}: {error}"
+            self._loop_side.loop.call_soon_threadsafe(self._end, self._ended)
             return
         self._ask_for_turn()
 

@@ -206,6 +206,33 @@ def test_output_that_is_not_finite_fails_the_request_and_poisons_nobody(lab):
     assert [r.tokens for r in with_engine(lab, main)] == [r.tokens for r in clean]
 
 
+def test_an_engine_that_breaks_says_why_to_everybody_and_takes_no_further_turn(lab):
+    turns = []
+
+    def breaks():
+        turns.append(1)
+        raise RuntimeError("between two steps")
+
+    async def main(engine):
+        await engine.health()
+        engine.scheduler.step = breaks
+        requests = [asyncio.ensure_future(engine.generate(request)) for request in long_requests(lab, 3)]
+        while not turns:
+            await asyncio.sleep(0)
+        time.sleep(0.05)  # the event loop has not heard of it
+        with pytest.raises(EngineError, match="stopped working: RuntimeError: between two steps"):
+            await engine.generate(lab.request([1]))
+        for failed in await asyncio.gather(*requests, return_exceptions=True):
+            assert isinstance(failed, EngineError)
+            assert "stopped working: RuntimeError: between two steps" in str(failed)
+        with pytest.raises(EngineError, match="not running: it stopped working"):
+            await engine.health()
+        await engine.close()
+
+    with_engine(lab, main)
+    assert len(turns) == 1
+
+
 def test_a_closed_engine_says_so(lab):
     async def main():
         engine = await lab.started(lab.model("qwen3"))
