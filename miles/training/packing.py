@@ -86,7 +86,7 @@ def build_micro_batch(
     packed = {
         name: _pack([column[row] for row in rows], lengths, name, specs.get(name)) for name, column in columns.items()
     }
-    masks = None if any(multimodal or ()) else columns.get("mask")  # equal tokens may stand for other images
+    mask_T = None if any(multimodal or ()) else packed.get("mask")  # equal tokens may stand for other images
     batch = MicroBatch(
         torch.from_numpy(ids_T),
         torch.from_numpy(positions_T),
@@ -95,18 +95,19 @@ def build_micro_batch(
         packed,
         {name: values[list(rows)] for name, values in (scalars or {}).items()},
         [multimodal[row] for row in rows] if multimodal else [],
-        [] if masks is None else _shared_prompts([tokens[row] for row in rows], [masks[row] for row in rows]),
+        [] if mask_T is None else _shared_prompts(ids_T, mask_T.numpy(), bounds),
     )
     return move_micro_batch(batch, device)
 
 
-def _shared_prompts(tokens: Sequence[Sequence[int] | np.ndarray], masks: Sequence[Rows]) -> list[int]:
+def _shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int]) -> list[int]:
     """For each sample the length of its prompt, if the sample before it has the same one, else 0. A prompt is what
     comes before the first token that is learned; a sample that learns nothing shares nothing."""
-    shared, before = [], np.zeros(0, np.int64)
-    for ids, mask in zip(tokens, masks, strict=True):
-        learned = np.flatnonzero(np.asarray(mask))
-        prompt = np.asarray(ids)[: learned[0]] if len(learned) else np.zeros(0, np.int64)
+    shared: list[int] = []
+    before = ids_T[:0]
+    for start, end in pairwise(bounds):
+        learned = np.flatnonzero(mask_T[start:end])
+        prompt = ids_T[start : start + learned[0]] if len(learned) else ids_T[:0]
         shared.append(len(prompt) if np.array_equal(prompt, before) else 0)
         before = prompt
     return shared

@@ -38,6 +38,8 @@ def test_what_is_shared():
     assert batch.shared == [0, 6, 6, 6, 0, 0, 6, 6, 0, 1]
     first, second = split_micro_batch(batch)
     assert first.shared + second.shared == [0, 6, 6, 6, 0, 0, 6, 6, 0, 1]
+    shorter = build_micro_batch([0, 1], [[7, 8, 1], [7, 8, 2]], {"mask": [torch.tensor([0, 0, 1])] * 2})
+    assert shorter.shared == [0, 2]
     unmasked = build_micro_batch([0, 1], [[1, 2, 3]] * 2, {"mask": [np.zeros(3)] * 2})
     assert unmasked.shared == [0, 0]
     assert build_micro_batch([0, 1], [[1, 2, 3]] * 2, {}).shared == []
