@@ -6,7 +6,8 @@ It is told by a `PackedLayout`, which travels to every layer as the keyword `pac
     sdpa    samples of similar length are laid side by side, padded to the longest of them, and attended with
             torch's causal SDPA. Padding on the right is invisible to causal attention: no mask is built, let alone
             one of `[T, T]`. Where all lengths agree (groups of one prompt often do) nothing is copied at all.
-            What continues a shared prompt gets the prompt's keys and values in front of its own.
+            What continues a shared prompt gets the prompt's keys and values in front of its own, and
+            one mask `[length, prompt + length]` for each block.
     flex    torch's flex_attention with a block mask per sample; compiled, so for CUDA.
     flash   `flash_attn_varlen_func` of the flash-attn package.
 
