@@ -24,16 +24,18 @@ Rows = Any
 # ------------------------------------------------------------------------------------------------------------- plans
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """First-fit decreasing: the longest sample first, each into the first micro-batch that still has room.
+def plan_micro_batches(lengths: Sequence[int], max_tokens: int, shared: Sequence[int] = ()) -> list[list[int]]:
+    """First-fit decreasing: the longest sample first, each into the first micro-batch that still has room. Where more
+    than a tenth of the tokens are shared, samples stay in their order, beside those they share a prompt with.
 
     Every index appears exactly once; indices ascend within a micro-batch. A sample longer than `max_tokens` gets a
     micro-batch of its own: whether it fits is for the memory to say.
+    `shared` is as in `MicroBatch.shared`, of all samples.
     """
-    plans: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fit = next((b for b, left in enumerate(room) if lengths[index] <= left), None)
+    plans, room = list[list[int]](), list[int]()
+    stay = 10 * sum(shared) > sum(lengths)
+    for index in range(len(lengths)) if stay else sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fit = next((b for b in range(len(room))[-1 if stay else 0 :] if lengths[index] <= room[b]), None)
         if fit is None:
             plans.append([index])
             room.append(max_tokens - lengths[index])
@@ -95,16 +97,15 @@ def build_micro_batch(
         packed,
         {name: values[list(rows)] for name, values in (scalars or {}).items()},
         [multimodal[row] for row in rows] if multimodal else [],
-        [] if mask_T is None else _shared_prompts(ids_T, mask_T.numpy(), bounds),
+        [] if mask_T is None else shared_prompts(ids_T, mask_T.numpy(), bounds),
     )
     return move_micro_batch(batch, device)
 
 
-def _shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int]) -> list[int]:
+def shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int]) -> list[int]:
     """For each sample the length of its prompt, if the sample before it has the same one, else 0. A prompt is what
     comes before the first token that is learned; a sample that learns nothing shares nothing."""
-    shared: list[int] = []
-    before = ids_T[:0]
+    shared, before = [], ids_T[:0]
     for start, end in pairwise(bounds):
         learned = np.flatnonzero(mask_T[start:end])
         prompt = ids_T[start : start + learned[0]] if len(learned) else ids_T[:0]
@@ -161,8 +162,7 @@ def split_micro_batch(batch: MicroBatch) -> tuple[MicroBatch, MicroBatch]:
     """
     if len(batch) < 2:
         raise ValueError(f"a micro-batch of {len(batch)} sample(s) cannot be split")
-    half = batch.bounds[-1] / 2
-    cut = min(range(1, len(batch)), key=lambda i: abs(batch.bounds[i] - half))
+    cut = min(range(1, len(batch)), key=lambda i: abs(2 * batch.bounds[i] - batch.bounds[-1]))
     return take_samples(batch, 0, cut), take_samples(batch, cut, len(batch))
 
 

@@ -25,18 +25,19 @@ def optimizer_steps(rollout_ids: Sequence[int], steps: int, epochs: int = 1) -> 
 
 
 def rank_micro_batches(
-    lengths: Sequence[int], data_size: int, max_tokens: int | None, micro_batch_size: int
+    lengths: Sequence[int], data_size: int, max_tokens: int | None, micro_batch_size: int, shared: Sequence[int] = ()
 ) -> list[list[list[int]]]:
     """`[rank][micro-batch][row]`: every rank gets the same number of micro-batches, each row exactly once.
 
     Args:
         lengths: tokens of each row.
         max_tokens: cap of a micro-batch; None to count `micro_batch_size` samples instead.
+        shared: as in `MicroBatch.shared`, of all rows.
     """
     if max_tokens is None:
         bins = chunk_micro_batches(len(lengths), micro_batch_size)
     else:
-        bins = plan_micro_batches(lengths, max_tokens)
+        bins = plan_micro_batches(lengths, max_tokens, shared)
     bins = _even(bins, data_size)
     return [bins[rank::data_size] for rank in range(data_size)]
 

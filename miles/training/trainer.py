@@ -25,6 +25,7 @@ from miles.training.advantages import AdvantageStage, needs_reference
 from miles.training.aggregation import token_weights
 from miles.training.mismatch import mismatch_metrics, mismatch_terms
 from miles.training.objective import StepScope
+from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
 from miles.training.worker import StepOutcome
@@ -179,7 +180,8 @@ class Trainer:
         """`[share][micro-batch][row]`."""
         train = self.config.train
         cap = max_tokens if train.use_dynamic_batch_size else None
-        return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size)
+        shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)
+        return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size, shared)
 
     def _watch_skips(self, skipped: bool, what: str, why: str) -> None:
         limit = self.config.train.max_nonfinite_steps

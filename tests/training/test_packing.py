@@ -24,6 +24,15 @@ def test_first_fit_decreasing_by_hand():
     assert plan_micro_batches([4, 7, 3, 6, 2], 10) == [[1, 2], [0, 3], [4]]
 
 
+def test_samples_of_a_prompt_stay_together_where_that_pays():
+    lengths, shared = [7, 6, 7, 6], [0, 5, 0, 5]  # two prompts of 5; by length, 0 would go with 2 and 1 with 3
+    assert plan_micro_batches(lengths, 14) == [[0, 2], [1, 3]]
+    assert plan_micro_batches(lengths, 14, shared) == [[0, 1], [2, 3]]  # 10 of 26 tokens are spared
+    assert plan_micro_batches(lengths, 14, [0, 1, 0, 1]) == [[0, 2], [1, 3]]  # 2 of 26
+    assert plan_micro_batches([8, 8, 8, 1], 10, [0, 5, 5, 0]) == [[0], [1], [2, 3]]
+    assert plan_micro_batches([], 10, []) == []
+
+
 def test_a_sample_over_the_cap_is_alone():
     assert plan_micro_batches([3, 50, 4], 10) == [[1], [0, 2]]
 
