@@ -386,6 +386,9 @@ class TrainBackend(Protocol):
 
     All ranks call the same method at the same time. The loss runs where the logits live: it receives selected
     log-probabilities (and entropy, values) that tensor parallelism has already reduced.
+
+    May offer `shares_prompts`, True when it computes a prompt once that samples of a micro-batch begin with
+    (`MicroBatch.shared`): the trainer then keeps such samples together.
     """
 
     data_rank: int

@@ -41,7 +41,12 @@ class InProcessSync:
     transport = "inprocess"
 
     async def connect(self, workers: WorkerGroup, engines: Sequence[RolloutEngine]) -> None:
-        """Raises WeightSyncError when an engine cannot receive this way."""
+        """Raises WeightSyncError when there are several workers, or an engine cannot receive this way."""
+        if workers.size != 1:
+            raise WeightSyncError(
+                f"weight sync inprocess: it walks the weights of one worker, and there are {workers.size}; choose "
+                "another --weight-sync"
+            )
         self.workers = workers
         self.engines = [engine for engine in engines if engine.generates]
         for engine in self.engines:

@@ -24,6 +24,11 @@ COMMANDS = {
 """Command -> module with `run(call: Call) -> int`, and one line of help."""
 
 
+SPINS = "2000"
+"""How long torch's OpenMP threads look for work before they sleep: some 20 microseconds, longer than the pause between
+two small operations, and short enough to leave the core to other programs. Read when torch is loaded."""
+
+
 @dataclass
 class Call:
     """A command line, with what every command understands taken out."""
@@ -58,6 +63,7 @@ class Call:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of miles are one message; `--debug` adds the traceback."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     call = read_call(sys.argv[1:] if argv is None else argv)
     if isinstance(call, int):
         return call

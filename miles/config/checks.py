@@ -257,18 +257,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins,
-    _kl,
-    _losses,
-    _sampling,
-    _lengths,
-    _modes,
-    _optimizer,
-    _evaluation,
-    _export,
-    _needs,
-    _routing_replay,
-)
+    _plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs, _routing_replay,
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- what must be there, and when

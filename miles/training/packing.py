@@ -84,9 +84,9 @@ def build_micro_batch(
     bounds = [0, *accumulate(lengths)]
     ids_T = np.concatenate([np.zeros(0, np.int64), *(np.asarray(tokens[row], dtype=np.int64) for row in rows)])
     positions_T = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
-    specs = specs or {}
     packed = {
-        name: _pack([column[row] for row in rows], lengths, name, specs.get(name)) for name, column in columns.items()
+        name: _pack([column[row] for row in rows], lengths, name, (specs or {}).get(name))
+        for name, column in columns.items()
     }
     mask_T = None if any(multimodal or ()) else packed.get("mask")  # equal tokens may stand for other images
     batch = MicroBatch(

@@ -28,7 +28,7 @@ from miles.training.objective import StepScope
 from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
-from miles.training.worker import StepOutcome
+from miles.training.worker import DataShare, StepOutcome
 from miles.types import Group, Metrics
 
 
@@ -36,11 +36,12 @@ class Trainer:
     """Drives the train workers through one rollout batch after the other."""
 
     def __init__(
-        self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup, shares: Sequence[int]
+        self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup, shares: Sequence[DataShare]
     ):
-        """`shares[rank]`: which share of a batch the rank works on; ranks that split a model have the same one."""
+        """`shares` of the ranks."""
         self.config, self.derived, self.workers = config, derived, workers
-        self.shares = list(shares)
+        self.shares = [share.index for share in shares]
+        self.together = all(share.together for share in shares)
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.skipped_in_a_row = 0
@@ -151,7 +152,8 @@ class Trainer:
     async def _optimizer_step(self, table: Table, measure: bool) -> list[StepOutcome]:
         """One optimizer step. `measure`: nothing was updated since the rollout, so that the mismatch shows."""
         algorithm = self.config.algorithm
-        constant = algorithm.aggregation_constant or self._longest_response
+        longest = float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
+        constant = algorithm.aggregation_constant or longest
         table.put(
             "weights",
             token_weights(table.flat("mask"), table.bounds, table.rollout_N, algorithm.loss_aggregation, constant),
@@ -172,15 +174,13 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         return [answers[self.shares.index(share)] for share in range(len(calls))]
 
-    @property
-    def _longest_response(self) -> float:
-        return float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
-
     def _plan(self, table: Table, max_tokens: int) -> list[list[list[int]]]:
         """`[share][micro-batch][row]`."""
         train = self.config.train
         cap = max_tokens if train.use_dynamic_batch_size else None
-        shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)
+        shared: Sequence[int] = ()
+        if self.together:
+            shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)
         return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size, shared)
 
     def _watch_skips(self, skipped: bool, what: str, why: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,15 @@ class WorkerSetup:
     temperature: float
     provenance: Sequence[Mapping[str, Any]] = ()
     """The driver's plugins, to compare with."""
+
+
+class DataShare(NamedTuple):
+    """What of each batch a rank works on."""
+
+    index: int
+    """Ranks that split a model have the same one."""
+    together: bool
+    """Samples of one prompt cost less in one micro-batch (`MicroBatch.shared`)."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,9 @@ class TrainWorker:
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
-    def data_share(self) -> int:
-        """Which share of each batch this rank works on; ranks that split a model have the same one."""
-        return self.models["actor"].data_rank
+    def data_share(self) -> DataShare:
+        together = all(getattr(model, "shares_prompts", False) for model in self.models.values())
+        return DataShare(self.models["actor"].data_rank, together)
 
     def forward(self, role: Role, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
         """Per table, per wanted quantity, one array a sample. Micro-batches that do not fit are halved."""

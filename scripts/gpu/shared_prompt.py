@@ -80,7 +80,7 @@ def measure(given: argparse.Namespace, attention: str, device: str) -> dict:
     log_probs, norms = {}, {}
     for round in range(given.rounds + 2):
         for shares in (True, False):
-            backend.shares = shares
+            backend.shares_prompts = shares
             backend.zero_grad()
             _wait(device)
             started = time.perf_counter()
@@ -90,7 +90,7 @@ def measure(given: argparse.Namespace, attention: str, device: str) -> dict:
                 seconds[shares].append(time.perf_counter() - started)
             norms[shares] = float(torch.nn.utils.get_total_norm([m.grad for m in backend.optimizer.masters.values()]))
     for shares in (True, False):
-        backend.shares = shares
+        backend.shares_prompts = shares
         (outputs,) = backend.forward([batch], frozenset({"log_probs"}))
         log_probs[shares] = outputs.log_probs_T
     difference = (log_probs[True] - log_probs[False]).abs()

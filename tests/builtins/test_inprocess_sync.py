@@ -106,6 +106,13 @@ def test_a_worker_in_another_process_is_told_what_to_do():
         push(Workers(elsewhere=True), Engine())
 
 
+def test_several_workers_are_refused():
+    workers = Workers()
+    workers.size = 2
+    with pytest.raises(WeightSyncError, match="there are 2; choose another --weight-sync"):
+        push(workers, Engine())
+
+
 def test_an_engine_that_cannot_receive_this_way_is_refused():
     engine = Engine()
     engine.accepts = frozenset({"nccl"})

@@ -13,7 +13,7 @@ from miles.errors import NonFiniteError, TrainError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.training.trainer import Trainer
-from miles.training.worker import StepOutcome
+from miles.training.worker import DataShare, StepOutcome
 from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Group, Prompt, Sample, Status, StepReport
 
 
@@ -65,7 +65,9 @@ def make(skip=False, algorithm=None, **train):
         }
     )
     workers = Workers(skip)
-    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers, shares=[0]), workers
+    return Trainer(
+        config, Derived.of(config), Registry(load_plugins()), workers, shares=[DataShare(0, together=False)]
+    ), workers
 
 
 def step(trainer, batch):

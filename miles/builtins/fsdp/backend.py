@@ -60,8 +60,9 @@ class FsdpBackend:
             self.scorer = self.built.scorer
             self.optimizer = self._make_optimizer()
             fill(self.built, initial_weights(context), self.optimizer.write if self.optimizer else copy_into)
-        # A balance loss counts tokens, so all of them are computed; and flash-attn knows no continuation of a prompt.
-        self.shares = not self.scorer.routes and context.config.train.attention != "flash"
+        # A balance loss counts tokens, so all of them are computed. On CUDA it is not known to pay: the mask that a
+        # continued prompt needs rules the fastest kernels out.
+        self.shares_prompts = self.device.type == "cpu" and not self.scorer.routes
         self.placement = Placement(self.scorer, self.optimizer, self.device)
 
     def _make_optimizer(self) -> Optimizer | None:
@@ -105,7 +106,8 @@ class FsdpBackend:
         tokens = batch.bounds[-1]
         padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
         tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
-        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device, batch.shared if self.shares else ())
+        shared = batch.shared if self.shares_prompts else ()
+        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device, shared)
         precision = self.context.precision
         if precision is None:
             found = self.scorer(tokens_T, positions_T, layout, want)

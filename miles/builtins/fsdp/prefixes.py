@@ -71,6 +71,7 @@ class TokenTree:
         prompt: Stretch | None = None
         for start, end, common, next_common in zip(bounds, bounds[1:], shared, [*shared[1:], 0], strict=False):
             if common and prompt is not None:
+                assert common == prompt.length  # one prompt, so one length
                 place_T[start : start + common] = np.arange(prompt.start, prompt.start + common)
             else:
                 prompt = add(start, start + next_common, None) if next_common else None

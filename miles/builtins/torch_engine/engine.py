@@ -82,8 +82,8 @@ class TorchEngine:
         self._ended = None
 
     def _build(self) -> None:
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # of this thread
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device.index or 0)  # of this thread, which others had before
         decoder = Decoder(self.config, self.budget.max_len, self.device, self.dtype)
         strings = StopStrings(self.context.tokenizer, self.config.vocab_size)
         options = self.options

@@ -112,7 +112,7 @@ class EngineSide:
                 self._run(self.loop_side.inbox.get_nowait())
 
     def _next(self) -> Batch:
-        while not self.loop_side.loop.is_closed():
+        while self.loop_side.loop.is_running():
             with suppress(queue.Empty):
                 return self.loop_side.inbox.get(timeout=1.0)
         return Batch(answers_delivery=True)  # nobody will answer any more

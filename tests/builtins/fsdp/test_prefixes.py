@@ -106,7 +106,7 @@ def test_attention_sees_the_prompt_and_no_sibling(kernel, window):
 def test_a_model_says_and_learns_the_same(make_backend, gradients, role, checkpointing):
     batch = make_batch(GROUPS)
     backend = make_backend(role=role, train={"gradient_checkpointing": checkpointing}, temperature=0.7)
-    assert backend.shares
+    assert backend.shares_prompts
     want = frozenset({"log_probs", "entropy", "logits"} if role == "actor" else {"values"})
 
     def loss(batch, outputs):
@@ -119,7 +119,7 @@ def test_a_model_says_and_learns_the_same(make_backend, gradients, role, checkpo
 
     found = []
     for shares in (True, False):
-        backend.shares = shares
+        backend.shares_prompts = shares
         backend.zero_grad()
         sums = backend.forward_backward([batch], loss, want)
         (outputs,) = backend.forward([batch], want - {"logits"})
@@ -141,4 +141,4 @@ def test_a_model_computes_a_shared_prompt_once(make_backend):
 
 
 def test_a_balance_loss_counts_every_token(make_backend, moe):
-    assert not make_backend(moe(output_router_logits=True)).shares
+    assert not make_backend(moe(output_router_logits=True)).shares_prompts
