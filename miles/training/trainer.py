@@ -40,7 +40,7 @@ class Trainer:
     ):
         """`shares` of the ranks."""
         self.config, self.derived, self.workers = config, derived, workers
-        self.shares = [share.index for share in shares]
+        self.shares = [share.part for share in shares]
         self.together = all(share.together for share in shares)
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
@@ -54,7 +54,7 @@ class Trainer:
         """Train on a batch; returns its metrics.
 
         Raises:
-                NonFiniteError: too many optimizer steps in a row were skipped.
+            NonFiniteError: too many optimizer steps in a row were skipped.
             OutOfMemoryError: a sample alone does not fit.
         """
         table = Table.from_groups(groups, self.config.algorithm.truncated)

@@ -50,7 +50,7 @@ class WorkerSetup:
 class DataShare(NamedTuple):
     """What of each batch a rank works on."""
 
-    index: int
+    part: int
     """Ranks that split a model have the same one."""
     together: bool
     """Samples of one prompt cost less in one micro-batch (`MicroBatch.shared`)."""

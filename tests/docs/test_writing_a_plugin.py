@@ -32,7 +32,7 @@ class Reader:
             if path:
                 target = self.folder / path
                 assert not path.startswith("miles-") or target.exists(), f"new-plugin writes no {path}"
-                before = target.read_text(encoding="utf-8") if added else ""
+                before = f"{target.read_text(encoding='utf-8')}\n\n" if added else ""
                 target.write_text(before + text, encoding="utf-8")
             elif language == "console":
                 for line in re.findall(r"^\$ (.*)$", text, flags=re.MULTILINE):

@@ -65,9 +65,8 @@ def make(skip=False, algorithm=None, **train):
         }
     )
     workers = Workers(skip)
-    return Trainer(
-        config, Derived.of(config), Registry(load_plugins()), workers, shares=[DataShare(0, together=False)]
-    ), workers
+    shares = [DataShare(0, together=False)]
+    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers, shares), workers
 
 
 def step(trainer, batch):
