@@ -88,9 +88,11 @@ def _move_aside(*folders: Path | None) -> None:
 
 
 def _check_same_experiment(directory: Path, config: Config) -> None:
-    path = directory / SETTINGS
+    """Refuse to mix two experiments in one directory, or to write over one that cannot be gone on with."""
+    path, summary = directory / SETTINGS, directory / SUMMARY
     checkpoints = config.checkpoint.dir or directory / "checkpoints"
-    if not path.exists() or not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    if not path.exists() or not (saved or _has_trained(directory)):
         return
     before, now = (leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
@@ -101,6 +103,17 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
             "Go on with the same ones, choose another --run-dir, or begin anew with --resume never, which keeps the "
             "earlier run aside"
         )
+    if not saved and summary.exists() and json.loads(summary.read_text()).get("status") == "completed":
+        raise ConfigError(
+            f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as "
+            "it was then, choose another --run-dir, or begin anew with --resume never, which keeps the earlier run aside"
+        )
+
+
+def _has_trained(directory: Path) -> bool:
+    """Whether a run came beyond step 0 here, wherever it keeps its checkpoints."""
+    path = directory / "metrics.jsonl"
+    return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
 def _is_free(key: str) -> bool:

@@ -245,6 +245,21 @@ def test_another_experiment_does_not_go_on_in_the_same_directory(config, tmp_pat
     assert miles.train(config, num_rollout=2, eval_interval=1).resumed_from == 1  # longer, and watched more closely
 
 
+def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config, tmp_path):
+    import miles
+    from miles.errors import ConfigError
+
+    flags = {"num_rollout": 1, "save": str(tmp_path / "elsewhere")}
+    miles.train(config, **flags)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 then, 0.5 now\n.*--resume never"):
+        miles.train(config, lr=0.5, num_rollout=1)
+    with pytest.raises(ConfigError, match=r"holds a completed run, and .*/run/checkpoints no checkpoint.*--save"):
+        miles.train(config, num_rollout=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
+    assert miles.train(config, **flags).resumed_from == 1
+
+
 def test_one_process_at_a_time(config, tmp_path):
     import miles
     from miles.config.load import resolve
