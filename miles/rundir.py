@@ -105,8 +105,8 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
         )
     if not saved and summary.exists() and json.loads(summary.read_text()).get("status") == "completed":
         raise ConfigError(
-            f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as "
-            "it was then, choose another --run-dir, or begin anew with --resume never, which keeps the earlier run aside"
+            f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as it "
+            "was then, choose another --run-dir, or begin anew with --resume never, which keeps the earlier run aside"
         )
 
 
@@ -132,6 +132,7 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, with the time of now as the run's end."""
+    directory.mkdir(parents=True, exist_ok=True)
     ended = datetime.now().astimezone().isoformat(timespec="seconds")
     (directory / SUMMARY).write_text(json.dumps(plain({**summary, "ended": ended}), indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 from miles.api import ConfigError, Metrics, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger("miles")
 
 
 class JsonlTracker:
@@ -26,13 +28,24 @@ class JsonlTracker:
 
     def start(self, run: RunInfo) -> None:
         path = run.directory / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             keep_before(path, run.resumed_from or 0)
+        self._open(path)
+
+    def _open(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
     def log(self, step: int, metrics: Metrics) -> None:
         assert self._file is not None, "log before start"
+        path = Path(self._file.name)
+        if not path.exists():
+            self.finish("lost")
+            self._open(path)
+            logger.warning(
+                "%s was deleted or moved while the run went on: what it had until then is lost here, unless "
+                "you moved it; a new one begins with step %d", path, step
+            )  # fmt: skip
         values = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 

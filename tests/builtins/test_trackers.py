@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,18 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
         *((step, 10.0 + step) for step in range(3, 8)),
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_deleted_file_is_begun_anew_and_said(tmp_path, caplog):
+    path = tmp_path / "run" / "metrics.jsonl"
+    tracker = JsonlTracker()
+    tracker.start(run_in(path.parent))
+    tracker.log(0, {"a": 1.0})
+    shutil.rmtree(path.parent)
+    tracker.log(1, {"a": 2.0})
+    tracker.finish("completed")
+    assert path.read_text() == '{"step": 1, "a": 2.0}\n'
+    assert "was deleted or moved while the run went on" in caplog.text
 
 
 def test_a_run_that_starts_anew_in_the_same_directory_starts_the_file_anew(tmp_path):
