@@ -105,8 +105,8 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
         )
     if not saved and summary.exists() and json.loads(summary.read_text()).get("status") == "completed":
         raise ConfigError(
-            f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as it "
-            "was then, choose another --run-dir, or begin anew with --resume never, which keeps the earlier run aside"
+            f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as "
+            "it was then, choose another --run-dir, or begin anew with --resume never, which keeps the run aside"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,23 @@ def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config,
         miles.train(config, num_rollout=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()} == before
     assert miles.train(config, **flags).resumed_from == 1
+
+
+def test_a_run_directory_deleted_under_way_is_said_and_made_again(config, tmp_path, caplog):
+    import miles
+    from miles.api import hookimpl
+
+    class Cleaner:
+        @hookimpl
+        def miles_on_train_step_end(self, run, step):
+            if step == 0:
+                shutil.rmtree(run.directory)
+
+    run = miles.train(config, plugins=[Cleaner()], num_rollout=2)
+    assert run.status == "completed"
+    assert "metrics.jsonl was deleted or moved while the run went on" in caplog.text
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
 def test_one_process_at_a_time(config, tmp_path):
