@@ -68,7 +68,7 @@ from miles.protocols import (
     WeightSync,
     WorkerGroup,
 )
-from miles.targets import import_target
+from miles.targets import defined_at, described, import_target
 from miles.types import (
     LOSS_MASK,
     ROLLOUT_LOG_PROBS,
@@ -196,6 +196,8 @@ __all__ = [
     "WeightSyncError",
     "WorkerError",
     "WorkerGroup",
+    "defined_at",
+    "described",
     "hookimpl",
     "import_target",
     "parse_hermes",

@@ -11,6 +11,7 @@ from typing import Any
 from miles.errors import HookError
 from miles.kinds import Kind
 from miles.protocols import GroupReward, Reward
+from miles.targets import defined_at
 
 _AWAITABLE = (Awaitable, Coroutine)
 
@@ -63,14 +64,10 @@ def check_result(built: Any, kind: Kind, who: str) -> None:
     """
     if kind.protocol is None:
         return
-    if kind.protocol is Reward:
-        problems = _reward_problems(built)
-    else:
-        problems = _problems(built, kind.protocol)
-    if problems and kind.protocol is Reward:
-        raise HookError(f"{who} cannot judge: " + "; ".join(problems))
+    problems = _reward_problems(built) if kind.protocol is Reward else _problems(built, kind.protocol)
     if problems:
-        raise HookError(f"{who} is not a miles.protocols.{kind.protocol.__name__}: " + "; ".join(problems))
+        lack = "cannot judge" if kind.protocol is Reward else f"is not a miles.protocols.{kind.protocol.__name__}"
+        raise HookError(f"{who}{defined_at(built)} {lack}: " + "; ".join(problems))
 
 
 def judgement(reward: Any) -> tuple[str, Any]:

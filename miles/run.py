@@ -25,7 +25,7 @@ from miles.build import Parts, context_limit, load_prompts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
-from miles.errors import CheckpointError, RunInterrupted
+from miles.errors import CheckpointError, RolloutError, RunInterrupted
 from miles.interrupt import Interrupt
 from miles.log import logger
 from miles.modeling import resolve_device
@@ -135,6 +135,14 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------- within a step
 
+    async def collect(self) -> list[Group]:
+        """The next batch. When none can be had, what was generated for it goes to disk, failures and all."""
+        try:
+            return await self.interruptible(self.producer.collect(self.step))
+        except RolloutError:
+            self._dump(self.producer.groups)
+            raise
+
     async def interruptible(self, work: Awaitable[T]) -> T:
         """Await rollouts; a signal cancels them and raises RunInterrupted."""
         try:
@@ -180,9 +188,12 @@ class Run:
         try:
             return await self.trainer.step(groups)
         finally:
-            samples = [*self.producer.lost, *(sample for group in groups for sample in group.samples)]
-            kept = samples[: self.config.rollout.dump_samples]
-            dump_samples(self.directory / FOLDER, self.step + 1, kept, self.trainer.learned)
+            self._dump(groups)
+
+    def _dump(self, groups: list[Group]) -> None:
+        samples = [*self.producer.lost, *(sample for group in groups for sample in group.samples)]
+        limit = self.config.rollout.dump_samples
+        dump_samples(self.directory / FOLDER, self.step + 1, samples, self.trainer.learned, limit)
 
     def advance(self, metrics: Metrics) -> None:
         """The step is trained: take the picture that a checkpoint would save."""

@@ -1,8 +1,11 @@
-"""`package.module:attribute`: how code is named in configs and across processes."""
+"""`package.module:attribute`: how code is named in configs and across processes; and where it stands, for messages."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+import traceback
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,3 +31,21 @@ def import_target(target: str, who: str = "") -> Any:
             raise PluginLoadError(f"{lead}{module_name} has no attribute {attribute!r}{hint}")
         thing = getattr(thing, part)
     return thing
+
+
+def defined_at(thing: Any) -> str:
+    """` (file:line)` of a function, a class, or the class of an object; empty where Python does not know it."""
+    while isinstance(thing, functools.partial):
+        thing = thing.func
+    thing = inspect.unwrap(thing) if inspect.isroutine(thing) or inspect.isclass(thing) else type(thing)
+    try:
+        return f" ({inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]})"
+    except (OSError, TypeError):
+        return ""
+
+
+def described(error: BaseException) -> str:
+    """An error with the place that raised it, so that a person finds it in code of their own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -8,12 +8,13 @@ aborted goes on from the tokens it has: its last turn is the one that is not fin
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsFloat, TypeVar
 
 from miles.api import (
     LOSS_MASK,
@@ -30,7 +31,10 @@ from miles.api import (
     Observation,
     Sample,
     Status,
+    StepResult,
     Turn,
+    defined_at,
+    described,
     routed_experts_column,
 )
 
@@ -42,6 +46,7 @@ KEPT_PROMPTS = 1024
 STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
 logger = logging.getLogger("miles")
+Answer = TypeVar("Answer", Observation, StepResult)
 
 
 async def single_turn(context: GenerateContext, sample: Sample) -> Sample:
@@ -130,17 +135,18 @@ def begin_again(sample: Sample, tokens: Sequence[int]) -> None:
 
 
 class EnvironmentFault(Exception):
-    """Something that an environment's own code raised."""
+    """What is wrong with an environment: what its own code raised, or returned in place of what is expected."""
 
 
 class MultiTurn:
     """Model and environment take turns until the environment is done, or a limit is reached.
 
     The environment's first observation is the prompt; one that gives no messages leaves the prompt of the data. Each
-    turn is parsed and handed over whole, with all the tool calls it makes. `TRUNCATED` means that a turn hit its
-    length limit (the environment has seen it), that the context is full, or that `max_turns` were taken. An exception
-    of the environment makes the sample `FAILED`, with the error. An aborted sample keeps its environment's
-    `state_dict` and goes on from it; if the environment has none, it begins again and counts that in its metadata.
+    turn is parsed and handed over whole, with all the tool calls it makes. `TRUNCATED` means that a turn hit its length
+    limit (the environment has seen it), that the context is full, or that `max_turns` were taken. What the environment
+    raises, or returns of a wrong type, makes the sample `FAILED`, with an error that names its class. An aborted sample
+    keeps its environment's `state_dict` and goes on from it; if the environment has none, it begins again and counts
+    that in its metadata.
     """
 
     def __init__(self) -> None:
@@ -154,8 +160,8 @@ class MultiTurn:
             await self._enter(context, sample, environment)
             sample.status = await self._converse(context, sample, environment)
         except EnvironmentFault as fault:
-            cause = fault.__cause__
-            sample.status, sample.error = Status.FAILED, f"environment: {type(cause).__name__}: {cause}"
+            who = f"environment {type(environment).__qualname__}{defined_at(environment)}"
+            sample.status, sample.error = Status.FAILED, f"{who}: {fault}"
         finally:
             await _close(environment, sample)
         sample.text = context.chat.decode(sample.tokens[sample.prompt_length :])
@@ -173,7 +179,7 @@ class MultiTurn:
             sample.messages = list(sample.prompt.messages or [])
         prompt = sample.prompt
         with _environments_fault():
-            observation = await environment.reset(prompt)
+            observation = checked("reset", await environment.reset(prompt), Observation)
         messages = list(observation.messages) or list(prompt.messages or [])
         tools = list(observation.tools) or prompt.tools or []
         if messages == (prompt.messages or []) and tools == (prompt.tools or []):
@@ -209,7 +215,7 @@ class MultiTurn:
             sample.messages.append(as_message(action))
             started = time.perf_counter()
             with _environments_fault():
-                step = await environment.step(action)
+                step = checked("step", await environment.step(action), StepResult)
             turn.environment_seconds, turn.reward = time.perf_counter() - started, step.reward
             sample.messages.extend(step.messages)
             if step.info:
@@ -245,8 +251,37 @@ def as_message(action: Action) -> Message:
 def _environments_fault() -> Iterator[None]:
     try:
         yield
+    except EnvironmentFault:
+        raise
     except Exception as error:
-        raise EnvironmentFault from error
+        raise EnvironmentFault(described(error)) from error
+
+
+def checked(method: str, answer: Any, kind: type[Answer]) -> Answer:
+    """What an environment's `reset` or `step` returned, if it is what the protocol says.
+
+    Raises:
+        EnvironmentFault: it is of another type, or its messages or its reward are.
+    """
+    if not isinstance(answer, kind):
+        raise EnvironmentFault(f"`{method}` returned {_shown(answer)}; a miles.api.{kind.__name__} is expected")
+    for field, singular in (("messages", "message with a role"), ("tools", "tool schema")):
+        items = getattr(answer, field, ())
+        sound = isinstance(items, list | tuple) and all(isinstance(item, Mapping) for item in items)
+        if not sound or (field == "messages" and not all("role" in item for item in items)):
+            raise EnvironmentFault(
+                f"`{method}` returned {kind.__name__}({field}={_shown(items)}); a tuple is expected, each item a "
+                f"mapping: a {singular}"
+            )
+    reward = getattr(answer, "reward", None)
+    if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
+        raise EnvironmentFault(f"`{method}` returned reward={_shown(reward)}; a finite number or None is expected")
+    return answer
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
 async def _close(environment: Environment, sample: Sample) -> None:

@@ -1,4 +1,4 @@
-"""Samples on disk: `rollouts/step_NNNNNN.jsonl` of a run directory, a sample a line, written once it is trained on."""
+"""Samples on disk: `rollouts/step_NNNNNN.jsonl` of a run directory, a sample a line, written when its step ends."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from miles.types import Sample
 FOLDER = "rollouts"
 
 
-def dump_samples(directory: Path, step: int, samples: Sequence[Sample], learned: Mapping[int, Mapping]) -> None:
-    """Write the samples of a step. `learned`: sample id -> what training made of it, `advantages` `[T]` and `loss`."""
+def dump_samples(
+    directory: Path, step: int, samples: Sequence[Sample], learned: Mapping[int, Mapping], limit: int | None = None
+) -> None:
+    """Write the samples of a step, the first `limit` of them, an object that is listed twice once.
+
+    `learned`: sample id -> what training made of it, `advantages` `[T]` and `loss`.
+    """
+    samples = list({id(sample): sample for sample in samples}.values())[:limit]
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / f"step_{step:06d}.jsonl").open("w", encoding="utf-8", errors="replace") as file:
         for sample in samples:

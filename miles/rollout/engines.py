@@ -15,7 +15,6 @@ from miles.types import GenerateRequest, GenerateResult
 class Traffic:
     """Counters since they were last taken."""
 
-    requests: int = 0
     seconds: float = 0.0
     """Wall time during which at least one request was in flight."""
     prompt_tokens: int = 0
@@ -45,7 +44,6 @@ class EngineFront:
             finally:
                 self._leave(index)
         traffic = self.traffic
-        traffic.requests += 1
         traffic.prompt_tokens += len(request.tokens)
         traffic.cached_tokens += result.cached_tokens
         traffic.generated_tokens += len(result.tokens)

@@ -41,6 +41,8 @@ class Producer:
         self.needs_reward = config.algorithm.advantage_estimator.name != NONE
         self.ids = Ids()
         self.fates: Counter[str] = Counter()
+        self.groups: list[Group] = []
+        """All that were generated for a batch which is not full yet."""
         self.lost: list[Sample] = []
         """Samples of the last batch that failed, for people to read."""
         self.started = 0
@@ -50,34 +52,29 @@ class Producer:
         """The next full batch, in the order of group ids.
 
         Raises:
-            RolloutError: too many samples failed, or the filters rejected too much.
+            RolloutError: too many samples failed, or the filters rejected too much; `groups` and `lost` hold them.
         """
         rollout = self.config.rollout
         target, limit = rollout.batch_size, rollout.batch_size * rollout.max_filtered_batches
         kept: list[Group] = []
-        started = 0
-        self.fates, self.lost, self.started = Counter(), [], 0
+        self.fates, self.groups, self.lost, self.started = Counter(), [], [], 0
         while len(kept) < target:
-            if started >= limit:
+            if len(self.groups) >= limit:
                 raise RolloutError(
-                    f"step {step}: {started} groups were generated and only {len(kept)} of {target} passed "
+                    f"step {step}: {len(self.groups)} groups were generated and only {len(kept)} of {target} passed "
                     f"({_fates(self.fates)}). Change rollout.filters, the task's difficulty, or raise "
                     f"--max-filtered-batches (now {rollout.max_filtered_batches})"
                 )
             missing = max(target - len(kept), rollout.over_sampling_batch_size or 0)
             wave = [self._group(prompt) for prompt in self.source.next_prompts(missing)]
-            started += len(wave)
             await run_all(self._generate(group) for group in wave)
+            self.groups += wave
             self._check_failures(wave)
-            for group in wave:
-                if not self._passes(group):
-                    continue
-                if len(kept) < target:
-                    kept.append(group)
-                    self._count("trained", len(group.samples))
-                else:
-                    self._count("surplus", len(group.samples))
-        return kept
+            for group in filter(self._passes, wave):
+                self._count("trained" if len(kept) < target else "surplus", len(group.samples))
+                kept.append(group)
+        self.groups = []
+        return kept[:target]
 
     def _group(self, prompt: Prompt) -> Group:
         task = self.tasks[prompt.task_set]
@@ -110,7 +107,7 @@ class Producer:
         failed = [sample for sample in samples if sample.status is Status.FAILED]
         errors = Counter(sample.error for sample in failed if sample.error not in {s.error for s in self.lost})
         for error, count in errors.most_common(3):
-            logger.warning("%d samples failed: %s", count, error)
+            logger.warning("%d sample%s failed: %s", count, "s" * (count != 1), error)
         if len(errors) > 3:  # those that quote a response or a request are all different
             logger.warning("... and so on: %d different errors, all in rollouts/", len(errors))
         self.lost += failed
@@ -165,4 +162,4 @@ def sample_seed(seed: int, name: str) -> int:
 
 
 def _fates(fates: Counter[str]) -> str:
-    return ", ".join(f"{fate}: {count} samples" for fate, count in fates.most_common())
+    return ", ".join(f"{fate}: {count} sample{'s' * (count != 1)}" for fate, count in fates.most_common())

@@ -5,35 +5,40 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from miles.config import Config, Spec, TaskSet
+from miles.config import Config, TaskSet
 from miles.conformance import judgement
+from miles.errors import HookError
 from miles.log import logger
 from miles.modeling import generate_function_for
 from miles.protocols import ChatFormat, GenerateContext, Score
 from miles.registry import Registry
 from miles.rollout.concurrent import run_all
 from miles.rollout.engines import EngineFront
+from miles.targets import defined_at, described
 from miles.types import Group, Sample, Status
 
 JUDGED = (Status.COMPLETED, Status.TRUNCATED)
 """Samples that came to an end, and so can be judged and trained."""
+EXPECTED = "a finite number is expected, or a mapping of names to numbers with a finite 'reward'"
 
 
 class Task:
-    """One `TaskSet` with its components built. A bad rollout is data (FAILED), never an exception."""
+    """One `TaskSet` with its components built. A bad rollout is data (FAILED), never an exception.
+
+    What is an exception (`HookError`): an environment that is not what `miles.protocols` says.
+    """
 
     def __init__(
         self, task_set: TaskSet, config: Config, registry: Registry, front: EngineFront, chat: ChatFormat, **limits: Any
     ):
         self.set = task_set
         self.generate = generate_function_for(registry, task_set, front.generates)
-        self.rewards = [(r.name, r.weight, _judge(registry, r)) for r in task_set.reward]
+        self.rewards = [(r.name, r.weight, registry.build("rewards", r)) for r in task_set.reward]
         sampling = task_set.sampling.params()
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
         environment = task_set.environment
@@ -64,9 +69,11 @@ class Task:
             try:
                 result = await self.generate(self.context, sample)
                 finished = result if isinstance(result, list) else [result]
+            except HookError:  # a component is not what its kind asks for: no sample can do better
+                raise
             except Exception as error:
                 logger.debug("sample %s failed", sample.id, exc_info=True)
-                sample.status, sample.error = Status.FAILED, _describe(error)
+                sample.status, sample.error = Status.FAILED, described(error)
                 finished = [sample]
             if not any(s.status in (Status.FAILED, Status.ABORTED) for s in finished):
                 break
@@ -76,50 +83,35 @@ class Task:
 
     async def _reward_group(self, group: Group) -> None:
         """Fill in `reward` and `reward_parts`; a reward that raises fails the samples it was asked about."""
-        for name, weight, judge in self.rewards:
+        for name, weight, reward in self.rewards:
             judged = replace(group, samples=[s for s in group.samples if s.status in JUDGED])
             if not judged.samples:
                 return
             try:
-                scores = list(await judge(judged))
-                if len(scores) != len(judged.samples):
-                    raise ValueError(f"{len(scores)} scores for {len(judged.samples)} samples")
+                scores = await _scores(reward, judged)
             except Exception as error:
                 logger.debug("reward %s failed on group %s", name, group.id, exc_info=True)
                 scores = [error] * len(judged.samples)
+            if len(scores) != len(judged.samples):
+                wrong = ValueError(f"it returned {len(scores)} scores for {len(judged.samples)} samples")
+                scores = [wrong] * len(judged.samples)
             for sample, score in zip(judged.samples, scores, strict=True):
-                _add_score(sample, name, weight, score)
+                _add_score(sample, name, weight, reward, score)
 
 
-Judge = Callable[[Group], Awaitable[Iterable[Score | BaseException]]]
-
-
-def _judge(registry: Registry, spec: Any) -> Judge:
-    """A reward as an asynchronous function of a group. What is synchronous runs in a thread."""
-    reward = registry.build("rewards", Spec(name=spec.name, options=spec.options))
+async def _scores(reward: Any, group: Group) -> list[Score | BaseException]:
+    """What a reward says of each sample. What is synchronous runs in a thread."""
     by, score = judgement(reward)
+    is_async = inspect.iscoroutinefunction(score) or inspect.iscoroutinefunction(type(score).__call__)
     if by == "score_group":
-        return score if _is_async(score) else _threaded(score)
-    return partial(_score_all, score) if _is_async(score) else _threaded(partial(_score_all_now, score))
+        return list(await score(group) if is_async else await asyncio.to_thread(score, group))
+    if is_async:
+        return await asyncio.gather(*(score(sample) for sample in group.samples), return_exceptions=True)
+    return await asyncio.to_thread(_score_all, score, group)
 
 
-def _threaded(function: Callable[[Group], Any]) -> Judge:
-    async def judge(group: Group) -> Any:
-        return await asyncio.to_thread(function, group)
-
-    return judge
-
-
-def _is_async(function: Any) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
-
-
-async def _score_all(score: Callable[[Sample], Awaitable[Score]], group: Group) -> list[Score | Exception]:
-    return await asyncio.gather(*(score(sample) for sample in group.samples), return_exceptions=True)  # type: ignore[return-value]
-
-
-def _score_all_now(score: Callable[[Sample], Score], group: Group) -> list[Score | Exception]:
-    scores: list[Score | Exception] = []
+def _score_all(score: Callable[[Sample], Score], group: Group) -> list[Score | BaseException]:
+    scores: list[Score | BaseException] = []
     for sample in group.samples:
         try:
             scores.append(score(sample))
@@ -128,36 +120,18 @@ def _score_all_now(score: Callable[[Sample], Score], group: Group) -> list[Score
     return scores
 
 
-def _add_score(sample: Sample, name: str, weight: float, score: Score | BaseException) -> None:
+def _add_score(sample: Sample, name: str, weight: float, reward: Any, score: Score | BaseException) -> None:
     """Add one judge's score; whatever is no score fails the sample, which then has no reward at all."""
+    parts: Mapping[str, Any] = score if isinstance(score, Mapping) else {"reward": score}
     try:
-        parts = _parts(score)
-    except Exception as error:
+        numbers = {part: value.__float__() for part, value in parts.items()}
+        sound = math.isfinite(numbers["reward"])
+    except Exception:  # whatever somebody's objects raise: they are no numbers
+        sound = False
+    if not sound:
+        what = described(score) if isinstance(score, BaseException) else f"it returned {score!r}; {EXPECTED}"
         sample.status, sample.reward = Status.FAILED, None
-        sample.error = f"reward {name}: {_describe(error)}"
+        sample.error = f"reward {name}{defined_at(reward)}: {what}"
         return
-    sample.reward_parts.update({name if k == "reward" else f"{name}/{k}": value for k, value in parts.items()})
-    sample.reward = (sample.reward or 0.0) + weight * parts["reward"]
-
-
-def _parts(score: Score | BaseException) -> dict[str, float]:
-    if isinstance(score, BaseException):
-        raise score
-    parts = score if isinstance(score, Mapping) else {"reward": score}
-    if "reward" not in parts:
-        raise ValueError(f"it returned a mapping without 'reward': {sorted(parts)}")
-    wrong = {name: value for name, value in parts.items() if not hasattr(value, "__float__")}
-    if wrong:
-        raise TypeError(
-            f"it returned {score!r}; a number is expected, or a mapping from names to numbers with 'reward'"
-        )
-    if not math.isfinite(float(parts["reward"])):
-        raise ValueError(f"it returned {score!r}; a finite number is expected")
-    return {name: float(value) for name, value in parts.items()}
-
-
-def _describe(error: BaseException) -> str:
-    """An error with the place that raised it, so that a person finds it in code of their own."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
+    sample.reward_parts.update({name if k == "reward" else f"{name}/{k}": value for k, value in numbers.items()})
+    sample.reward = (sample.reward or 0.0) + weight * numbers["reward"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from miles.component import Need
 from miles.config import NONE, Config, Spec
 from miles.errors import TrainError
 from miles.registry import Registry
+from miles.targets import defined_at, described
 from miles.training.aggregation import sum_per_sample
 from miles.training.kl import kl_estimate
 from miles.training.table import Table
@@ -28,10 +29,6 @@ def component_needs(config: Config, registry: Registry) -> set[Need]:
     return {need for kind, spec in chosen if spec.name != NONE for need in registry.component(kind, spec.name).needs}
 
 
-def _needs(registry: Registry, estimator: Spec) -> Collection[Need]:
-    return registry.component("advantage_estimators", estimator.name).needs
-
-
 def needs_reference(config: Config, registry: Registry) -> bool:
     """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
     algorithm = config.algorithm
@@ -44,30 +41,27 @@ class AdvantageStage:
 
     def __init__(self, config: Config, registry: Registry):
         self.algorithm = algorithm = config.algorithm
-        self.has_advantages = algorithm.advantage_estimator.name != NONE
-        self.has_correction = algorithm.is_correction.name != NONE
-        self.estimator_takes_kl = self.has_advantages and "kl" in _needs(registry, algorithm.advantage_estimator)
+        kind, estimator, correction = "advantage_estimators", algorithm.advantage_estimator, algorithm.is_correction
+        self.has_advantages = estimator.name != NONE
+        self.estimator_takes_kl = self.has_advantages and "kl" in registry.component(kind, estimator.name).needs
         teacher = "teacher" in component_needs(config, registry)
-        self.needs_old_log_probs = self.has_correction or algorithm.kl_coef > 0 or teacher
-        build = registry.build
-        self.estimator = build("advantage_estimators", algorithm.advantage_estimator) if self.has_advantages else None
-        self.terms = [build("advantage_estimators", term) for term in algorithm.advantage_terms]
-        self.correction = build("is_corrections", algorithm.is_correction) if self.has_correction else None
+        self.needs_old_log_probs = correction.name != NONE or algorithm.kl_coef > 0 or teacher
+        named = [estimator, *algorithm.advantage_terms] if self.has_advantages else []
+        self.estimators = [(spec, registry.build(kind, spec)) for spec in named]
+        """The estimator, and the terms that are added to what it says."""
+        self.correction = registry.build("is_corrections", correction) if correction.name != NONE else None
 
     def __call__(self, table: Table) -> Metrics:
         """Attach `advantages` (and `returns`, `is_weights`, `keep`) to the table."""
         metrics: Metrics = {}
-        if self.estimator is not None:
+        if self.has_advantages:
             _check_rewards(table)
             inputs = self._inputs(table)
-            result = _as_advantages(self.estimator(inputs), inputs)
-            advantages_T = result.advantages_T
-            for term in self.terms:
-                advantages_T = advantages_T + _as_advantages(term(inputs), inputs).advantages_T
+            result, *terms = [estimated(spec, function, inputs) for spec, function in self.estimators]
+            advantages_T = sum((term.advantages_T for term in terms), result.advantages_T)
             if self.algorithm.normalize_advantages:
                 advantages_T = whiten(advantages_T, inputs.mask_T)
             advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
-            self._check_finite(advantages_T)
             table.put("advantages", advantages_T)
             if result.returns_T is not None:
                 table.put("returns", result.returns_T)
@@ -118,11 +112,6 @@ class AdvantageStage:
             table.put("keep", correction.keep_T.float())
         return correction.metrics
 
-    def _check_finite(self, advantages_T: Tensor) -> None:
-        if not torch.isfinite(advantages_T).all():
-            name = self.algorithm.advantage_estimator.name
-            raise TrainError(f"the advantages of estimator {name!r} are not finite")
-
 
 def _check_rewards(table: Table) -> None:
     bad = [i for i, finite in zip(table.ids, torch.isfinite(table.rewards_N).tolist(), strict=True) if not finite]
@@ -152,11 +141,27 @@ def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:
     return ((values_T - mean) * (variance + epsilon).rsqrt()).float()
 
 
-def _as_advantages(result: Tensor | Advantages, inputs: AdvantageInputs) -> Advantages:
-    result = result if isinstance(result, Advantages) else Advantages(result)
-    if result.advantages_T.shape != inputs.mask_T.shape:
-        raise TrainError(
-            f"the advantage estimator returned shape {tuple(result.advantages_T.shape)}; one value a token, "
-            f"{tuple(inputs.mask_T.shape)}, is expected"
-        )
-    return result
+def estimated(spec: Spec, estimator: Any, inputs: AdvantageInputs) -> Advantages:
+    """What an estimator says of a batch.
+
+    Raises:
+        TrainError: it raised, or what it returned is not one finite number a token. Names it and its place.
+    """
+    who = f"advantage estimator {spec.name!r}{defined_at(estimator)}"
+    try:
+        found = estimator(inputs)
+    except Exception as error:
+        raise TrainError(f"{who} raised {described(error)}") from error
+    result = found if isinstance(found, Advantages) else Advantages(found)
+    values_T, shape = result.advantages_T, inputs.mask_T.shape
+    if not isinstance(values_T, Tensor):
+        came = f"{values_T!r:.60} ({type(values_T).__name__})"
+    elif values_T.shape != shape or not values_T.is_floating_point():
+        came = f"{values_T.dtype} of shape {tuple(values_T.shape)}"
+    elif not values_T.float()[inputs.mask_T > 0].isfinite().all():
+        came = "values that are not finite on trainable tokens"
+    else:
+        return result
+    raise TrainError(
+        f"{who} returned {came}; a floating-point tensor of shape {tuple(shape)}, one value a token, is expected"
+    )

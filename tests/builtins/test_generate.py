@@ -1,6 +1,7 @@
 """Generate functions with an engine that plays back what the test wrote down."""
 
 import asyncio
+import inspect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -256,7 +257,44 @@ def test_a_fault_of_the_environment_is_data(chat):
     environment = Broken()
     sample = play(MultiTurn(), context_of(Script(chat, [("hello", "stop")]), environment), fresh(chat))
     assert sample.status is Status.FAILED
-    assert sample.error == "environment: KeyError: 'no such file'"
+    raised = inspect.getsourcelines(Broken.step)[1] + 1
+    assert sample.error == (
+        f"environment Broken ({__file__}:{raised - 2}): KeyError: 'no such file' ({__file__}:{raised})"
+    )
+    assert environment.closed
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "message"),
+    [
+        ("reset", "hello", "`reset` returned str 'hello'; a miles.api.Observation is expected"),
+        ("reset", None, "`reset` returned NoneType None; a miles.api.Observation is expected"),
+        (
+            "reset",
+            Observation("hello"),
+            "`reset` returned Observation(messages=str 'hello'); a tuple is expected, each",
+        ),
+        ("reset", Observation(({"content": "hello"},)), "each item a mapping: a message with a role"),
+        ("reset", Observation((), ("add",)), "`reset` returned Observation(tools=tuple ('add',)); a tuple is expected"),
+        ("step", ("well", 1.0), "`step` returned tuple ('well', 1.0); a miles.api.StepResult is expected"),
+        ("step", StepResult(USER), "`step` returned StepResult(messages=dict"),
+        ("step", StepResult(reward="1"), "`step` returned reward=str '1'; a finite number or None is expected"),
+        ("step", StepResult(reward=float("nan")), "`step` returned reward=float nan; a finite number or None"),
+    ],
+)
+def test_what_an_environment_returns_in_place_of_what_is_expected(chat, method, answer, message):
+    class Odd(Counting):
+        pass
+
+    async def odd(self, _):
+        return answer
+
+    setattr(Odd, method, odd)
+    environment = Odd()
+    sample = play(MultiTurn(), context_of(Script(chat, [("hello", "stop")]), environment), fresh(chat))
+    assert sample.status is Status.FAILED
+    assert sample.error.startswith(f"environment {Odd.__qualname__} ({__file__}:{inspect.getsourcelines(Odd)[1]}): ")
+    assert message in sample.error
     assert environment.closed
 
 

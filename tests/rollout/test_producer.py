@@ -123,13 +123,13 @@ def test_failures_are_a_share_of_the_whole_batch_and_kept_for_people(caplog):
     assert [g.prompt.metadata["n"] for g in groups] == [0, 2, 3, 5]
     assert producer.metrics()["rollout/failed_ratio"] == pytest.approx(4 / 12)
     assert [s.id for s in producer.lost] == [2, 3, 8, 9]
-    assert caplog.text.count("1 samples failed: no luck with") == 4  # two in each of two waves
+    assert caplog.text.count("1 sample failed: no luck with") == 4  # two in each of two waves
 
 
 def test_errors_that_all_differ_are_not_all_shown(caplog):
     producer, _ = make(lambda n, i: None if i % 2 else float(i), batch_size=5)
     collect(producer)
-    assert caplog.text.count("1 samples failed: no luck with") == 3
+    assert caplog.text.count("1 sample failed: no luck with") == 3
     assert caplog.text.count("... and so on: 5 different errors, all in rollouts/") == 1
 
 

@@ -1,11 +1,14 @@
 """One task set: generation with retries, rewards of every shape, failures as data."""
 
 import asyncio
+import inspect
+import re
 
 import pytest
 
 from miles.api import Component, hookimpl
 from miles.config import Config, TaskSet
+from miles.errors import HookError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
@@ -85,8 +88,7 @@ def test_rewards_are_weighted_and_their_parts_kept():
     assert fourth.reward == pytest.approx(4 + 2 * 0.5 + 0.1 * 2)  # third of the three that were still good
     assert first.reward_parts == {"length": 4.0, "parts": 0.5, "parts/format": 1.0, "rank": 0.0}
     assert third.status is Status.FAILED
-    assert third.error.startswith("reward parts: ValueError: cannot judge (")
-    assert "test_task.py:" in third.error
+    assert re.fullmatch(rf"reward parts \({__file__}:\d+\): ValueError: cannot judge \({__file__}:\d+\)", third.error)
 
 
 def test_a_failed_sample_is_tried_again_with_another_seed():
@@ -126,17 +128,49 @@ def test_components_may_come_from_a_plugin_given_in_python():
 
 
 @pytest.mark.parametrize(
-    ("score", "message"),
+    ("score", "shown"),
     [
-        (None, "it returned None"),
-        ("good", "it returned 'good'"),
-        ({"a": 1}, "without 'reward'"),
-        (float("nan"), "reward odd: ValueError: it returned nan; a finite number is expected"),
-        ({"reward": float("-inf"), "a": 1}, "it returned {'reward': -inf, 'a': 1}; a finite number is expected"),
+        (None, "None"),
+        ("0.5", "'0.5'"),
+        ({"a": 1}, "{'a': 1}"),
+        ({"reward": 1.0, "a": None}, "{'reward': 1.0, 'a': None}"),
+        (float("nan"), "nan"),
+        ({"reward": float("-inf"), "a": 1}, "{'reward': -inf, 'a': 1}"),
     ],
 )
-def test_what_is_no_score_is_said(score, message):
-    task, _ = make(
-        TaskSet(generate="flaky", reward="odd"), generate_functions__flaky=flaky, rewards__odd=lambda sample: score
+def test_what_is_no_score_is_said_with_the_place_of_the_reward(score, shown):
+    def odd(sample):
+        return score
+
+    task, _ = make(TaskSet(generate="flaky", reward="odd"), generate_functions__flaky=flaky, rewards__odd=odd)
+    expected = (
+        f"reward odd ({__file__}:{inspect.getsourcelines(odd)[1]}): it returned {shown}; a finite number is expected, "
+        "or a mapping of names to numbers with a finite 'reward'"
     )
-    assert all(message in s.error and s.reward is None for s in run(task).samples)
+    assert [(s.error, s.reward, s.status) for s in run(task).samples] == [(expected, None, Status.FAILED)] * 4
+
+
+def test_scores_that_are_not_one_a_sample_are_said():
+    class Short:
+        async def score_group(self, group):
+            return [1.0]
+
+    task, _ = make(TaskSet(generate="flaky", reward="short"), generate_functions__flaky=flaky, rewards__short=Short())
+    place = f"{__file__}:{inspect.getsourcelines(Short)[1]}"
+    for sample in run(task).samples:
+        assert sample.error == f"reward short ({place}): ValueError: it returned 1 scores for 4 samples"
+
+
+def test_an_environment_that_is_none_ends_it_before_anything_is_generated():
+    class Endless:
+        async def reset(self, prompt): ...
+        async def step(self, action): ...
+
+    task, engine = make(TaskSet(environment="endless"), environments__endless=Endless)
+    with pytest.raises(HookError) as caught:
+        run(task)
+    place = f"{__file__}:{inspect.getsourcelines(Endless)[1]}"
+    assert str(caught.value) == (
+        f"environment 'endless' ({place}) is not a miles.protocols.Environment: method `close` is missing"
+    )
+    assert engine.requests == []

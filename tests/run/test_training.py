@@ -183,7 +183,35 @@ def test_a_failed_run_says_so_in_its_summary(config, run_dir):
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "failed"
     assert summary["error"].startswith("RolloutError: 16 of 16 samples failed")
+    samples = lines(run_dir / "rollouts" / "step_000001.jsonl")
+    assert [s["id"] for s in samples] == list(range(16))
+    assert {s["status"] for s in samples} == {"failed"}
+    assert all("judge is out" in s["error"] and s["response"] and "advantages" not in s for s in samples)
     assert (run_dir / "report.html").exists()
+
+
+def test_a_batch_that_does_not_get_full_is_on_disk_once(config, run_dir):
+    """Failed samples come first, then those that were fine; step 1 was trained and stays as it was."""
+
+    def worse(sample):
+        if sample.id >= 16 and sample.id % 4:
+            raise ValueError("judge is out")
+        return float(sample.id % 2)
+
+    with pytest.raises(RolloutError, match="12 of 16 samples failed"):
+        miles.train({**config, "eval": {}}, reward=worse)
+    first, second = (lines(run_dir / "rollouts" / f"step_00000{n}.jsonl") for n in (1, 2))
+    assert all(s["loss"] is not None for s in first)
+    fine = [16, 20, 24, 28]
+    assert [s["id"] for s in second] == [i for i in range(16, 32) if i not in fine] + fine
+    assert [s["status"] == "failed" for s in second] == [True] * 12 + [False] * 4
+
+
+def test_groups_that_filters_reject_are_on_disk(config, run_dir):
+    config["rollout"] |= {"filters": ["agreeing_rewards"], "max_filtered_batches": 2, "dump_samples": 20}
+    with pytest.raises(RolloutError, match="8 groups were generated and only 0 of 4 passed"):
+        miles.train({**config, "eval": {}}, reward=lambda sample: 1.0)
+    assert [s["id"] for s in lines(run_dir / "rollouts" / "step_000001.jsonl")] == list(range(20))
 
 
 def test_a_run_without_a_report(config, run_dir):

@@ -1,6 +1,7 @@
 """The driver's half of a training step, with workers that record what they are asked."""
 
 import asyncio
+import inspect
 import math
 
 import numpy as np
@@ -12,9 +13,11 @@ from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
 from miles.plugins import load_plugins
 from miles.registry import Registry
+from miles.training.advantages import AdvantageStage
+from miles.training.table import Table
 from miles.training.trainer import Trainer
 from miles.training.worker import DataShare, StepOutcome
-from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Group, Prompt, Sample, Status, StepReport
+from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Advantages, Group, Prompt, Sample, Status, StepReport
 
 
 class Workers:
@@ -67,6 +70,16 @@ def make(skip=False, algorithm=None, **train):
     workers = Workers(skip)
     shares = [DataShare(0, together=False)]
     return Trainer(config, Derived.of(config), Registry(load_plugins()), workers, shares), workers
+
+
+def stage(**estimators):
+    """An `AdvantageStage` with the first of these as estimator and the others as terms."""
+    registry = Registry(load_plugins())
+    for name, function in estimators.items():
+        registry.add("advantage_estimators", name, function)
+    first, *terms = estimators
+    algorithm = {"advantage_estimator": first, "advantage_terms": terms}
+    return AdvantageStage(Config.model_validate({"algorithm": algorithm}), registry)
 
 
 def step(trainer, batch):
@@ -196,3 +209,65 @@ def test_whitening():
 
     values, mask = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 1, 0])
     assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)
+
+
+def none(inputs):
+    return None
+
+
+def one_a_sample(inputs):
+    return inputs.rewards_N
+
+
+def in_numbers(inputs):
+    return inputs.mask_T.long()
+
+
+def nothing_inside(inputs):
+    return Advantages(None)
+
+
+def beyond_all_bounds(inputs):
+    return inputs.mask_T / 0
+
+
+def fine(inputs):
+    return inputs.mask_T.double()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "came"),
+    [
+        (none, "None (NoneType)"),
+        (one_a_sample, "torch.float64 of shape (4,)"),
+        (in_numbers, "torch.int64 of shape (24,)"),
+        (nothing_inside, "None (NoneType)"),
+        (beyond_all_bounds, "values that are not finite on trainable tokens"),
+    ],
+)
+@pytest.mark.parametrize("before", [{}, {"fine": fine}])  # a term is held to the same
+def test_what_is_no_advantages_is_said_with_the_place_of_the_estimator(estimator, came, before):
+    table = Table.from_groups(groups(), "train")
+    with pytest.raises(TrainError) as caught:
+        stage(**before, odd=estimator)(table)
+    assert str(caught.value) == (
+        f"advantage estimator 'odd' ({__file__}:{inspect.getsourcelines(estimator)[1]}) returned {came}; "
+        "a floating-point tensor of shape (24,), one value a token, is expected"
+    )
+
+
+def test_an_estimator_that_raises_is_named():
+    def broken(inputs):
+        return inputs.no_such_thing
+
+    line = inspect.getsourcelines(broken)[1]
+    with pytest.raises(
+        TrainError, match=rf"^advantage estimator 'broken' \({__file__}:{line}\) raised Attr.*:{line + 1}\)$"
+    ):
+        stage(broken=broken)(Table.from_groups(groups(), "train"))
+
+
+def test_terms_are_added_to_the_estimator():
+    table = Table.from_groups(groups(), "train")
+    stage(fine=fine, again=lambda inputs: 2 * inputs.mask_T)(table)
+    assert table.flat("advantages").tolist() == (3 * table.flat("mask")).tolist()
