@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-
 from miles.durable import put_in_place, sync
 from miles.errors import CheckpointError, ConfigError
 from miles.types import WeightGroup
@@ -33,13 +31,8 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
     Raises:
         ConfigError: there is no such folder or repository, or it is not a checkpoint.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
+    if folder := local_checkpoint(name):
         return folder
-    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"no checkpoint folder at {folder} (a hub name is written `owner/name`)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -54,6 +47,22 @@ def resolve_checkpoint(name: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def local_checkpoint(name: str) -> Path | None:
+    """The folder that `name` is, or None where it can only be a name on the hub. Nothing is connected to.
+
+    Raises:
+        ConfigError: it is neither, or the folder is no checkpoint.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
+        return folder
+    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"no checkpoint folder at {folder} (a hub name is written `owner/name`)")
+    return None
+
+
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
@@ -63,6 +72,8 @@ def read_weights(folder: Path, device: str = "cpu") -> Iterator[WeightGroup]:
     Raises:
         CheckpointError: no weights, a missing file, or a damaged one.
     """
+    from safetensors import SafetensorError, safe_open
+
     for path, names in weight_files(folder).items():
         try:
             with safe_open(path, framework="pt", device=device) as file:
@@ -124,6 +135,8 @@ def write_checkpoint(
         for _ in groups:
             pass
         return
+    from safetensors import SafetensorError
+
     directory = Path(os.path.abspath(directory))
     partial = directory.parent / f".{directory.name}.partial"
     try:

@@ -44,7 +44,8 @@ class Component:
     provides: tuple[str, ...] = ()
     """What it is the automatic choice for (`auto`). Bridges, chat formats: Hugging Face model types; a chat format for
     all the others says `any`. Generate functions: `one turn`, `turns` (with an environment), `given responses` (no
-    engine). An engine that generates says `responses`: task sets without a reward are then refused."""
+    engine). An engine that generates says `responses`: task sets without a reward are then refused. An
+    executor that starts a single train rank says `one rank`: more are then refused."""
     summary: str = ""
     paper: str = ""
 

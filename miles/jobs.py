@@ -107,7 +107,7 @@ async def _drive(run: Run) -> None:
         with run.interrupt.listening():
             await train_loop(run)
         run.status = "completed"
-        logger.info("completed: %d steps; everything is in %s", run.step, run.directory)
+        logger.info("completed: %d step%s; everything is in %s", run.step, "s" * (run.step != 1), run.directory)
     except RunInterrupted as stop:
         error, run.status = stop, "interrupted"
         async with run.residency.training():

@@ -11,8 +11,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from itertools import repeat
 from typing import Any
 
 import pluggy
@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from miles import hookspecs
 from miles.api import API_VERSION, Component
 from miles.errors import HookError, PluginConflictError, PluginError, PluginLoadError
+from miles.log import logger
 
 GROUP = "miles"
 REGISTERS = "miles_register_"
@@ -197,9 +198,16 @@ def compare_provenance(expected: Sequence[Mapping[str, Any]], actual: Sequence[M
 
 def _candidates(plugins: Plugins, extra: Iterable[Any]) -> Iterable[tuple[PluginInfo, Callable[[], Any]]]:
     found: dict[str, list[EntryPoint]] = {}
+    known: set[str] = set()
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
-        if point.name not in plugins.blocked and _info(point).distribution not in plugins.blocked:
+        names = {point.name, _info(point).distribution}
+        known |= names
+        if not names & {*plugins.blocked}:
             found.setdefault(point.name, []).append(point)
+    for name in sorted({*plugins.blocked} - known):
+        close = get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"installed: {', '.join(sorted(known))}"
+        logger.warning("no plugin %r is installed that could be left out; %s", name, hint)
     for name, points in found.items():
         infos = [_info(point) for point in points]
         if len(points) > 1:
@@ -214,11 +222,7 @@ def _candidates(plugins: Plugins, extra: Iterable[Any]) -> Iterable[tuple[Plugin
         yield infos[0], points[0].load
     for thing in extra:
         name = getattr(thing, "__name__", type(thing).__name__)
-        yield PluginInfo(name, "(given in Python)", "", name), partial(_itself, thing)
-
-
-def _itself(thing: Any) -> Any:
-    return thing
+        yield PluginInfo(name, "(given in Python)", "", name), repeat(thing).__next__
 
 
 def _info(point: EntryPoint) -> PluginInfo:

@@ -6,6 +6,7 @@ from miles.config import Config, Keys, TaskSet
 from miles.config.optimizer import OptimizerSection
 from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
+from miles.data.screening import screen
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
 from miles.training.packing import (
     build_micro_batch,
@@ -45,6 +46,7 @@ __all__ = [
     "read_prompt",
     "read_weights",
     "resolve_checkpoint",
+    "screen",
     "selected_log_probs",
     "split_by_sample",
     "split_micro_batch",

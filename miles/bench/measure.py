@@ -15,6 +15,9 @@ Better = Literal["higher", "lower", "neither"]
 OWN = ""
 """Key of the quantity that has the benchmark's own name."""
 
+YARDSTICK = "machine"
+"""How fast the machine itself is, by the benchmark of this name: what is compared, is compared with this in view."""
+
 Round = Callable[[], Awaitable[Mapping[str, float]]]
 """Does the work once and returns a value for each quantity of its benchmark."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from miles.bench.compare import Comparison
-from miles.bench.measure import Measured
+from miles.bench.measure import YARDSTICK, Measured
 from miles.bench.record import Results
 
 BUSY = 0.1
@@ -51,12 +51,15 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
         for change in comparison.changes
     ]
     yield from _aligned(rows)
+    for change in comparison.changes:
+        if change.name == YARDSTICK and change.verdict == "changed":
+            yield f"the machine itself moved by {change.relative:+.1%} ({YARDSTICK}): so much may be its own doing"
     for name in comparison.missing:
         yield f"{name}: in the baseline, but not measured now"
     for name in comparison.added:
         yield f"{name}: not in the baseline"
     count = len(comparison.regressions)
-    yield f"{count} regression(s)" if count else "no regression"
+    yield f"{count} regression{'s' * (count != 1)}" if count else "no regression"
 
 
 def _number(value: float) -> str:

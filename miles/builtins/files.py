@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from miles.api import ChatFormat, ConfigError, DataContext, DataError, Prompt
-from miles.toolkit import TaskSet, open_rows, read_prompt
+from miles.toolkit import TaskSet, screen
 
 CACHED_TOKENS = 64 * 1024**2
 """Tokens of rendered prompts that one set keeps at most (4 bytes each)."""
@@ -82,14 +82,10 @@ class TaskSetRows:
 
     def __init__(self, task_set: TaskSet, context: DataContext):
         self.task_set, self.context, self.name = task_set, context, task_set.name
-        if task_set.path is None:
-            raise DataError(f"task set {self.name!r} has no path; give one with --prompt-data FILE or in data.sets")
-        self.rows = open_rows(task_set.path)
         self.skip = context.bad_lines == "skip"
-        self.screened = self.skipped = self.too_long = 0
-        self.usable = self._screen()
-        if not len(self.usable):
-            raise DataError(f"task set {self.name!r}: {task_set.path} has no usable row ({self.screened} malformed)")
+        found = screen(task_set, self.skip)
+        self.rows, self.usable, self.screened, self._read = found.rows, found.usable, found.malformed, found.read
+        self.skipped = self.too_long = 0
         self.epoch = self.position = self.drawn = 0
         self._order: tuple[int, Any] = (-1, None)
         self._tokens: dict[int, array] = {}
@@ -97,31 +93,6 @@ class TaskSetRows:
 
     def __len__(self) -> int:
         return len(self.usable)
-
-    def _screen(self) -> Any:
-        """Indices of well-formed rows: better an error now than in the middle of a run.
-
-        Where all rows have the same columns and types, one stands for all; the rest are checked when drawn.
-        """
-        if self.rows.uniform:
-            if len(self.rows):
-                self._read(0)
-            return range(len(self.rows))
-        good = array("q")
-        for index in range(len(self.rows)):
-            try:
-                self._read(index)
-                good.append(index)
-            except DataError as error:
-                if not self.skip:
-                    error.add_note("to skip and count such rows: data.bad_lines=skip (--bad-lines skip)")
-                    raise
-                self.screened += 1
-        return good
-
-    def _read(self, index: int) -> Prompt:
-        where, number = self.rows.where(index), self.rows.numbers[index]
-        return read_prompt(self.rows[index], self.task_set, number, where, self.rows.nullable)
 
     # -------------------------------------------------------------------------------------------------------- drawing
 

@@ -41,7 +41,10 @@ def miles_register_precision_schemes():
 @hookimpl
 def miles_register_train_backends():
     return {
-        "fsdp": Component("miles.builtins.fsdp.backend:FsdpBackend", summary="A Hugging Face model, sharded by FSDP2")
+        "fsdp": Component(
+            "miles.builtins.fsdp.backend:FsdpBackend",
+            summary="A Hugging Face model; sharded by FSDP2 where an executor starts several ranks",
+        )
     }
 
 
@@ -69,7 +72,13 @@ def miles_register_weight_syncs():
 
 @hookimpl
 def miles_register_executors():
-    return {"inprocess": Component("miles.builtins.inprocess:InProcessExecutor", summary="Workers are threads")}
+    return {
+        "inprocess": Component(
+            "miles.builtins.inprocess:InProcessExecutor",
+            provides=("one rank",),
+            summary="One worker, in this process",
+        )
+    }
 
 
 @hookimpl

@@ -27,6 +27,7 @@ that begin with `engine_`. Models have random weights, and everything lies in a 
   --json FILE            write every value, with versions and machine
   --save-baseline FILE   the same, unless a benchmark failed or was not finished
   --baseline FILE        compare: a median that moved by more than 5 % and by more than both spreads together is said
+With any of these three the yardstick `machine` runs too: when it moved, so did the machine.
 Exit code 1 when such a change is for the worse, or when a benchmark failed; 130 after Ctrl-C, with what there is."""
 
 FLAGS = ("--list", "--rounds", "--warmup", "--device", "--size", "--json", "--baseline", "--save-baseline")
@@ -52,9 +53,11 @@ def run(call: Call) -> int:
         print(HELP)
         return 0
     listing, wish = call.take("--list"), read_wish(call)
+    from miles.bench.measure import YARDSTICK
     from miles.bench.table import chosen
 
-    benchmarks = chosen(wish.names)
+    compares = wish.names and any((wish.json, wish.baseline, wish.save_baseline))
+    benchmarks = chosen([*wish.names, YARDSTICK] if compares else wish.names)
     if listing:
         width = max(map(len, benchmarks))
         print("\n".join(f"{name:<{width}}  {benchmark.about}" for name, benchmark in benchmarks.items()))
@@ -69,6 +72,7 @@ def run(call: Call) -> int:
     for path in (wish.json, wish.save_baseline if results.whole else None):
         if path is not None:
             results.write(path)
+            print(f"miles: wrote {path}", file=sys.stderr)
     comparison = compare(baseline.measured, results.measured, baseline.settings, results.settings) if baseline else None
     print(printed(results, comparison))
     if wish.save_baseline and not results.whole:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from miles.cli.rows import component_rows
 from miles.config.derived import Numbers
 from miles.config.load import Resolved
+from miles.diagnosis.preflight import first_rows, sets_of
 from miles.plugins import Plugins
 
 
@@ -16,6 +17,7 @@ def describe(resolved: Resolved, plugins: Plugins) -> str:
     blocks: list[tuple[str, Sequence[Sequence[str]]]] = [
         ("plugins", [(info.name, f"{info.distribution} {info.version}") for info in plugins.infos.values()]),
         ("components", component_rows(resolved)),
+        ("data", _data(resolved) or [("read when the run begins",)]),
         ("numbers", _numbers(resolved)),
         ("placement", _placement(resolved)),
     ]
@@ -41,6 +43,7 @@ def _numbers(resolved: Resolved) -> list[tuple[str, str]]:
 def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
     config, numbers = resolved.config, Numbers.of(resolved.config)
     resources = config.resources
+    interval = config.weight_sync.interval
     nodes, each = resources.actor_num_nodes, resources.actor_num_gpus_per_node
     where = f"{resources.executor.name}, device {resources.device}"
     asleep = "asleep while training" if numbers.offload_rollout else "stays awake"
@@ -48,10 +51,26 @@ def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
     shared = "shares the trainer's devices" if resources.colocate else "devices of its own where there are several"
     return [
         ("role", "workers", "where", "when idle"),
-        ("trainer", f"{nodes} node(s) x {each} rank(s)", where, trainer),
+        ("trainer", f"{_counted(nodes, 'node')} x {_counted(each, 'rank')}", where, trainer),
         (f"engine {config.rollout.engine.name}", "1", shared, asleep),
-        (f"weights by {config.weight_sync.transport.name}", "", f"every {config.weight_sync.interval} step(s)", ""),
+        (f"weights by {config.weight_sync.transport.name}", "", f"every {_counted(interval, 'step')}", ""),
     ]
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
+def _data(resolved: Resolved) -> list[tuple[str, str, str]]:
+    """The sets whose files were looked at, and how much of each; the others a run opens."""
+    rows = []
+    for key, task_set in sets_of(resolved, "train").items():
+        found = first_rows(resolved, task_set)
+        total, seen = len(found.rows), found.looked_at
+        read = "all read" if seen == total else f"the first {seen} read" if seen > 1 else "the first read"
+        bad = f", {found.malformed} malformed" if found.malformed else ""
+        rows.append((key, str(task_set.path), f"{_counted(total, 'row')}, {read}{bad}"))
+    return rows
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -53,9 +53,8 @@ def _lines(report: Report, everything: bool) -> Iterator[str]:
         yield ""
     yield "what can be done here"
     for verdict in report.verdicts:
-        yield from _wrapped(
-            f"  {'yes' if verdict.can else 'no':<8}", verdict.what + (f": {verdict.why}" if verdict.why else "")
-        )
+        told = verdict.why or verdict.how
+        yield from _wrapped(f"  {'yes' if verdict.can else 'no':<8}", verdict.what + (f": {told}" if told else ""))
 
 
 def _wrapped(lead: str, text: str) -> list[str]:

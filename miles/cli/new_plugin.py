@@ -12,7 +12,6 @@ import importlib.util
 import keyword
 import re
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +20,10 @@ from string import Template
 from miles import __version__
 from miles.catalog import PROVIDERS
 from miles.cli import Call
+from miles.cli.kinds import NAMES, kind_called
 from miles.config.leaves import leaves
-from miles.errors import ConfigError, PluginConflictError, UnknownNameError
-from miles.kinds import KINDS, Kind
+from miles.errors import ConfigError, PluginConflictError
+from miles.kinds import Kind
 from miles.plugins import load_plugins
 from miles.registry import Registry
 
@@ -32,7 +32,7 @@ HELP = f"""usage: miles new-plugin KIND NAME [--dir DIR]
 Writes a package miles-NAME into DIR (here, unless you say otherwise): a small component of that kind that works, with
 an option, tests and a README, ready to be changed into yours. Nothing that exists is overwritten.
 
-kinds: {", ".join(kind.singular.replace(" ", "-") for kind in KINDS.values())}"""
+kinds: {NAMES}"""
 
 LONGEST = 32
 """Characters of a name: longer ones would push lines of what is written beyond 120 columns."""
@@ -67,7 +67,10 @@ class Names:
         """Raises ConfigError when `word` cannot name a package."""
         bare = re.sub(r"^miles[-_]", "", word).replace("-", "_")
         classname = "".join(part.capitalize() for part in bare.split("_"))
-        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", bare) or keyword.iskeyword(bare):
+        if keyword.iskeyword(bare):
+            remedy = f"choose another name, such as '{bare}-{kind.singular.replace(' ', '-')}'"
+            raise ConfigError(f"{word!r} is a word of the Python language and cannot name a plugin; {remedy}")
+        if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", bare):
             raise ConfigError(
                 f"{word!r} cannot name a plugin; use lower-case letters, digits and single hyphens, beginning with a "
                 "letter, such as 'guess-number'"
@@ -108,23 +111,9 @@ def run(call: Call) -> int:
     print(f'  pip install -e "{path}[test]"')
     print(f"  pytest {path}")
     print(f"  {names.usage}")
+    if importlib.util.find_spec(names.name):
+        print(f"\nThere is a module {names.name}, too. It is not hidden: yours is imported as {names.package}.")
     return 0
-
-
-def kind_called(word: str) -> Kind:
-    """The kind that a person means: `reward`, `rewards`, `policy-loss`, `policy_losses`.
-
-    Raises:
-        UnknownNameError: there is none of that name.
-    """
-    called = {kind.name: kind for kind in KINDS.values()}
-    called |= {kind.singular.replace(" ", "_"): kind for kind in KINDS.values()}
-    plain = word.replace("-", "_").lower()
-    if plain not in called:
-        close = get_close_matches(plain, called, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UnknownNameError(f"{word!r} is no kind of component{hint}; kinds: {', '.join(KINDS)}")
-    return called[plain]
 
 
 def flag_of(kind: Kind) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from miles.cli import Call
+from miles.cli.kinds import NAMES, kind_called
 from miles.diagnosis.components import diagnose
 from miles.errors import ConfigError
 from miles.kinds import KINDS
@@ -17,7 +18,7 @@ from miles.registry import Registry
 HELP = f"""usage: miles plugins [--json] [--kind KIND]     what is installed, and what it offers
        miles plugins doctor                     load and check everything; list every fault; exit 2 if there is one
 
-kinds: {", ".join(KINDS)}"""
+kinds: {NAMES}"""
 
 
 def run(call: Call) -> int:
@@ -25,9 +26,8 @@ def run(call: Call) -> int:
     if call.help:
         print(HELP)
         return 0
-    as_json, kind = call.take("--json"), call.take_value("--kind")
-    if kind is not None and kind not in KINDS:
-        raise ConfigError(f"--kind {kind}: no such kind; kinds: {', '.join(KINDS)}")
+    as_json, word = call.take("--json"), call.take_value("--kind")
+    kind = None if word is None else kind_called(word).name
     plugins = load_plugins(block=call.blocked, strict=False)
     if call.words == ["doctor"]:
         return _doctor(plugins)
@@ -51,9 +51,9 @@ def _doctor(plugins: Plugins) -> int:
         print(f"{name}: left out")
     for fault in report:
         print(f"FAULT {fault}")
-    print(
-        f"{len(report)} fault(s) in {len(plugins.infos) + len(plugins.faults)} plugin(s)" if report else "all is well"
-    )
+    faults, every = len(report), len(plugins.infos) + len(plugins.faults)
+    found = f"{faults} fault{'s' * (faults != 1)} in {every} plugin{'s' * (every != 1)}"
+    print(found if report else "all is well")
     return 2 if report else 0
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from miles.cli import Call
-from miles.cli.files import missing_files
 from miles.config.arguments import UNKNOWN_FLAG
 from miles.config.faults import ConfigFaults, Fault
 from miles.config.load import Purpose, Resolved, plugin_wishes, resolve
+from miles.diagnosis.preflight import preflight, require_ready
 from miles.plugins import Plugins, load_plugins
 
 
@@ -41,11 +41,10 @@ def resolve_call(
     try:
         resolved = resolve(files, [*arguments, *extra], plugins, purpose=purpose)
     except ConfigFaults as error:
-        raise ConfigFaults([_of_command(fault, call.command, own) for fault in error.faults]) from error
+        more = preflight(error.resolved, purpose) if error.resolved and purpose != "show" else []
+        raise ConfigFaults([*(_of_command(fault, call.command, own) for fault in error.faults), *more]) from error
     if purpose != "show":
-        faults = missing_files(resolved)
-        if faults:
-            raise ConfigFaults(faults)
+        require_ready(resolved, purpose)
     return resolved, plugins
 
 

@@ -11,9 +11,11 @@ from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.settings import Flattener, Setting, fixed_origin
-from miles.config.upstream import Answer, answer_to
+from miles.config.upstream import answer_to
 from miles.config.values import Text, from_text
+from miles.kinds import KINDS
 from miles.options import options_of
+from miles.plugins import Registration
 from miles.registry import Registry
 
 EVAL_PROMPT_DATA = "--eval-prompt-data"
@@ -43,7 +45,6 @@ class _Reader:
         self._flattener = flattener
         self._component_flags = component_flags(registry)
         self._out = Arguments(faults=flattener.faults)
-        self._answered: dict[Answer, list[str]] = {}
 
     def read(self) -> Arguments:
         while self._left:
@@ -53,8 +54,6 @@ class _Reader:
                 continue
             flag, equals, text = word.partition("=")
             self._one(flag, text if equals else None)
-        for answer, flags in self._answered.items():
-            self._fault(", ".join(dict.fromkeys(flags)), answer.problem, answer.remedy)
         return self._out
 
     def _one(self, flag: str, text: str | None) -> None:
@@ -90,7 +89,7 @@ class _Reader:
         elif len(words) == 1:
             self._set(flag, leaf, from_text(words[0], leaf.annotation))
         else:
-            self._set(flag, leaf, [item for word in words for item in _listed(word, leaf)])
+            self._set(flag, leaf, [word if leaf.shape == "value" else from_text(word, Spec) for word in words])
 
     def _set(self, flag: str, leaf: Leaf, value: Any) -> None:
         origin = Origin("flag", flag)
@@ -146,7 +145,7 @@ class _Reader:
     def _unknown(self, flag: str) -> None:
         answer = answer_to(flag)
         if answer is not None:
-            self._answered.setdefault(answer, []).append(flag)
+            self._fault(flag, answer.problem, answer.remedy)
             return
         known = {*flag_table(), *self._component_flags, EVAL_PROMPT_DATA}
         close = get_close_matches(flag, known, n=2, cutoff=0.7)
@@ -176,16 +175,10 @@ class _Reader:
         self._out.faults.append(Fault(key, problem, remedy))
 
 
-def _listed(word: str, leaf: Leaf) -> list[Any]:
-    """One word of a list flag: the word itself, its commas kept, or a structure such as `{name: x}`."""
-    value = from_text(word, Spec) if leaf.shape != "value" else word
-    return [value]
-
-
 def component_flags(registry: Registry) -> dict[str, Any]:
     """Flag -> type of its option, over all components, whichever is selected."""
     flags: dict[str, Any] = {}
-    for offer in _offers(registry):
+    for offer in offers(registry):
         options = options_of(offer.value.options)
         for flag, option in offer.value.flags.items():
             flags.setdefault(flag, options[option].annotation if option in options else str)
@@ -201,7 +194,6 @@ def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:
     return None
 
 
-def _offers(registry: Registry) -> Iterator[Any]:
-    from miles.kinds import KINDS
-
+def offers(registry: Registry) -> Iterator[Registration]:
+    """Every component that a plugin registers."""
     return (offer for kind, spec in KINDS.items() if spec.protocol is not None for offer in registry.offers(kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from miles.errors import ConfigError
@@ -39,7 +39,7 @@ class Fault:
 
     def __str__(self) -> str:
         value = "" if self.value is MISSING else f" = {_short(self.value)}"
-        origin = f"   ({self.origin})" if self.origin else ""
+        origin = f"   ({self.origin})" if self.origin and str(self.origin) not in self.key else ""
         lines = [f"  {self.key}{value}{origin}", f"      {self.problem}"]
         lines += [f"      meaning: {self.meaning}"] if self.meaning else []
         lines += [f"      fix: {self.remedy}"] if self.remedy else []
@@ -47,12 +47,26 @@ class Fault:
 
 
 class ConfigFaults(ConfigError):
-    """Everything that is wrong with a configuration, in one error."""
+    """Everything that is wrong with a configuration, in one error.
 
-    def __init__(self, faults: Sequence[Fault]):
-        self.faults = tuple(faults)
-        count = "1 problem" if len(faults) == 1 else f"{len(faults)} problems"
-        super().__init__(f"{count} in the configuration:\n" + "\n".join(map(str, faults)))
+    `resolved` is the configuration (`miles.config.load.Resolved`) where it could be made in spite of it: there may be
+    more to find.
+    """
+
+    def __init__(self, faults: Sequence[Fault], resolved: Any = None):
+        self.faults, self.resolved = tuple(faults), resolved
+        told = _together(faults)
+        count = "1 problem" if len(told) == 1 else f"{len(told)} problems"
+        super().__init__(f"{count} in the configuration:\n" + "\n".join(map(str, told)))
+
+
+def _together(faults: Sequence[Fault]) -> list[Fault]:
+    """Flags that are wrong for one reason are one problem, and each is named once."""
+    groups: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        alike = ("--", fault.problem, fault.remedy, fault.meaning) if fault.key.startswith("--") else (str(fault),)
+        groups.setdefault(alike, []).append(fault)
+    return [replace(those[0], key=", ".join(dict.fromkeys(f.key for f in those))) for those in groups.values()]
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from miles.config.arguments import component_flags, engine_of, read_arguments
+from miles.config.arguments import component_flags, engine_of, offers, read_arguments
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
@@ -25,7 +25,7 @@ from miles.config.upstream import known_name
 from miles.config.yaml_file import read_yaml
 from miles.errors import ConfigError, MilesError
 from miles.kinds import KINDS
-from miles.plugins import Plugins
+from miles.plugins import Plugins, load_plugins
 from miles.registry import Registry
 
 Purpose = Literal["train", "eval", "show"]
@@ -82,7 +82,7 @@ def resolve(
         PluginError: a plugin is broken.
     """
     if registry is None:
-        registry = Registry(plugins if plugins is not None else _load_plugins(files, arguments))
+        registry = Registry(plugins if plugins is not None else load_plugins(*plugin_wishes(files, arguments)))
     return _Resolution(registry, purpose).run(files, arguments, overrides or {})
 
 
@@ -113,13 +113,6 @@ def _words_after(flag: str, arguments: Sequence[str]) -> list[str]:
         elif taking:
             words += word.split(",")
     return words
-
-
-def _load_plugins(files: Sequence[Source], arguments: Sequence[str]) -> Plugins:
-    from miles.plugins import load_plugins
-
-    block, require = plugin_wishes(files, arguments)
-    return load_plugins(block=block, require=require)
 
 
 def _source(source: Source) -> tuple[Mapping[str, Any], Any]:
@@ -158,9 +151,11 @@ class _Resolution:
         config = self._validated(tree, nested)
         if config is not None:
             self.faults += check(config, components_of(config), self.registry, tree.origin, self.purpose)
-        if config is None or self.faults:
-            raise ConfigFaults(self.faults)
-        return Resolved(config, {".".join(path): origin for path, origin in tree.origins.items()}, self.registry)
+        origins = {".".join(path): origin for path, origin in tree.origins.items()}
+        resolved = Resolved(config, origins, self.registry) if config is not None else None
+        if resolved is None or self.faults:
+            raise ConfigFaults(self.faults, resolved)
+        return resolved
 
     # -------------------------------------------------------------------------------------------------------- layers
 
@@ -253,13 +248,7 @@ class _Resolution:
         return engine[1] if engine and engine[0] == name.rpartition("/")[2] else None
 
     def _unselected(self, flag: str, origin: Origin) -> None:
-        owners = [
-            (KINDS[kind], offer)
-            for kind in KINDS
-            if KINDS[kind].protocol is not None
-            for offer in self.registry.offers(kind)
-            if flag in offer.value.flags
-        ]
+        owners = [(KINDS[offer.kind], offer) for offer in offers(self.registry) if flag in offer.value.flags]
         engine = engine_of(flag, self.registry)
         if owners:
             whose = " or ".join(

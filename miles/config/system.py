@@ -70,7 +70,7 @@ class EvalSection(Section):
     evaluator: Annotated[ComponentSpec, Flag("--evaluator")] = Spec(name="rollout")
     """How they are measured."""
     interval: Annotated[int | None, Flag("--eval-interval"), Field(gt=0)] = None
-    """Steps between evaluations; before and after training only when not given."""
+    """Steps between evaluations; if not given, before and after training. For no evaluation leave eval.sets out."""
     before_train: Annotated[bool, Flag("--eval-before-train")] = True
     """Evaluate before the first step."""
     pass_k: Annotated[tuple[int, ...], Flag("--eval-pass-k")] = ()

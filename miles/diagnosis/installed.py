@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from miles.diagnosis.finding import TRAINING, Finding
+from miles.kinds import KINDS
 
 CORE = "miles"
 
@@ -99,7 +100,7 @@ PARTS = (
     Part("flash-attn", "--attention flash; sdpa and flex need nothing", "pip install flash-attn --no-build-isolation"),
     Part("triton", "the torch engine's decode kernel, on a GPU", "comes with CUDA builds of torch"),
     Part("sglang", "SGLang as the rollout engine", "pip install sglang", ("rollout_engines", "sglang")),
-    Part("megatron-core", "Megatron-Core as the train backend; the test of that seam",
+    Part("megatron-core", "Megatron-Core as the train backend, and the test of a seam to it (docs/seams.md)",
          "pip install megatron-core==0.16.1", ("train_backends", "megatron")),
     Part("transformer-engine", "Megatron-Core on packed sequences",
          "pip install 'transformer-engine[pytorch]'", ("train_backends", "megatron")),
@@ -119,10 +120,10 @@ def optional_parts(offered: set[tuple[str, str]]) -> Iterator[Finding]:
         purpose = part.purpose
         if unused and part.serves is not None:
             kind, name = part.serves
-            purpose += f": no installed plugin offers {kind.removesuffix('s').replace('_', ' ')} {name!r}"
+            purpose += f"; miles cannot use it yet: no installed plugin offers {KINDS[kind].singular} {name!r}"
         facts = {"version": here, "usable": not unused}
         if here is not None:
-            yield Finding(part.name, "ok", f"{here}: {purpose}", facts=facts)
+            yield Finding(part.name, "info" if unused else "ok", f"{here}: for {purpose}", facts=facts)
         else:
             yield Finding(part.name, "missing", f"for {purpose}", "" if unused else part.install, facts=facts)
 

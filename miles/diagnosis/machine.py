@@ -18,6 +18,8 @@ from miles.diagnosis.finding import TRAINING, Finding
 GIB = 1 << 30
 ROOM_FOR_QUICKSTART = 1 << 28
 """Bytes: its data, two checkpoints and all samples take 40 MB; a quarter of a gibibyte leaves room for files beside."""
+BUSY = 0.5
+"""Processes that want a core, a core: with more, a run shares its cores. The doctor itself is one of them, briefly."""
 CGROUP = Path("/sys/fs/cgroup")
 NETWORK_FILES = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "fuse.", "9p", "cifs", "smb", "afs", "glusterfs", "wekafs")
 
@@ -46,6 +48,18 @@ def cores() -> Iterator[Finding]:
         )  # fmt: skip
     else:
         yield Finding("cpu", "ok", found, facts=facts)
+
+
+def load() -> Iterator[Finding]:
+    """How much other programs have had to do in the last minute; nothing where the system does not tell."""
+    with suppress(AttributeError, OSError):
+        busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+        found, facts = f"{busy:.1f} on {cores} cores in the last minute", {"load": busy, "cores": cores}
+        if busy > max(1.0, cores * BUSY):
+            remedy = "wait for other programs, or end them: until then steps are slow, and timings mean nothing"
+            yield Finding("load", "warn", f"{found}: other programs are at work", remedy, facts=facts)
+        else:
+            yield Finding("load", "ok", found, facts=facts)
 
 
 def memory() -> Iterator[Finding]:

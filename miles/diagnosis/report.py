@@ -46,6 +46,8 @@ class Verdict:
     can: bool
     why: str = ""
     """Empty when it can."""
+    how: str = ""
+    """How far, where that is not all that one could expect."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Doctor:
             examine("accelerator", self._devices),
             examine("compute", self._compute),
             examine("components", self._components),
-            examine("machine", *map(_lazily, ("machine:cores", "machine:memory"))),
+            examine("machine", *map(_lazily, ("machine:cores", "machine:load", "machine:memory"))),
             examine("disk", _lazily("machine:folders")),
             examine("process", *map(_lazily, ("machine:limits", "machine:encoding", "machine:clock"))),
             examine("hub", _lazily("surroundings:hub", self.online)),
@@ -175,7 +177,14 @@ class Doctor:
             for name, distributions in _promised(kind).items():
                 known.setdefault(name, f"no installed plugin offers it (that would be {distributions})")
             for name in sorted(known):
-                yield Verdict(f"{place} {name}", not known[name], known[name])
+                how = self._reach() if kind == "train_backends" and not known[name] else ""
+                yield Verdict(f"{place} {name}", not known[name], known[name], how)
+
+    def _reach(self) -> str:
+        """How far training reaches with the executors that are installed."""
+        executors = [offer for offer in self._loaded.registrations if offer.kind == "executors"]
+        one = all("one rank" in offer.value.provides for offer in executors)
+        return "in one process, on one device: no installed executor starts several ranks" if one else ""
 
 
 def _by_reason(components: Sequence[Any]) -> dict[str, list[Any]]:

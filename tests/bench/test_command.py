@@ -19,10 +19,11 @@ def bench(*words):
 def test_two_benchmarks_from_end_to_end(tmp_path, capsys):
     baseline, found = tmp_path / "baseline.json", tmp_path / "found.json"
     assert bench(*QUICK, "--save-baseline", baseline) == 0
-    assert list(read_results(baseline).measured) == ["advantages", "hook"]
-    out = capsys.readouterr().out
+    assert list(read_results(baseline).measured) == ["advantages", "hook", "machine"]  # the yardstick, unasked
+    out, err = capsys.readouterr()
     assert "hook" in out
     assert "size smoke" in out
+    assert f"wrote {baseline}" in err
 
     halved = json.loads(baseline.read_text())  # a baseline that was a thousand times faster in one of them
     halved["quantities"]["hook"]["rounds"] = [value / 1000 for value in halved["quantities"]["hook"]["rounds"]]
@@ -34,6 +35,7 @@ def test_two_benchmarks_from_end_to_end(tmp_path, capsys):
     assert "regression" in out
     assert "improvement" in out
     assert "torch: 0.1 ->" in out
+    assert "machine" in out
     assert len(read_results(found).measured["hook"].rounds) == 2
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from miles.bench.compare import compare
 from miles.bench.machine import Watch, machine
-from miles.bench.measure import Benchmark, Circumstances, Quantity
+from miles.bench.measure import Benchmark, Circumstances, Measured, Quantity
 from miles.bench.printed import printed
 from miles.bench.rounds import Session, measure, new_results
 from miles.errors import ConfigError
@@ -102,6 +102,16 @@ def test_memory_of_a_round():
     assert seen.seconds[1] > 0
 
 
+def test_a_machine_that_moved_is_said():
+    def at(speed):
+        return {"machine": Measured("GFLOP/s", "neither", [speed, speed])}
+
+    said = "the machine itself moved by -20.0% (machine): so much may be its own doing"
+    found = new_results("cpu", "smoke")
+    assert said in printed(found, compare(at(100.0), at(80.0), {}, {}))
+    assert "the machine itself" not in printed(found, compare(at(100.0), at(98.0), {}, {}))
+
+
 def test_a_comparison_is_printed():
     before = run({"a": counting([], "a", [9.0, 1.0, 1.0]), "b": counting([], "b", [9.0, 1.0, 1.0])})
     now = run({"a": counting([], "a", [9.0, 2.0, 2.0]), "c": counting([], "c", [9.0, 1.0, 1.0])})
@@ -112,4 +122,4 @@ def test_a_comparison_is_printed():
     assert "b: in the baseline, but not measured now" in lines
     assert "c: not in the baseline" in lines
     assert "warning: the baseline is of other circumstances: torch: 1 -> 2" in lines
-    assert lines[-1] == "1 regression(s)"
+    assert lines[-1] == "1 regression"

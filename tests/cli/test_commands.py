@@ -161,7 +161,10 @@ def test_plugins_are_listed(miles):
     table = json.loads(out)
     assert {c["kind"] for c in table["components"]} == {"policy_losses"}
     assert any(p["name"] == "builtin" and p["distribution"] == "miles" for p in table["plugins"])
-    assert miles("plugins", "--kind", "policy_loss")[0] == 2
+    assert miles("plugins", "--kind", "policy-loss", "--json")[1] == out
+    code, _, err = miles("plugins", "--kind", "rewrd")
+    assert code == 2
+    assert "did you mean 'reward'?" in err
     assert "builtin" not in miles("plugins", "-p", "no:builtin")[1].split()
 
 

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import namedtuple
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -72,8 +73,17 @@ def test_the_json_has_the_shape_it_promises(doctor):
         for one in section["findings"]:
             assert one.keys() == FINDING_KEYS
             assert one["mark"] in ("ok", "info", "warn", "missing", "fault")
-    assert all(v.keys() == {"what", "can", "why"} for v in seen["verdicts"])
+    assert all(v.keys() == {"what", "can", "why", "how"} for v in seen["verdicts"])
     assert all(v["can"] == (v["why"] == "") for v in seen["verdicts"])
+
+
+def test_it_says_how_far_training_reaches(doctor):
+    """As the README does: in one process so far."""
+    _, seen = doctor()
+    assert verdict(seen, "train backend fsdp")["how"].startswith("in one process, on one device")
+    assert verdict(seen, "train backend megatron")["how"] == ""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert "Training runs in one process so far" in readme
 
 
 def test_no_torch(doctor):
@@ -172,8 +182,6 @@ def test_a_check_that_crashes_is_a_line_of_the_report(doctor, monkeypatch):
 
 
 def test_what_the_quickstart_is_made_of_is_what_is_asked_for():
-    from pathlib import Path
-
     folder = Path(__file__).parents[2] / "examples" / "quickstart"
     used = set()
     for name in ("sft.yaml", "grpo.yaml"):

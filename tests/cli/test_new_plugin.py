@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from miles.cli import main
-from miles.cli.new_plugin import kind_called
+from miles.cli.kinds import kind_called
 from miles.errors import UnknownNameError
 from miles.kinds import KINDS
 
@@ -114,6 +114,9 @@ def test_it_has_what_a_package_needs(written, kind):
         ("policy_losses", "policy_losses"),
         ("is-correction", "is_corrections"),
         ("Advantage-Estimator", "advantage_estimators"),
+        ("policy loss", "policy_losses"),
+        ("rollout.engine", "rollout_engines"),
+        ("transport", "weight_syncs"),
     ],
 )
 def test_kinds_by_any_of_their_names(word, kind):
@@ -121,7 +124,7 @@ def test_kinds_by_any_of_their_names(word, kind):
 
 
 def test_a_kind_that_there_is_not():
-    with pytest.raises(UnknownNameError, match=r"did you mean 'rewards?'"):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'reward'"):
         kind_called("rewrads")
 
 
@@ -143,7 +146,10 @@ def test_it_says_what_to_do_next(tmp_path, monkeypatch, capsys):
         (["reward"], "KIND NAME"),
         (["reward", "brevity", "--force"], "does not take '--force'"),
         (["reward", "Brevity!"], "lower-case letters"),
-        (["reward", "class"], "lower-case letters"),
+        (
+            ["reward", "class"],
+            "is a word of the Python language and cannot name a plugin; choose another name, such as 'class-reward'",
+        ),
         (["reward", "a" * 40], "at most 32"),
         (["advantage-estimator", "grpo"], "is that of plugin 'grpo' of miles-grpo"),
         (["advantage-estimator", "none"], "means something else"),
@@ -156,6 +162,22 @@ def test_what_is_refused(words, complaint, tmp_path, monkeypatch, capsys):
     assert main(["new-plugin", *words]) == 2
     assert complaint in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_of_a_module_hides_nothing(tmp_path, capsys):
+    """Adapters are called like what they adapt: the package is miles_json, and json stays what it is."""
+    for name in ("json", "torch"):
+        for kind in KINDS:
+            taken = (kind, name) == ("rollout_engines", "torch")
+            assert main(["new-plugin", kind, name, "--dir", str(tmp_path / kind)]) == (2 if taken else 0)
+    assert (
+        "There is a module torch, too. It is not hidden: yours is imported as miles_torch." in capsys.readouterr().out
+    )
+    run("ruff", "check", "--no-cache", str(tmp_path))
+    program = "import json, torch, miles_json.plugin, miles_torch.plugin; json.dumps(1); torch.zeros(1)"
+    folders = [str(tmp_path / "rewards" / f"miles-{name}") for name in ("json", "torch")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

@@ -32,6 +32,17 @@ def test_no_torch_is_loaded(source):
     assert loaded_after(source).isdisjoint(HEAVY)
 
 
+def test_a_dry_run_that_looks_at_everything_loads_no_torch_and_is_quick(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sums.jsonl").write_text('{"input": "1+1", "label": "2"}\n' * 20_000)
+    flags = ["--hf-checkpoint", str(tmp_path), "--ref-load", str(tmp_path), "--num-rollout", "1",
+             "--prompt-data", str(tmp_path / "sums.jsonl"), "--rm-type", "exact_match"]  # fmt: skip
+    start = time.perf_counter()
+    loaded = loaded_after(f"from miles.cli import main; assert main(['train', '--dry-run', *{flags}]) == 0")
+    assert loaded.isdisjoint(HEAVY)
+    assert time.perf_counter() - start < 5
+
+
 def test_importing_the_command_line_loads_no_numpy_and_no_pydantic():
     assert loaded_after("import miles.cli").isdisjoint(("numpy", "pydantic", "pluggy", "yaml"))
 

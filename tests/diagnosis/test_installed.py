@@ -72,6 +72,7 @@ def test_parts_are_of_use_when_something_installed_uses_them(versions):
     parts = {finding.name: finding for finding in installed.optional_parts(set())}
     assert parts["datasets"].mark == "ok"
     assert parts["sglang"].found.endswith("no installed plugin offers rollout engine 'sglang'")
+    assert parts["sglang"].mark == "info"
     assert parts["ray"].facts["usable"] is False
     assert parts["ray"].remedy == ""
     parts = {finding.name: finding for finding in installed.optional_parts({("executors", "ray")})}

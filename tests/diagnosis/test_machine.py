@@ -43,6 +43,21 @@ def test_no_limit_is_no_quota(group):
     assert machine.cpu_quota() is None
 
 
+def test_a_machine_that_is_busy_with_other_programs(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (2.1, 9.0, 9.0))
+    (found,) = machine.load()
+    assert (found.mark, found.found) == ("warn", "2.1 on 4 cores in the last minute: other programs are at work")
+    assert "timings mean nothing" in found.remedy
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.9, 9.0, 9.0))
+    assert [f.mark for f in machine.load()] == ["ok"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the doctor itself is work enough for one core
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.9, 0.0, 0.0))
+    assert [f.mark for f in machine.load()] == ["ok"]
+    monkeypatch.delattr(os, "getloadavg")
+    assert list(machine.load()) == []
+
+
 def test_memory_under_a_limit(group, monkeypatch):
     monkeypatch.setattr(machine, "_meminfo", lambda: (30 * GIB, 32 * GIB))
     group(memory_max=f"{4 * GIB}\n", memory_current=f"{3 * GIB}\n")

@@ -39,6 +39,7 @@ def folder(tmp_path, monkeypatch):
     stand_in.main(Path("made"))
     Path("models").mkdir()
     Path("made/model").rename("models/Qwen3-0.6B")
+    Path("models/Qwen3-0.6B_torch_dist").mkdir()
     Path("data").mkdir()
     rows = "".join(json.dumps({"prompt": f"What is {i} + {i}?", "label": str(2 * i)}) + "\n" for i in range(8))
     Path("data/train.jsonl").write_text(rows)

@@ -50,7 +50,7 @@ def patterns():
     for path in [*(ROOT / "miles").rglob("*.py"), *ROOT.glob("plugins/*/*/miles_*/*.py")]:
         for parts in strings(ast.parse(path.read_text(encoding="utf-8"))):
             if sum(len(part) for part in parts if part) >= LITERAL:
-                filled = (".+?" if part is None else re.escape(re.sub(r"\s+", " ", part)) for part in parts)
+                filled = (".*?" if part is None else re.escape(re.sub(r"\s+", " ", part)) for part in parts)
                 yield re.compile("(?:[^:]+: )?" + "".join(filled))
 
 
