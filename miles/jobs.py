@@ -15,6 +15,7 @@ from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
 from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepared_process
+from miles.diagnosis.preflight import require_ready
 from miles.errors import RunInterrupted
 from miles.log import logger, speak
 from miles.loop import train as train_loop
@@ -55,6 +56,7 @@ def train(
     loaded = load_plugins(block, require, extra=plugins)
     overrides = flags if reward is None else {**flags, "data.sets.*.reward": reward, "eval.sets.*.reward": reward}
     resolved = resolve(files, (), loaded, overrides=overrides)
+    require_ready(resolved)
     return _in_event_loop(run_job(resolved))
 
 

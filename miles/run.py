@@ -314,7 +314,7 @@ class Run:
         answers = self.hook.miles_report_header(config=config)
         prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
         return [
-            f"{config.run.name} in {self.directory}: {steps} steps on {device}",
+            f"{config.run.name} in {self.directory}: {steps} step{'s' * (steps != 1)} on {device}",
             f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",
             *(line for said in answers for line in ([said] if isinstance(said, str) else said)),
         ]

@@ -261,6 +261,15 @@ def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config,
     assert miles.train(config, **flags).resumed_from == 1
 
 
+def test_what_cannot_begin_leaves_the_run_directory_alone(config, tmp_path):
+    import miles
+    from miles.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"/modle \(a hub.*\n.*did you mean .*/model\?"):
+        miles.train(config, hf_checkpoint=config["model"]["hf_checkpoint"].replace("model", "modle"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_directory_deleted_under_way_is_said_and_made_again(config, tmp_path, caplog):
     import miles
     from miles.api import hookimpl
