@@ -52,7 +52,7 @@ const CATALOGUE = [
       { title: "Truncated", metrics: ["rollout/truncated_ratio"], hint: "share of samples that hit a length limit" },
       { title: "Failed", metrics: ["rollout/failed_ratio"], quiet: 0, hint: "share of samples that ended in an error" },
       { title: "Turns", metrics: ["rollout/turns/mean"], quiet: 1 },
-      { title: "Samples that were", metrics: /^rollout\/samples\/(.+)$/ },
+      { title: "What became of the samples", hint: "trained, or why not", metrics: /^rollout\/samples\/(.+)$/ },
     ],
   },
   {

@@ -144,7 +144,7 @@ function splitConstant(charts, runs) {
     if (chart.always || values.some((set) => set.size > 1)) moving.push(chart);
     else {
       chart.curves.forEach(({ name }, c) => {
-        if (values[c].size) constant.push({ name: chart.curves.length > 1 || chart.named ? `${chart.title}, ${name}` : chart.title, value: [...values[c]][0], hint: chart.hint });
+        if (values[c].size) constant.push({ name: chart.curves.length > 1 || chart.named ? `${chart.title}${chart.named ? ":" : ","} ${name}` : chart.title, value: [...values[c]][0], hint: chart.hint });
       });
     }
   }
@@ -189,5 +189,5 @@ function showCurves(place, runs) {
   const steps = Math.max(0, ...runs.map((run) => (run.metrics.step ?? []).length));
   fill(place, steps
     ? [curveControls(runs), ...shown]
-    : el("p.empty", {}, "There are no curves: no step was finished, or the metrics were not kept (tracker jsonl)."));
+    : el("p.empty", {}, "There are no curves: no step was finished, or there is no metrics.jsonl (the tracker jsonl writes it)."));
 }

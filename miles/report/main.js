@@ -42,7 +42,7 @@ function loadSamples() {
     const [index, vocabulary, ending] = await Promise.all(["index", "vocabulary", "ending"].map(unpackJson));
     const notes = notesOf(report.runs, report.runs.map((run, r) => [...leftOut(run), ...ending.notes[r]]));
     if (index.count) new Viewer(place, new Samples(index, vocabulary, report.runs), notes);
-    else fill(place, el("p.empty", {}, "There are no samples: no step was finished, or none were kept (--dump-samples 0)."));
+    else fill(place, report.runs.map((run) => el("p.empty", {}, `${report.runs.length > 1 ? `${run.label}: ` : ""}No samples are shown: ${run.why_no_samples}.`)), notes);
   })().catch((error) => fail(byId("samples"), error));
 }
 

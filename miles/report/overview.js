@@ -42,6 +42,18 @@ function figures(run) {
   return found;
 }
 
+/** What the figures are, in words: `names` of those that are shown. */
+function meaningOf(names) {
+  const said = {
+    reward: "reward: mean over the first → over the last tenth of the steps",
+    loss: "loss: mean over the first → over the last tenth of the steps",
+    sets: "evaluation sets: first → last evaluation",
+    "tokens/s": "tokens/s: median over the steps",
+  };
+  const there = new Set(names.map((name) => (name in said ? name : "sets")));
+  return there.size ? el("p.muted", {}, Object.keys(said).filter((name) => there.has(name)).map((name) => said[name]).join(" · ")) : null;
+}
+
 function when(run) {
   if (!run.ended) return "–";
   const date = new Date(run.ended);
@@ -79,6 +91,7 @@ function headOfOne(run) {
     el("dl.facts", {},
       fact("model", modelOf(run), run.config.model?.hf_checkpoint), fact("algorithm", algorithmOf(run)), fact("steps", show(stepsOf(run))),
       fact("took", showSeconds(run.summary.seconds)), Object.entries(figures(run)).map(([name, value]) => fact(name, value))),
+    meaningOf(Object.keys(figures(run))),
     extra.length ? el("p.muted", {}, extra.join(" · ")) : null,
   ];
 }
@@ -94,6 +107,7 @@ function headOfSeveral(runs) {
       el("tbody", {}, runs.map((run, r) => el("tr", {},
         el("th", { scope: "row", title: run.directory }, el("i.swatch", { "--hue": run.colour }), run.label), el("td", {}, statusBadge(run)),
         columns.map((name) => el("td", {}, all[r][name] ?? "–"))))))),
+    meaningOf([...new Set(runs.flatMap((run) => Object.keys(figures(run))))]),
   ];
 }
 
@@ -128,7 +142,7 @@ function showSettings(place, report) {
       el("details", { open: !several }, el("summary", {}, "Plugins and versions"),
         table(["plugin", "package", "version", "components"], run.plugins.map((plugin) => el("tr", {},
           el("th", { scope: "row" }, String(plugin.name)), el("td", {}, String(plugin.distribution ?? "–")), el("td", {}, String(plugin.version ?? "–")),
-          el("td", {}, Object.values(plugin.components ?? {}).flat().join(", "))))),
+          el("td", {}, plugin.components.join(" · "))))),
         el("p.muted", {}, Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(" · "))),
       el("details", { open: !several }, el("summary", {}, "Settings"), el("pre.settings", {}, run.settings)));
   }

@@ -19,10 +19,11 @@ import yaml
 
 from miles import __version__
 from miles.errors import ConfigError
+from miles.kinds import KINDS
 from miles.log import logger
 from miles.report.blocks import BlockWriter
 from miles.report.runs import RunRecord, differences, labels, read_run
-from miles.report.samples import SampleWriter, Selection, choose, read_samples
+from miles.report.samples import SampleWriter, Selection, Sizes, choose, read_samples
 from miles.report.vocabulary import load_tokenizer, token_texts
 from miles.rundir import plain
 
@@ -47,7 +48,6 @@ def write_report(directories: Sequence[Path], out: Path, selection: Selection | 
     runs = [read_run(directory) for directory in directories]
     part = out.with_name(f"{out.name}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as page:
             write_page(page, runs, selection)
         os.replace(part, out)
@@ -56,7 +56,12 @@ def write_report(directories: Sequence[Path], out: Path, selection: Selection | 
     finally:
         with suppress(OSError):
             part.unlink()
-    return [note for run in runs for note in run.notes]
+    several = len(runs) > 1
+    return [
+        f"{label}: {note}" if several else note
+        for run, label in zip(runs, labels(runs), strict=True)
+        for note in run.notes
+    ]
 
 
 def leave_report(directory: Path) -> None:
@@ -87,7 +92,7 @@ def write_page(page: IO[bytes], runs: Sequence[RunRecord], selection: Selection)
     sizes = [choose(run, selection, len(runs)) for run in runs]
     samples = SampleWriter(blocks, len(runs))
     known = [len(run.notes) for run in runs]  # what turns out while samples are read follows in `ending`
-    blocks.json("overview", overview(runs, [(s.samples, s.left_out) for s in sizes]))
+    blocks.json("overview", overview(runs, sizes))
     page.write(plotly_block())
     page.write(f"<script>{program}</script>\n".encode())
     for number, (run, size) in enumerate(zip(runs, sizes, strict=True)):
@@ -100,7 +105,7 @@ def write_page(page: IO[bytes], runs: Sequence[RunRecord], selection: Selection)
     page.write(after.encode())
 
 
-def overview(runs: Sequence[RunRecord], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def overview(runs: Sequence[RunRecord], sizes: Sequence[Sizes]) -> dict[str, Any]:
     """Everything but the samples."""
     return {
         "written": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -114,16 +119,27 @@ def overview(runs: Sequence[RunRecord], sizes: Sequence[tuple[int, int]]) -> dic
                 "ended": run.ended,
                 "config": plain(run.config),
                 "settings": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-                "plugins": run.plugins,
+                "plugins": [{**plugin, "components": offers(plugin.get("components"))} for plugin in run.plugins],
                 "metrics": run.columns(),
-                "samples": samples,
-                "left_out": left_out,
+                "samples": size.samples,
+                "left_out": size.left_out,
+                "why_no_samples": size.why_none,
                 "notes": run.notes,
             }
-            for run, label, (samples, left_out) in zip(runs, labels(runs), sizes, strict=True)
+            for run, label, size in zip(runs, labels(runs), sizes, strict=True)
         ],
         "differences": differences([run.config for run in runs]),
     }
+
+
+def offers(components: Any) -> list[str]:
+    """What a plugin offers, a kind each: `reward: environment`, `policy losses: ppo_clip, reinforce`."""
+    return [f"{_kind(kind, len(names))}: {', '.join(names)}" for kind, names in (components or {}).items()]
+
+
+def _kind(name: str, count: int) -> str:
+    words = KINDS[name].singular if name in KINDS and count == 1 else name.replace("_", " ")
+    return f"importance-sampling {words[3:]}" if words.startswith("is ") else words
 
 
 def vocabularies(runs: Sequence[RunRecord], used: Sequence[set[int]]) -> list[dict[str, Any]]:

@@ -90,7 +90,36 @@ def read_run(directory: Path) -> RunRecord:
         with _noted(directory / PLUGINS, notes):
             plugins = json.loads((directory / PLUGINS).read_text(encoding="utf-8"))
     rows = _thinned(list(_read_rows(directory / METRICS, notes)), notes)
-    return RunRecord(directory, config, summary, plugins, rows, notes)
+    run = RunRecord(directory, config, summary, plugins, rows, notes)
+    run.notes += _missing(run)
+    return run
+
+
+def _missing(run: RunRecord) -> list[str]:
+    """What the directory lacks, why that may be, and what can therefore not be shown."""
+
+    def lacks(name: str) -> bool:
+        return not (run.directory / name).exists()
+
+    unwanted = (run.config.get("rollout") or {}).get("dump_samples") == 0
+    checks = [
+        (
+            lacks(SUMMARY) and run.status != "running",
+            f"{SUMMARY} (the run was killed, or the file removed): its error, if it had one, the time it took, tokens, "
+            "versions, and first and last evaluations are not shown",
+        ),
+        (
+            lacks(METRICS),
+            f"{METRICS} (no step was finished, the tracker jsonl was off, or the file was removed): curves, reward and "
+            "speed are not shown",
+        ),
+        (
+            not run.dumps and not unwanted,
+            f"{FOLDER}/step_NNNNNN.jsonl (no step was finished, or the folder was removed): samples are not shown",
+        ),
+        (lacks(PLUGINS), f"{PLUGINS} (the file was removed): plugins are not shown"),
+    ]
+    return [f"there is no {what}" for lacking, what in checks if lacking]
 
 
 class _noted(suppress):

@@ -48,6 +48,8 @@ class Sizes:
     """Step, file, samples."""
     samples: int = 0
     """In all files that the selection asks for."""
+    why_none: str = ""
+    """Where nothing is taken."""
 
     @property
     def left_out(self) -> int:
@@ -57,6 +59,11 @@ class Sizes:
 def choose(run: RunRecord, selection: Selection, runs: int) -> Sizes:
     """Share what one of `runs` runs may show among its steps: everything if it fits, else the first of each step."""
     low, high = selection.steps or (0, 10**12)
+    if selection.steps and run.dumps and not any(low <= step <= high for step, _ in run.dumps):
+        asked = f"step {low}" if low == high else f"steps {low} to {high}"
+        why = f"there are samples of {_spelled([step for step, _ in run.dumps])} and none of {asked} (--steps)"
+        run.notes.append(why)
+        return Sizes(why_none=why)
     files = [(step, path) for step, path in run.dumps if low <= step <= high]
     counts = [_count_lines(path) for _, path in files]
     total, size = sum(counts), sum(path.stat().st_size for _, path in files)
@@ -67,7 +74,16 @@ def choose(run: RunRecord, selection: Selection, runs: int) -> Sizes:
     files, counts = files[::every], counts[::every]
     quota = _quota(counts, room)
     taken = [(step, path, min(n, quota)) for (step, path), n in zip(files, counts, strict=True) if min(n, quota)]
-    return Sizes(taken, total)
+    why = "none were kept (--dump-samples 0), or no step was finished" if not total else f"{total:,} are left out"
+    return Sizes(taken, total, "" if taken else why)
+
+
+def _spelled(steps: Sequence[int]) -> str:
+    """The extent of a sorted list of steps in words."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    between = f"{steps[0]} to {steps[-1]}"
+    return f"steps {between}" if len(steps) > steps[-1] - steps[0] else f"{len(steps)} steps out of {between}"
 
 
 def _count_lines(path: Path) -> int:

@@ -121,6 +121,14 @@ def test_the_three_trained_a_model_together(reader):
     assert {"ranks", "digits", "sticks"} <= plugins
 
 
+def test_places_in_the_messages_shown_are_those_of_the_definitions(reader):
+    shown = re.findall(r"^(?:\w+ )+'?(\w+)'? \(miles_(\w+)/(\w+\.py):(\d+)\)", PAGE, flags=re.MULTILINE)
+    assert [name for name, *_ in shown] == ["ranks", "Sticks", "digits"]
+    for name, plugin, file, line in shown:
+        lines = (reader.folder / f"miles-{plugin}" / f"miles_{plugin}" / file).read_text().splitlines()
+        assert re.match(rf"(def|class) {name}\b", lines[int(line) - 1], flags=re.IGNORECASE)
+
+
 @pytest.mark.slow
 def test_the_four_packages_build(reader, tmp_path):
     """A wheel holds the module, the marker of types and the entry point."""

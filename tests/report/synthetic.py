@@ -55,7 +55,8 @@ def write_run(
         **settings,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config))
-    plugin = {"name": "grpo", "distribution": "miles-grpo", "version": "0.1.0", "components": {"presets": ["dapo"]}}
+    offers = {"advantage_estimators": ["grpo"], "policy_losses": ["ppo_clip", "reinforce"]}
+    plugin = {"name": "grpo", "distribution": "miles-grpo", "version": "0.1.0", "components": offers}
     (directory / "plugins.json").write_text(json.dumps([plugin]))
     evaluation = {"heldout": {"first": {"accuracy": 0.1}, "last": {"accuracy": 0.8}}}
     summary = {"status": "completed", "steps": steps, "seconds": 3.0 * steps, "evaluation": evaluation}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from miles.report.page import write_report
+from miles.report.samples import Selection
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-dev.txt brings playwright")
 expect = playwright.expect
@@ -43,9 +44,9 @@ def visit(browser, tmp_path):
     """`visit(runs, **options)` writes their report and opens it; at the end nothing may have gone wrong in the page."""
     complaints, requests, pages = [], [], []
 
-    def visit(*runs, **options):
+    def visit(*runs, selection=None, **options):
         out = tmp_path / "report.html"
-        write_report(runs, out)
+        write_report(runs, out, selection)
         page = browser.new_page(**{"viewport": {"width": 1280, "height": 800}, **options})
         pages.append(page)
         page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -98,6 +99,14 @@ def test_head_and_curves(run, visit, shoot):
     expect(page.locator("h1")).to_have_text("first")
     expect(page.locator("#head .status")).to_have_text("completed")
     expect(page.locator("#head")).to_contain_text("0.1 → 0.8")
+    expect(page.locator("#head")).to_contain_text(
+        "reward: mean over the first → over the last tenth of the steps · evaluation sets: first → last evaluation"
+    )
+    page.get_by_role("tab", name="Settings").click()
+    expect(page.locator("tr", has_text="miles-grpo").locator("td").last).to_have_text(
+        "advantage estimator: grpo · policy losses: ppo_clip, reinforce"
+    )
+    page.get_by_role("tab", name="Curves").click()
     expect(page.locator(".card", has_text="Reward").first.locator("svg .scatterlayer path.js-line")).to_have_count(1)
     headings = page.locator("#curves h2").all_inner_texts()
     assert headings == [
@@ -234,6 +243,7 @@ def test_runs_beside_each_other(run, tmp_path, write_run, visit, shoot):
     third = write_run(tmp_path / "third", 600, 30, seed=2)
     page = visit(run, other, third, color_scheme="dark")
     expect(page.locator("#head")).to_contain_text("second: NonFiniteError: <b>no</b>")
+    expect(page.locator("#head")).to_contain_text("reward: mean over the first → over the last tenth of the steps")
     traces = page.locator(".card", has_text="Reward").first.locator("svg .scatterlayer .trace")
     expect(traces).to_have_count(3)
     shoot(page, "three-runs-dark")
@@ -260,8 +270,17 @@ def test_a_run_that_failed_before_its_first_step(run, visit, shoot):
     expect(page.locator("#head")).to_contain_text("ConfigError: no such model")
     expect(page.locator("#curves")).to_contain_text("There are no curves")
     shoot(page, "failed")
+    expect(page.locator("#head .note", has_text="there is no metrics.jsonl (no step was finished")).to_have_count(1)
     page.get_by_role("tab", name="Samples").click()
-    expect(page.locator("#samples")).to_contain_text("There are no samples")
+    expect(page.locator("#samples")).to_contain_text("No samples are shown: none were kept (--dump-samples 0), or no")
+
+
+def test_steps_that_have_no_samples(run, visit):
+    page = visit(run, selection=Selection(steps=(7, 9)))
+    said = "there are samples of steps 1 to 3 and none of steps 7 to 9 (--steps)"
+    expect(page.locator("#head .note")).to_have_text(said)
+    page.get_by_role("tab", name="Samples").click()
+    expect(page.locator("#samples")).to_have_text(f"No samples are shown: {said}.")
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """What a report is made of, and what becomes of a run directory that is not as it should be."""
 
+import fcntl
 import gzip
 import io
 import json
 import logging
 import re
+import shutil
 from base64 import b64decode
 
 import numpy as np
@@ -15,7 +17,7 @@ from miles.cli import main
 from miles.errors import ConfigError
 from miles.report import page as page_module
 from miles.report.blocks import BlockWriter
-from miles.report.page import HERE, SCRIPTS, leave_report, write_report
+from miles.report.page import HERE, SCRIPTS, leave_report, offers, write_report
 from miles.report.runs import differences, labels, read_run
 from miles.report.samples import Selection, _quota, choose
 from miles.report.vocabulary import find_folder, token_texts
@@ -108,13 +110,59 @@ def test_what_is_wrong_with_a_sample_is_a_note(run, tmp_path):
 def test_status_of_a_run_that_never_ended(run):
     (run / "summary.json").write_text('{"status": "interrupted", "steps": 1}')  # of its earlier life
     assert read_run(run).status == "unfinished"
-    import fcntl
-
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert read_run(run).status == "running"
     (run / "summary.json").write_text('{"status": "interrupted", "steps": 3}')
     assert read_run(run).status == "interrupted"
+
+
+def test_what_is_missing_is_said_with_what_cannot_be_shown(run, tmp_path, capsys):
+    assert read_run(run).notes == []
+    for name in ("summary.json", "metrics.jsonl", "plugins.json"):
+        (run / name).unlink()
+    shutil.rmtree(run / "rollouts")
+    notes = read_run(run).notes
+    beginnings = [
+        "summary.json (the run was killed",
+        "metrics.jsonl (no step",
+        "rollouts/step_NNNNNN.jsonl (",
+        "plugins",
+    ]
+    for note, beginning, lost in zip(notes, beginnings, ["versions", "curves", "samples", "plugins"], strict=True):
+        assert note.startswith(f"there is no {beginning}")
+        assert re.search(rf"\): .*{lost}.* are not shown$", note)
+    out = tmp_path / "out.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"note: {note}" for note in notes]
+    assert json.loads(block(out, "overview"))["runs"][0]["notes"] == notes
+
+
+def test_what_was_not_asked_for_or_is_still_to_come_is_not_missing(run):
+    shutil.rmtree(run / "rollouts")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, "rollout": {"dump_samples": 0}}))
+    (run / "summary.json").unlink()
+    with (run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert read_run(run).notes == []
+
+
+def test_steps_without_samples_are_said(run, tmp_path, write_run, capsys):
+    other = write_run(tmp_path / "other", 20, 6)
+    (run / "rollouts" / "step_000002.jsonl").unlink()
+    out = str(tmp_path / "out.html")
+    assert main(["report", str(run), str(other), "--out", out, "--steps", "2"]) == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "note: first: there are samples of 2 steps out of 1 to 3 and none of step 2 (--steps)",
+        "note: other: there are samples of step 1 and none of step 2 (--steps)",
+    ]
+    assert choose(read_run(run), Selection(samples=0), runs=1).why_none == "700 are left out"
+
+
+def test_kinds_of_components_read_as_words():
+    kinds = {"policy_losses": ["a", "b"], "rewards": ["c"], "is_corrections": ["d"], "of_tomorrow": ["e"]}
+    assert offers(kinds) == ["policy losses: a, b", "reward: c", "importance-sampling correction: d", "of tomorrow: e"]
 
 
 def test_settings_that_differ():
@@ -168,6 +216,8 @@ def test_the_command(run, capsys, tmp_path):
         (["nowhere"], "nowhere: there is no such directory"),
         (["."], r"\. is no run directory: it has no config.yaml; it holds run directories, though: first"),
         (["first", "--steps", "x"], "--steps x: FIRST:LAST is expected"),
+        (["first", "--steps", "9:3"], "--steps 9:3: the first step comes after the last; 3:9 is the other way round"),
+        (["first", "--out", "some/new/x.html"], r"there is no folder some/new; make it first \(mkdir -p some/new\)"),
         (["first", "--samples", "-3"], "--samples -3: a whole number"),
         (["first", "--outt", "x"], "not --outt"),
         (["first", "--out", "."], r"--out \. is a directory"),
@@ -178,6 +228,7 @@ def test_what_cannot_be_done_is_said(run, monkeypatch, capsys, words, message):
     monkeypatch.chdir(run.parent)
     assert main(["report", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+    assert not (run.parent / "some").exists()
 
 
 def test_at_the_end_of_a_run_a_report_that_fails_is_a_warning(run, monkeypatch, caplog):
