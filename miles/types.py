@@ -120,6 +120,9 @@ class Column:
     offset: Literal[0, -1] = 0
     width: tuple[int, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # columns are keys in every append of every sample
+
     def rows(self, tokens: int) -> int:
         return max(tokens + self.offset, 0)
 

@@ -105,13 +105,12 @@ def build_micro_batch(
 def shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int]) -> list[int]:
     """For each sample the length of its prompt, if the sample before it has the same one, else 0. A prompt is what
     comes before the first token that is learned; a sample that learns nothing shares nothing."""
-    shared, before = [], ids_T[:0]
-    for start, end in pairwise(bounds):
-        learned = np.flatnonzero(mask_T[start:end])
-        prompt = ids_T[start : start + learned[0]] if len(learned) else ids_T[:0]
-        shared.append(len(prompt) if np.array_equal(prompt, before) else 0)
-        before = prompt
-    return shared
+    starts = np.asarray(bounds[:-1], dtype=np.int64)
+    learned = np.append(np.flatnonzero(mask_T), len(mask_T))
+    firsts = learned[np.searchsorted(learned, starts)]
+    prompts = [ids_T[a:b].tobytes() if b < end else b"" for a, b, end in zip(starts, firsts, bounds[1:], strict=True)]
+    alike = (prompt == before for before, prompt in pairwise([b"", *prompts]))
+    return [len(prompt) // ids_T.itemsize * same for prompt, same in zip(prompts, alike, strict=True)]
 
 
 def _pack(pieces: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None) -> Tensor:
