@@ -86,10 +86,6 @@ class Parts:
     tracking: Tracking
     probe: WeightProbe | None
 
-    @property
-    def versions(self) -> dict[str, str]:
-        return versions()
-
     def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
 

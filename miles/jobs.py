@@ -17,7 +17,7 @@ from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepared_process
 from miles.diagnosis.preflight import require_ready
 from miles.errors import RunInterrupted
-from miles.log import logger, speak
+from miles.log import counted, logger, speak
 from miles.loop import train as train_loop
 from miles.plugins import load_plugins
 from miles.report.page import leave_report
@@ -109,7 +109,7 @@ async def _drive(run: Run) -> None:
         with run.interrupt.listening():
             await train_loop(run)
         run.status = "completed"
-        logger.info("completed: %d step%s; everything is in %s", run.step, "s" * (run.step != 1), run.directory)
+        logger.info("completed: %s; everything is in %s", counted(run.step, "step"), run.directory)
     except RunInterrupted as stop:
         error, run.status = stop, "interrupted"
         async with run.residency.training():

@@ -6,6 +6,11 @@ import sys
 logger = logging.getLogger("miles")
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} {thing}{'s' * (count != 1)}"
+
+
 def speak() -> None:
     """Let the logger be heard, if nobody else has seen to it."""
     if logger.level == logging.NOTSET:

@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from miles.build import Parts, context_limit, load_prompts
+from miles.build import Parts, context_limit, load_prompts, versions
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
 from miles.errors import CheckpointError, RolloutError, RunInterrupted
 from miles.interrupt import Interrupt
-from miles.log import logger
+from miles.log import counted, logger
 from miles.modeling import resolve_device
 from miles.protocols import Evaluator, RunInfo, WeightSync
 from miles.report.dump import FOLDER, dump_samples
@@ -35,7 +35,7 @@ from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
-from miles.rundir import write_summary
+from miles.rundir import METRICS, write_summary
 from miles.tracking import Progress, Tracking
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
@@ -286,7 +286,7 @@ class Run:
             start = find_checkpoint(self.config.checkpoint.load)
             await self.parts.workers.call("load", start.path, weights_only=True)
             logger.info("starting from the weights of %s", start.path)
-        if found is None and (self.directory / "metrics.jsonl").exists():
+        if found is None and (self.directory / METRICS).exists():
             logger.warning("%s holds a run without a checkpoint, which is started again", self.directory)
 
     async def read(self, folder: Path) -> None:
@@ -314,7 +314,7 @@ class Run:
         answers = self.hook.miles_report_header(config=config)
         prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
         return [
-            f"{config.run.name} in {self.directory}: {steps} step{'s' * (steps != 1)} on {device}",
+            f"{config.run.name} in {self.directory}: {counted(steps, 'step')} on {device}",
             f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",
             *(line for said in answers for line in ([said] if isinstance(said, str) else said)),
         ]
@@ -340,7 +340,7 @@ class Run:
             },
             "evaluation": self.evaluation,
             "resumed_from": self.resumed_from,
-            "versions": self.parts.versions,
+            "versions": versions(),
         }
 
     def write_summary(self) -> None:

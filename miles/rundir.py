@@ -25,7 +25,7 @@ from miles.errors import ConfigError, RunInterrupted
 from miles.log import logger
 from miles.plugins import Plugins
 
-SUMMARY, SETTINGS, LOCK = "summary.json", "config.yaml", ".lock"
+METRICS, SUMMARY, SETTINGS, LOCK = "metrics.jsonl", "summary.json", "config.yaml", ".lock"
 FREE = (
     "run.dir", "run.name", "run.resume", "run.report", "rollout.num_rollout", "rollout.num_epoch",
     "rollout.dump_samples", "eval", "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify",
@@ -112,7 +112,7 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
 
 def _has_trained(directory: Path) -> bool:
     """Whether a run came beyond step 0 here, wherever it keeps its checkpoints."""
-    path = directory / "metrics.jsonl"
+    path = directory / METRICS
     return path.exists() and len(path.read_text(encoding="utf-8").splitlines()) > 1
 
 
@@ -134,7 +134,9 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json`, with the time of now as the run's end."""
     directory.mkdir(parents=True, exist_ok=True)
     ended = datetime.now().astimezone().isoformat(timespec="seconds")
-    (directory / SUMMARY).write_text(json.dumps(plain({**summary, "ended": ended}), indent=2) + "\n")
+    fresh = directory / f"{SUMMARY}.new"  # a kill in between leaves the old one whole
+    fresh.write_text(json.dumps(plain({**summary, "ended": ended}), indent=2) + "\n")
+    os.replace(fresh, directory / SUMMARY)
 
 
 def plain(value: Any) -> Any:

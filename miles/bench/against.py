@@ -44,9 +44,9 @@ class Opponent:
         try:
             self.process.stdin.write(json.dumps(asdict(work)) + "\n")
             self.process.stdin.flush()
+            answer = self.process.stdout.readline()
         except BrokenPipeError:
-            pass  # its output has ended too
-        answer = self.process.stdout.readline()
+            answer = ""
         if not answer:
             raise EngineError(f"transformers' process ended with code {self.process.wait()}; see above")
         return float(answer)

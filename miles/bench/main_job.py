@@ -12,6 +12,7 @@ from miles.bench.engine import NEEDS
 from miles.bench.measure import OWN, Benchmark, Quantity, Round
 from miles.bench.workbench import Workbench
 from miles.jobs import run_job
+from miles.rundir import METRICS
 
 FREQUENTLY = 1 << 20
 """Steps between checkpoints: there is one at the end only."""
@@ -34,7 +35,7 @@ async def main_job(bench: Workbench) -> Round:
         )
         with redirect_stderr(io.StringIO()):
             run = await run_job(resolved)
-        lines = (run.directory / "metrics.jsonl").read_text().splitlines()
+        lines = (run.directory / METRICS).read_text().splitlines()
         steps = [json.loads(line) for line in lines][AROUND : AROUND + bench.size.job_steps]
         seconds = median(step["perf/step_time"] for step in steps)
         return {

@@ -8,6 +8,7 @@ from statistics import median
 from miles.bench.compare import Comparison
 from miles.bench.measure import YARDSTICK, Measured
 from miles.bench.record import Results
+from miles.log import counted
 
 BUSY = 0.1
 """Contention that is worth a remark."""
@@ -59,7 +60,7 @@ def _comparison(comparison: Comparison) -> Iterator[str]:
     for name in comparison.added:
         yield f"{name}: not in the baseline"
     count = len(comparison.regressions)
-    yield f"{count} regression{'s' * (count != 1)}" if count else "no regression"
+    yield counted(count, "regression") if count else "no regression"
 
 
 def _number(value: float) -> str:

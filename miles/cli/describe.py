@@ -9,6 +9,7 @@ from miles.cli.rows import component_rows
 from miles.config.derived import Numbers
 from miles.config.load import Resolved
 from miles.diagnosis.preflight import first_rows, sets_of
+from miles.log import counted
 from miles.plugins import Plugins
 
 
@@ -51,14 +52,10 @@ def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
     shared = "shares the trainer's devices" if resources.colocate else "devices of its own where there are several"
     return [
         ("role", "workers", "where", "when idle"),
-        ("trainer", f"{_counted(nodes, 'node')} x {_counted(each, 'rank')}", where, trainer),
+        ("trainer", f"{counted(nodes, 'node')} x {counted(each, 'rank')}", where, trainer),
         (f"engine {config.rollout.engine.name}", "1", shared, asleep),
-        (f"weights by {config.weight_sync.transport.name}", "", f"every {_counted(interval, 'step')}", ""),
+        (f"weights by {config.weight_sync.transport.name}", "", f"every {counted(interval, 'step')}", ""),
     ]
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}{'s' * (count != 1)}"
 
 
 def _data(resolved: Resolved) -> list[tuple[str, str, str]]:
@@ -69,7 +66,7 @@ def _data(resolved: Resolved) -> list[tuple[str, str, str]]:
         total, seen = len(found.rows), found.looked_at
         read = "all read" if seen == total else f"the first {seen} read" if seen > 1 else "the first read"
         bad = f", {found.malformed} malformed" if found.malformed else ""
-        rows.append((key, str(task_set.path), f"{_counted(total, 'row')}, {read}{bad}"))
+        rows.append((key, str(task_set.path), f"{counted(total, 'row')}, {read}{bad}"))
     return rows
 
 

@@ -12,6 +12,7 @@ from miles.cli.kinds import NAMES, kind_called
 from miles.diagnosis.components import diagnose
 from miles.errors import ConfigError
 from miles.kinds import KINDS
+from miles.log import counted
 from miles.plugins import Plugins, Registration, load_plugins
 from miles.registry import Registry
 
@@ -52,8 +53,7 @@ def _doctor(plugins: Plugins) -> int:
     for fault in report:
         print(f"FAULT {fault}")
     faults, every = len(report), len(plugins.infos) + len(plugins.faults)
-    found = f"{faults} fault{'s' * (faults != 1)} in {every} plugin{'s' * (every != 1)}"
-    print(found if report else "all is well")
+    print(f"{counted(faults, 'fault')} in {counted(every, 'plugin')}" if report else "all is well")
     return 2 if report else 0
 
 

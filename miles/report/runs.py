@@ -17,9 +17,9 @@ import yaml
 
 from miles.errors import ConfigError
 from miles.report.dump import FOLDER
-from miles.rundir import LOCK, SETTINGS, SUMMARY, leaves
+from miles.rundir import LOCK, METRICS, SETTINGS, SUMMARY, leaves
 
-METRICS, PLUGINS = "metrics.jsonl", "plugins.json"
+PLUGINS = "plugins.json"
 MAX_ROWS = 10_000
 """A longer run's metrics are thinned: a screen has fewer columns than that."""
 
@@ -110,8 +110,7 @@ def _missing(run: RunRecord) -> list[str]:
         ),
         (
             lacks(METRICS),
-            f"{METRICS} (no step was finished, the tracker jsonl was off, or the file was removed): curves, reward and "
-            "speed are not shown",
+            f"{METRICS} (no step was finished, or the file was removed): curves, reward and speed are not shown",
         ),
         (
             not run.dumps and not unwanted,

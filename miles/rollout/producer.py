@@ -16,7 +16,7 @@ from typing import Any
 
 from miles.config import NONE, Config
 from miles.errors import RolloutError
-from miles.log import logger
+from miles.log import counted, logger
 from miles.protocols import DataSource, SampleFilter
 from miles.rollout.concurrent import run_all
 from miles.rollout.task import JUDGED, Task
@@ -107,7 +107,7 @@ class Producer:
         failed = [sample for sample in samples if sample.status is Status.FAILED]
         errors = Counter(sample.error for sample in failed if sample.error not in {s.error for s in self.lost})
         for error, count in errors.most_common(3):
-            logger.warning("%d sample%s failed: %s", count, "s" * (count != 1), error)
+            logger.warning("%s failed: %s", counted(count, "sample"), error)
         if len(errors) > 3:  # those that quote a response or a request are all different
             logger.warning("... and so on: %d different errors, all in rollouts/", len(errors))
         self.lost += failed
@@ -162,4 +162,4 @@ def sample_seed(seed: int, name: str) -> int:
 
 
 def _fates(fates: Counter[str]) -> str:
-    return ", ".join(f"{fate}: {count} sample{'s' * (count != 1)}" for fate, count in fates.most_common())
+    return ", ".join(f"{fate}: {counted(count, 'sample')}" for fate, count in fates.most_common())

@@ -364,10 +364,11 @@ class RolloutEngineContract(ComponentContract):
             with pytest.raises(Exception):  # noqa: B017 (any error will do; a mixture will not)
                 await self.send(engine, 2, half)
             try:
-                np.testing.assert_array_equal(await engine.score(PROMPT), old)
+                served = await engine.score(PROMPT)
             except MilesError:
-                pass
-            else:
+                served = None
+            if served is not None:
+                np.testing.assert_array_equal(served, old)
                 assert (await engine.health()).weight_version == 1, "it serves old weights under the new version"
             await self.send(engine, 3, self.weights(1))
             np.testing.assert_allclose(await engine.score(PROMPT), self.expected(PROMPT, 1), atol=2e-4)
