@@ -107,7 +107,7 @@ class Producer:
         failed = [sample for sample in samples if sample.status is Status.FAILED]
         errors = Counter(sample.error for sample in failed if sample.error not in {s.error for s in self.lost})
         for error, count in errors.most_common(3):
-            logger.warning("%s failed: %s", counted(count, "sample"), error)
+            logger.warning("%d sample%s failed: %s", count, "s" * (count != 1), error)
         if len(errors) > 3:  # those that quote a response or a request are all different
             logger.warning("... and so on: %d different errors, all in rollouts/", len(errors))
         self.lost += failed
