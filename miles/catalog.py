@@ -28,7 +28,7 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
         "miles-cispo": ("cispo",),
         "miles-grpo": ("dapo",),
     },
-    "is_corrections": {"miles-is-correction": ("tis", "mis", "icepop", "m2po")},
+    "is_corrections": {"miles-is-corrections": ("tis", "mis", "icepop", "m2po")},
     "bridges": {"miles-qwen": ("qwen",), "miles-llama": ("llama",)},
     "chat_formats": {"miles-qwen": ("qwen3",)},
     "rewards": {"miles-math": ("exact_match", "math")},

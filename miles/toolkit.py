@@ -7,6 +7,7 @@ from miles.config.optimizer import OptimizerSection
 from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
 from miles.data.screening import screen
+from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
 from miles.training.packing import (
     build_micro_batch,
@@ -17,14 +18,18 @@ from miles.training.packing import (
     split_micro_batch,
     take_samples,
 )
+from miles.training.statistics import GroupStatistics, per_token, whiten
+from miles.training.surrogate import LOG_RATIO_BOUND, bounded_log_ratio, clipped_surrogate
 from miles.weights import COLUMN, ROW, Concat, Form, Inverse, Op, OpBridge, Stack, Weight, cut_shard, join_shards
 
 __all__ = [
     "COLUMN",
+    "LOG_RATIO_BOUND",
     "ROW",
     "Concat",
     "Config",
     "Form",
+    "GroupStatistics",
     "Inverse",
     "Keys",
     "Op",
@@ -34,21 +39,29 @@ __all__ = [
     "TaskSet",
     "Weight",
     "align_with_tokens",
+    "bounded_log_ratio",
     "build_micro_batch",
     "chunk_micro_batches",
+    "clipped_surrogate",
     "cut_shard",
     "join_shards",
     "log_probs_from_logits",
+    "mean_per_sample",
     "move_micro_batch",
     "next_tokens",
     "open_rows",
+    "per_token",
     "plan_micro_batches",
     "read_prompt",
     "read_weights",
     "resolve_checkpoint",
+    "sample_index",
     "screen",
     "selected_log_probs",
     "split_by_sample",
     "split_micro_batch",
+    "spread_over_samples",
+    "sum_per_sample",
     "take_samples",
+    "whiten",
 ]

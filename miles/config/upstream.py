@@ -213,7 +213,7 @@ LATER: tuple[tuple[str, str], ...] = (
         "critic-num-nodes critic-num-gpus-per-node critic-load critic-save critic-lr critic-lr-warmup-iters "
         "num-critic-only-steps value-clip gamma lambd",
     ),
-    ("named corrections of importance (miles-is-correction)", "use-tis tis-clip tis-clip-low"),
+    ("named corrections of importance (miles-is-corrections)", "use-tis tis-clip tis-clip-low"),
     (
         "replay of expert choices (miles-routing-replay)",
         "use-routing-replay use-rollout-routing-replay use-indexer-replay use-rollout-indexer-replay",

@@ -14,6 +14,7 @@ from miles.registry import Registry
 from miles.targets import defined_at, described
 from miles.training.aggregation import sum_per_sample
 from miles.training.kl import kl_estimate
+from miles.training.statistics import whiten
 from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
 
@@ -129,16 +130,6 @@ def penalised(inputs: AdvantageInputs) -> Tensor:
     row_N = torch.unique(inputs.rollout_N, return_inverse=True)[1]
     kl_R = kl_N.new_zeros(int(row_N.max()) + 1).index_add(0, row_N, kl_N)
     return inputs.rewards_N - inputs.kl_coef * kl_R[row_N]
-
-
-def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:
-    """Zero mean and unit (Bessel-corrected) variance over the trainable tokens of the batch; `[T]`."""
-    values_T = values_T.double()
-    weights_T = mask_T.double()
-    count = weights_T.sum()
-    mean = (values_T * weights_T).sum() / count.clamp(min=1)
-    variance = ((values_T - mean).square() * weights_T).sum() / (count - 1).clamp(min=1)
-    return ((values_T - mean) * (variance + epsilon).rsqrt()).float()
 
 
 def estimated(spec: Spec, estimator: Any, inputs: AdvantageInputs) -> Advantages:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 LossAggregation = Literal["sample_mean", "token_mean", "constant", "sequence_sum"]
 
@@ -24,9 +25,22 @@ def sample_index(bounds: Sequence[int]) -> Tensor:
 
 
 def sum_per_sample(values_T: Tensor, bounds: Sequence[int]) -> Tensor:
-    """`[N]`: sum of each sample's tokens, in the dtype of `values_T`. Differentiable."""
+    """`[N]`: sum of each sample's tokens, in the dtype of `values_T`; a pad beyond the last sample is left out.
+    Differentiable."""
     index_T = sample_index(bounds).to(values_T.device)
-    return values_T.new_zeros(len(bounds) - 1).index_add(0, index_T, values_T)
+    return values_T.new_zeros(len(bounds) - 1).index_add(0, index_T, values_T[: bounds[-1]])
+
+
+def mean_per_sample(values_T: Tensor, mask_T: Tensor, bounds: Sequence[int]) -> Tensor:
+    """`[N]`: mean over each sample's trainable tokens, 0 for a sample without. Differentiable."""
+    total_N = sum_per_sample(torch.where(mask_T != 0, values_T * mask_T, 0.0), bounds)
+    return total_N / sum_per_sample(mask_T, bounds).clamp(min=1)
+
+
+def spread_over_samples(values_N: Tensor, bounds: Sequence[int], tokens: int) -> Tensor:
+    """`[tokens]`: each sample's value on all of its tokens, 0 on a pad beyond the last sample. Differentiable."""
+    values_T = values_N[sample_index(bounds).to(values_N.device)]
+    return functional.pad(values_T, (0, tokens - bounds[-1]))
 
 
 def token_weights(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from miles.config.algorithm import AlgorithmSection
-from miles.training.aggregation import sum_per_sample
+from miles.training.aggregation import mean_per_sample
 from miles.training.kl import kl_estimate
 from miles.training.mismatch import mismatch_terms
 from miles.types import LossInputs, LossResult, MicroBatch, Outputs, PolicyLoss
@@ -57,7 +57,7 @@ class Objective:
             if factor in columns:
                 loss_T = loss_T * columns[factor]
         loss = policy_term = _weighted(loss_T, weights_T)
-        self.losses.append((batch.sample_ids, _sample_means(loss_T.detach(), mask_T, batch.bounds)))
+        self.losses.append((batch.sample_ids, mean_per_sample(loss_T.detach(), mask_T, batch.bounds)))
 
         sums = {"train/pg_loss": policy_term.detach()}
         if self.algorithm.kl_loss_coef:
@@ -109,13 +109,6 @@ class Objective:
 
     def _token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
         return _weighted(value_T.detach(), mask_T) / self.scope.tokens
-
-
-def _sample_means(value_T: Tensor, mask_T: Tensor, bounds: list[int]) -> Tensor:
-    """`[N]`: mean over each sample's trainable tokens; a pad beyond the last sample is left out."""
-    value_T, mask_T = value_T[: bounds[-1]], mask_T[: bounds[-1]]
-    total_N = sum_per_sample(torch.where(mask_T != 0, value_T * mask_T, 0.0), bounds)
-    return total_N / sum_per_sample(mask_T, bounds).clamp(min=1)
 
 
 def _weighted(value_T: Tensor, weights_T: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.training.aggregation import sum_per_sample, token_weights
+from miles.training.aggregation import mean_per_sample, spread_over_samples, sum_per_sample, token_weights
 
 # Two samples of 3 and 2 tokens; trainable: 2 of the first, 1 of the second. Losses 1 2 3 | 4 5.
 MASK = torch.tensor([0.0, 1, 1, 0, 1])
@@ -70,3 +70,10 @@ def test_sum_per_sample_is_differentiable():
     assert sums.tolist() == [3, 3]
     (sums * torch.tensor([1.0, 10.0])).sum().backward()
     assert values.grad.tolist() == [1, 1, 10]
+
+
+def test_means_and_their_way_back_to_tokens():
+    values, mask = torch.tensor([1.0, 2, 6, 9, torch.nan, 7]), torch.tensor([1.0, 0, 1, 1, 0, 1])
+    means = mean_per_sample(values, mask, [0, 3, 5, 5])  # the last sample is empty, the last token a pad
+    assert means.tolist() == [3.5, 9, 0]
+    assert spread_over_samples(means, [0, 3, 5, 5], 6).tolist() == [3.5, 3.5, 3.5, 9, 9, 0]

@@ -205,7 +205,7 @@ def test_kl_in_the_reward_lowers_the_reward_of_whole_trajectories():
 
 
 def test_whitening():
-    from miles.training.advantages import whiten
+    from miles.training.statistics import whiten
 
     values, mask = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 1, 0])
     assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)
