@@ -1,0 +1,68 @@
+"""examples/quickstart/run.sh: which commands it gives, by a `miles` and a `python` that only write down their words."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "quickstart"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a copy of the script; returns the process and the commands that it gave."""
+    here = tmp_path / "examples" / "quickstart"
+    shutil.copytree(EXAMPLE, here)
+    programs, log = tmp_path / "bin", tmp_path / "log"
+    programs.mkdir()
+    for name in ("miles", "python"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n')
+        (programs / name).chmod(0o755)
+
+    def call(*words):
+        log.write_text("")
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", here / "run.sh", *words], capture_output=True, text=True, env=environment)
+        return done, log.read_text().replace(f"{here}/", "").splitlines()
+
+    return call
+
+
+def test_without_flags_it_is_the_recipe(run):
+    done, commands = run()
+    assert done.returncode == 0, done.stderr
+    assert commands == [
+        "python prepare.py --out data --seed 1 in seed-1",
+        "miles train sft.yaml --seed 1 --rollout-seed 1 in seed-1",
+        "miles train grpo.yaml --seed 1 --rollout-seed 1 --run-dir grpo --run-name quickstart-grpo in seed-1",
+        "python show.py grpo in seed-1",
+    ]
+
+
+def test_flags_go_to_the_reinforcement_learning_and_the_warm_up_is_shared(run):
+    _, commands = run("--run", "rloo", "--advantage-estimator", "rloo", "--seed", "3", "--lr", "1e-4")
+    assert commands[1] == "miles train sft.yaml --seed 3 --rollout-seed 3 in seed-3"
+    assert commands[2] == (
+        "miles train grpo.yaml --seed 3 --rollout-seed 3 --run-dir rloo --run-name quickstart-rloo "
+        "--advantage-estimator rloo --lr 1e-4 in seed-3"
+    )
+    assert commands[3] == "python show.py rloo in seed-3"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed"], "--seed needs a value"),
+        (["--run", ""], "--run needs a value"),
+        (["--run", "sft"], "--run sft: a plain name, and not data or sft"),
+        (["--run", "a/b"], "--run a/b: a plain name, and not data or sft"),
+        (["--lr", "1e-4"], "with flags of its own the run needs a name of its own: --run NAME"),
+    ],
+)
+def test_what_it_refuses(run, words, said):
+    done, commands = run(*words)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert commands == []
