@@ -20,7 +20,7 @@ LossAggregation = Literal["sample_mean", "token_mean", "constant", "sequence_sum
 
 def sample_index(bounds: Sequence[int]) -> Tensor:
     """`[T]` int64: which sample each token belongs to."""
-    lengths = torch.tensor([end - start for start, end in pairwise(bounds)])
+    lengths = torch.tensor([end - start for start, end in pairwise(bounds)], dtype=torch.int64)
     return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
 
