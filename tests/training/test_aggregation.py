@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.training.aggregation import mean_per_sample, spread_over_samples, sum_per_sample, token_weights
+from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample, token_weights
 
 # Two samples of 3 and 2 tokens; trainable: 2 of the first, 1 of the second. Losses 1 2 3 | 4 5.
 MASK = torch.tensor([0.0, 1, 1, 0, 1])
@@ -77,3 +77,9 @@ def test_means_and_their_way_back_to_tokens():
     means = mean_per_sample(values, mask, [0, 3, 5, 5])  # the last sample is empty, the last token a pad
     assert means.tolist() == [3.5, 9, 0]
     assert spread_over_samples(means, [0, 3, 5, 5], 6).tolist() == [3.5, 3.5, 3.5, 9, 9, 0]
+
+
+def test_the_index_of_samples():
+    assert sample_index([0, 2, 2, 3]).tolist() == [0, 0, 2]
+    assert sample_index([0]).tolist() == []
+    assert sample_index([0]).dtype == torch.int64
