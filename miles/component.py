@@ -40,12 +40,15 @@ class Component:
     needs: frozenset[Need] | set[Need] = frozenset()
     """What the core must provide for it, beyond what its kind always gets."""
     flags: Mapping[str, str] = field(default_factory=dict)
-    """Command-line flag -> option, for flags that users of other frameworks know."""
+    """Command-line flag -> option, for flags that users of other frameworks know. A flag whose option is empty selects
+    the component itself: with `{"--use-tis": ""}`, `--use-tis` is `--is-correction tis`. In a list it adds the
+    component, once. Where a kind has several places in a config, it is the first, or the one that `provides` names."""
     provides: tuple[str, ...] = ()
     """What it is the automatic choice for (`auto`). Bridges, chat formats: Hugging Face model types; a chat format for
     all the others says `any`. Generate functions: `one turn`, `turns` (with an environment), `given responses` (no
     engine). An engine that generates says `responses`: task sets without a reward are then refused. An
-    executor that starts a single train rank says `one rank`: more are then refused."""
+    executor that starts a single train rank says `one rank`: more are then refused. A term of the advantages says
+    `algorithm.advantage_terms`: there, and not among the estimators, a flag selects it."""
     summary: str = ""
     paper: str = ""
 

@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 from miles.config import Spec
 from miles.config.leaves import flag_table
+from miles.config.selection import SELECTS
 from miles.config.upstream import ACCEPTED, PREFIXES, FateOfFlag, answer_to, answers, known_name
 from miles.kinds import KINDS
 from miles.options import options_of
@@ -144,7 +145,7 @@ def _component_defaults(registry: Registry) -> Iterator[tuple[str, Any]]:
         for offer in registry.offers(kind) if about.protocol is not None else ():
             options = options_of(offer.value.options)
             for flag, option in offer.value.flags.items():
-                yield flag, options[option].default
+                yield flag, False if option == SELECTS else options[option].default
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults

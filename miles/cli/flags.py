@@ -10,6 +10,7 @@ from typing import Any
 
 from miles.cli import Call
 from miles.config.leaves import EVAL_FLAGS, Leaf, leaves
+from miles.config.selection import SELECTS
 from miles.kinds import KINDS
 from miles.options import options_of
 from miles.plugins import load_plugins
@@ -55,10 +56,12 @@ def _component_lines(registry: Registry) -> Iterator[str]:
     for name, kind in KINDS.items():
         for offer in registry.offers(name) if kind.protocol is not None else ():
             options = options_of(offer.value.options)
-            if not options:
+            flags = {option: flag for flag, option in offer.value.flags.items()}
+            if not options and not flags:
                 continue
             yield f"  {kind.singular} {offer.name} ({offer.plugin.distribution}): {offer.value.summary}"
-            flags = {option: flag for flag, option in offer.value.flags.items()}
+            if SELECTS in flags:
+                yield f"    {'selected by':<22} {flags[SELECTS]}"
             for option in options.values():
                 yield f"    {option.name:<22} {flags.get(option.name, ''):<20} = {_default(option.default)}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
+from miles.config.selection import SELECTS, selecting
 from miles.config.settings import Flattener, Setting, fixed_origin
 from miles.config.upstream import answer_to
 from miles.config.values import Text, from_text
@@ -44,6 +45,7 @@ class _Reader:
         self._registry = registry
         self._flattener = flattener
         self._component_flags = component_flags(registry)
+        self._selecting = selecting_flags(registry)
         self._out = Arguments(faults=flattener.faults)
 
     def read(self) -> Arguments:
@@ -68,9 +70,9 @@ class _Reader:
         elif positive in flag_table() and flag_table()[positive].is_bool:
             self._set(flag, flag_table()[positive], False)
         elif flag in self._component_flags:
-            self._out.component_flags.append((flag, self._component_value(flag, text)))
+            self._component(flag, flag, self._component_value(flag, text))
         elif positive in self._component_flags and self._component_flags[positive] is bool:
-            self._out.component_flags.append((positive, False))
+            self._component(positive, flag, False)
         elif engine_of(flag, self._registry):
             self._out.component_flags.append((flag, self._free_value(text)))
         else:
@@ -130,6 +132,13 @@ class _Reader:
 
     # -------------------------------------------------------------------------------------------- components' flags
 
+    def _component(self, flag: str, written: str, value: Any) -> None:
+        if flag not in self._selecting:
+            self._out.component_flags.append((flag, value))
+            return
+        offer, origin = self._selecting[flag], Origin("flag", written)
+        self._out.settings += selecting(offer, flag, value, origin, self._out.faults)
+
     def _component_value(self, flag: str, text: str | None) -> Any:
         if self._component_flags[flag] is bool:
             return Text(self._optional_bool(text))
@@ -181,8 +190,14 @@ def component_flags(registry: Registry) -> dict[str, Any]:
     for offer in offers(registry):
         options = options_of(offer.value.options)
         for flag, option in offer.value.flags.items():
-            flags.setdefault(flag, options[option].annotation if option in options else str)
+            missing = bool if option == SELECTS else str
+            flags.setdefault(flag, options[option].annotation if option in options else missing)
     return flags
+
+
+def selecting_flags(registry: Registry) -> dict[str, Registration]:
+    """Flag -> the component that it selects."""
+    return {f: offer for offer in offers(registry) for f, option in offer.value.flags.items() if option == SELECTS}
 
 
 def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from miles.config.arguments import component_flags, engine_of, offers, read_arguments
+from miles.config.arguments import component_flags, engine_of, offers, read_arguments, selecting_flags
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
-from miles.config.leaves import Path, children, flag_table, leaf_above, leaves
+from miles.config.leaves import Path, children, flag_table, leaf_above
 from miles.config.schema import Config
+from miles.config.selection import contradictions, how_to_select, selecting, selections_last
 from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
 from miles.config.tree import Tree
 from miles.config.upstream import known_name
@@ -130,14 +131,16 @@ class _Resolution:
         self.faults: list[Fault] = []
         self.flattener = Flattener(self.faults, self._name_object)
         self.component_flags = component_flags(registry)
+        self.selecting = selecting_flags(registry)
 
     def run(self, files: Sequence[Source], arguments: Sequence[str], overrides: Mapping[str, Any]) -> Resolved:
         settings: list[Setting] = []
         for source in files:
             settings += self._file(source)
         read = read_arguments(arguments, self.registry, self.flattener)
-        settings += read.settings
+        settings += self._layer(read.settings)
         given, flags = self._python(overrides)
+        given = self._layer(given)
         preset, settings = self._preset([*settings, *given])
         tree = Tree(self.faults)
         tree.put_all([*preset, *settings])
@@ -167,6 +170,10 @@ class _Resolution:
             return []
         return list(self.flattener.mapping(mapping, where))
 
+    def _layer(self, settings: list[Setting]) -> list[Setting]:
+        self.faults += contradictions(settings)
+        return selections_last(settings)
+
     def _python(self, overrides: Mapping[str, Any]) -> tuple[list[Setting], list[tuple[str, Any]]]:
         """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
         settings: list[Setting] = []
@@ -177,6 +184,9 @@ class _Resolution:
             leaf = flag_table().get(flag)
             if len(path) == 1 and path[0] not in children(()) and leaf is not None:
                 settings += self.flattener.value(leaf.flat, value, where, Origin("python", f"{key}, given in Python"))
+            elif len(path) == 1 and path[0] not in children(()) and flag in self.selecting:
+                origin = Origin("python", f"{key}, given in Python")
+                settings += selecting(self.selecting[flag], flag, value, origin, self.faults)
             elif len(path) == 1 and path[0] not in children(()) and flag in self.component_flags:
                 flags.append((flag, value))
             else:
@@ -254,8 +264,7 @@ class _Resolution:
             whose = " or ".join(
                 f"{kind.singular} {offer.name!r} of {offer.plugin.distribution}" for kind, offer in owners
             )
-            kind, offer = owners[0]
-            remedy = f"{_selecting(kind.keys[0], offer.name)}, or leave the flag out"
+            remedy = f"{how_to_select(owners[0][1])}, or leave the flag out"
             self.faults.append(Fault(flag, f"belongs to {whose}, which is not selected", remedy, origin=origin))
         elif engine:
             problem = f"goes to the rollout engine {engine[0]!r}, which is not selected"
@@ -311,9 +320,3 @@ class _Resolution:
 
     def _fault(self, path: Path, problem: str, remedy: str = "", value: Any = None, origin: Origin = DEFAULT) -> None:
         self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
-
-
-def _selecting(key: str, name: str) -> str:
-    """How a component comes to be selected by a setting: by its name, or as one more in a list."""
-    listed = any(leaf.kind and leaf.dotted == key and leaf.shape != "spec" for leaf in leaves().values())
-    return f"add {name} to {key}" if listed else f"set {key} to {name}"

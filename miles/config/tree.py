@@ -8,6 +8,7 @@ from typing import Any
 
 from miles.config.faults import DEFAULT, Fault, Origin
 from miles.config.leaves import FLAT, SETS, Leaf, Path, leaf_above, leaves, pattern
+from miles.config.selection import Selection
 from miles.config.settings import RESET, Setting
 
 _OWN = ("path", "weight", "n_samples_per_prompt")
@@ -99,6 +100,9 @@ class Tree:
         if found is None:
             return
         leaf, rest = found
+        if isinstance(value, Selection):
+            self._select(path, leaf, value, origin)
+            return
         at = path[: len(path) - len(rest)]
         if leaf.shape == "spec" and rest == ("name",):
             self._rename(leaf, at, value)
@@ -111,6 +115,26 @@ class Tree:
             value = _edit(self.values.get((*at, *rest[:2]), {}), rest[2:], value)
             path = (*at, *rest[:2])
         self.values[path], self.origins[path] = value, origin
+
+    def _select(self, at: Path, leaf: Leaf, selection: Selection, origin: Origin) -> None:
+        """Name a component or name it no more; what says so already stays, with its options and its origin."""
+        if leaf.shape == "spec":
+            default = leaf.default.name if leaf.default else None
+            if selection.names(self.values.get((*at, "name"), default)) != selection.on:
+                self._put((*at, "name"), selection.name if selection.on else default, origin)
+            return
+        before = _plain(self.values.get(at, leaf.default))
+        items = selection.listed(leaf, before)
+        if items is None:
+            return
+        self.values[at] = items
+        if selection.on:
+            self.origins.setdefault(at, origin)
+            self.origins[*at, str(len(items) - 1)] = origin
+        else:
+            for path in [path for path in self.origins if path[: len(at)] == at]:
+                del self.origins[path]
+            self.origins[at] = origin
 
     def _rename(self, leaf: Leaf, at: Path, name: Any) -> None:
         """Options belong to a component: another name leaves those of the layers below behind."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import flag_table
+from miles.config.selection import SELECTS
 from miles.config.settings import Flattener, fixed_origin
 from miles.errors import MilesError
 from miles.kinds import KINDS
@@ -68,7 +69,7 @@ def _component_faults(offer: Registration, who: str) -> Iterator[str]:
     for flag, option in component.flags.items():
         if flag in flag_table():
             yield f"its flag {flag} is already that of {flag_table()[flag].dotted}"
-        if option not in options:
+        if option not in (SELECTS, *options):
             yield f"its flag {flag} stands for {option!r}, which is none of its options"
     try:
         import_target(component.target, who)

@@ -18,6 +18,7 @@ import pytest
 from miles.api import API_VERSION, Component, MilesError, Need
 from miles.config import Spec
 from miles.config.leaves import flag_table
+from miles.config.selection import SELECTS
 from miles.kinds import KINDS
 from miles.options import options_of, read_options, takes_any
 from miles.plugins import REGISTERS, PluginInfo, load_plugins
@@ -176,7 +177,7 @@ class ComponentContract(Contract):
         """A flag that sets nothing would be accepted and ignored."""
         for flag, option in self.component.flags.items():
             assert flag.startswith("--"), f"{flag!r} is no flag"
-            assert option in options_of(self.component.options), f"{flag} names no option: {option!r}"
+            assert option in (SELECTS, *options_of(self.component.options)), f"{flag} names no option: {option!r}"
 
     def test_its_flags_collide_with_no_other(self) -> None:
         """A flag means one thing, whatever else is installed."""

@@ -43,6 +43,15 @@ class Extra(types.SimpleNamespace):
             "taught": Component("parts:taught", needs={"teacher", "entropy"}),
             "greedy": Component("parts:greedy", needs={"greedy_rollout"}),
             "compared": Component("parts:compared", needs={"rollout_log_probs"}),
+            "pull": Component("parts:pull", flags={"--use-pull": ""}, provides=("algorithm.advantage_terms",)),
+        }
+
+    @hookimpl
+    def miles_register_is_corrections(self):
+        flags = {"--use-weighting": "", "--weighting-low": "low"}
+        return {
+            "weighting": Component("parts:weighting", options=LossOptions, flags=flags),
+            "rejecting": Component("parts:rejecting", flags={"--use-rejecting": ""}),
         }
 
     @hookimpl
@@ -60,7 +69,7 @@ class Extra(types.SimpleNamespace):
     @hookimpl
     def miles_register_sample_filters(self):
         return {
-            "sieve": Component("parts:sieve", options=LossOptions),
+            "sieve": Component("parts:sieve", options=LossOptions, flags={"--use-sieve": ""}),
             "by_experts": Component("parts:by_experts", needs={"routed_experts"}),
         }
 

@@ -1,0 +1,86 @@
+"""Flags that select the component which declares them: `--use-tis` is `--is-correction tis`.
+
+Where one component stands, the flag names it and leaves its options as they are if it stands there already; in a list
+it is added, once. `--no-use-tis` is its contrary: the default comes back, or the list is left without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from miles.config.base import as_spec_list, as_weighted
+from miles.config.faults import Fault, Origin
+from miles.config.leaves import Leaf, leaves, pattern
+from miles.config.settings import Setting
+from miles.config.values import from_text
+from miles.kinds import KINDS
+from miles.plugins import Registration
+
+SELECTS = ""
+"""As the option that a flag of a component stands for: the component itself."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """As the value of a place where components are named: this one, or, when not `on`, any but this one."""
+
+    name: str
+    on: bool = True
+
+    def names(self, name: Any) -> bool:
+        """Whether a name, written with or without its distribution, is that of this component."""
+        return str(name).rpartition("/")[2] == self.name
+
+    def listed(self, leaf: Leaf, value: Any) -> Any:
+        """A list of components with this one in it, or without it; None where it says so already, or is no list."""
+        items = as_weighted(value) if leaf.shape == "rewards" else as_spec_list(value)
+        if not isinstance(items, list | tuple):
+            return None
+        others = [item for item in items if not self.names(item.get("name") if isinstance(item, dict) else item)]
+        if self.on:
+            return [*items, self.name] if len(others) == len(items) else None
+        return others if len(others) < len(items) else None
+
+
+def place_of(offer: Registration) -> Leaf:
+    """The setting that names a component: the first of its kind, or the one that it provides."""
+    keys = KINDS[offer.kind].keys
+    key = next((key for key in keys if key in offer.value.provides), keys[0])
+    return leaves()[tuple(key.split("."))]
+
+
+def how_to_select(offer: Registration) -> str:
+    """What to do for a component to be selected, as an error says it."""
+    place = place_of(offer)
+    told = f"set {place.dotted} to {offer.name}" if place.shape == "spec" else f"add {offer.name} to {place.dotted}"
+    flag = next((flag for flag, option in offer.value.flags.items() if option == SELECTS), None)
+    return f"{told} ({flag})" if flag else told
+
+
+def selecting(offer: Registration, flag: str, value: Any, origin: Origin, faults: list[Fault]) -> list[Setting]:
+    """The setting that a flag stands for which selects a component; a fault where its value is no switch's."""
+    on = from_text(value, bool) if isinstance(value, str) else value
+    if isinstance(on, bool):
+        return [Setting(place_of(offer).flat, Selection(offer.name, on), origin)]
+    faults.append(Fault(flag, "must be true or false", f"{flag}, or --no-{flag[2:]}", value, origin))
+    return []
+
+
+def selections_last(settings: Sequence[Setting]) -> list[Setting]:
+    """One layer's settings, so that the order of a command line is no matter."""
+    return sorted(settings, key=lambda setting: isinstance(setting.value, Selection))
+
+
+def contradictions(settings: Sequence[Setting]) -> Iterator[Fault]:
+    """Where one layer selects a component by a flag and names another for the same place, or selects two."""
+    named = {s.path: (s.value, s.origin) for s in settings if not isinstance(s.value, Selection)}
+    for setting in settings:
+        chosen, path = setting.value, setting.path
+        if not isinstance(chosen, Selection) or not chosen.on or leaves()[pattern(path)].shape != "spec":
+            continue
+        other, where = named.setdefault((*path, "name"), (chosen.name, setting.origin))
+        if not chosen.names(other):
+            problem = f"selects {chosen.name!r}, but {leaves()[pattern(path)].dotted} is {other!r} ({where})"
+            yield Fault(str(setting.origin), problem, "give one of the two", origin=setting.origin)
