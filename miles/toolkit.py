@@ -8,7 +8,7 @@ from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
 from miles.data.screening import screen
 from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample
-from miles.training.episodes import Episodes, kl_cost
+from miles.training.episodes import Episodes, discounted_sums, kl_cost
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
 from miles.training.packing import (
     build_micro_batch,
@@ -46,6 +46,7 @@ __all__ = [
     "chunk_micro_batches",
     "clipped_surrogate",
     "cut_shard",
+    "discounted_sums",
     "join_shards",
     "kl_cost",
     "log_probs_from_logits",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miles.testing.batches import rollout_batch
-from miles.toolkit import Episodes, kl_cost
+from miles.toolkit import Episodes, discounted_sums, kl_cost
 from miles.types import AdvantageInputs
 
 
@@ -32,27 +32,25 @@ def test_pieces_of_a_trajectory_follow_each_other_and_environment_tokens_are_ski
     assert episodes.place_K.tolist() == [4, 1, 2, 5, 7]  # trajectory 3, then 7 with both pieces
     assert episodes.sample_K.tolist() == [1, 0, 0, 2, 2]
     assert episodes.last_K.tolist() == [True, False, False, False, True]
-    assert episodes.longest == 4
 
 
 def test_discounted_sums_by_hand():
     episodes = Episodes.of(CUT)
-    sums = episodes.discounted(torch.tensor([10.0, 1, 2, 3, 4]), 0.5)
+    sums = discounted_sums(torch.tensor([10.0, 1, 2, 3, 4]), episodes.episode_K, 0.5)
     assert sums.tolist() == [10, 1 + 2 / 2 + 3 / 4 + 4 / 8, 2 + 3 / 2 + 4 / 4, 3 + 4 / 2, 4]
     assert episodes.per_token(sums, 9).tolist() == [0, 3.25, 4.5, 0, 10, 5, 0, 4, 0]
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(0.0, [1, 2, 3]), (1.0, [6, 5, 3])])
 def test_no_and_full_weight_of_the_future(factor, expected):
-    episodes = Episodes.of(inputs_of([1, 1, 1], [3], [0]))
-    assert episodes.discounted(torch.tensor([1.0, 2, 3]), factor).tolist() == expected
+    assert discounted_sums(torch.tensor([1.0, 2, 3]), torch.tensor([5, 5, 5]), factor).tolist() == expected
 
 
 @pytest.mark.parametrize(("mask", "lengths"), [([], []), ([], [0]), ([0, 0], [2])])
 def test_without_an_action_there_is_no_episode(mask, lengths):
     episodes = Episodes.of(inputs_of(mask, lengths, list(range(len(lengths)))))
-    assert episodes.longest == 0
-    assert episodes.discounted(torch.zeros(0), 0.9).tolist() == []
+    assert episodes.last_K.tolist() == []
+    assert discounted_sums(torch.zeros(0), episodes.episode_K, 0.9).tolist() == []
     assert episodes.per_token(torch.zeros(0), len(mask)).tolist() == [0.0] * len(mask)
 
 
@@ -66,9 +64,8 @@ def test_discounted_sums_are_the_recursion(data):
     factor = data.draw(st.floats(0, 1))
     inputs = inputs_of(mask, lengths, rollouts)
     episodes = Episodes.of(inputs)
-    found = episodes.per_token(
-        episodes.discounted(torch.tensor(values, dtype=torch.float64)[episodes.place_K], factor), sum(lengths)
-    )
+    values_K = torch.tensor(values, dtype=torch.float64)[episodes.place_K]
+    found = episodes.per_token(discounted_sums(values_K, episodes.episode_K, factor), sum(lengths))
     expected, running = [0.0] * sum(lengths), dict.fromkeys(rollouts, 0.0)
     for sample in reversed(range(len(lengths))):
         for t in reversed(range(inputs.bounds[sample], inputs.bounds[sample + 1])):
