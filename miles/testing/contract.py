@@ -180,7 +180,7 @@ class ComponentContract(Contract):
             assert option in (SELECTS, *options_of(self.component.options)), f"{flag} names no option: {option!r}"
 
     def test_its_flags_collide_with_no_other(self) -> None:
-        """A flag means one thing, whatever else is installed."""
+        """A flag means one thing, whatever else is installed: components of one kind may share it for one option."""
         owners = {flag: leaf.dotted for flag, leaf in flag_table().items()}
         owners |= {flag: who for who, flag in _flags_of_others(self.kind, self.component)}
         taken = {flag: owners[flag] for flag in self.component.flags if flag in owners}
@@ -196,8 +196,9 @@ def _flags_of_others(kind: str, own: Component) -> Iterator[tuple[str, str]]:
     for other in KINDS:
         for offer in installed().offers(other) if KINDS[other].protocol is not None else ():
             if offer.value is not own:
-                for flag in offer.value.flags:
-                    yield f"{KINDS[other].singular} {offer.name!r}", flag
+                for flag, option in offer.value.flags.items():
+                    if other != kind or option == SELECTS or option != own.flags.get(flag):
+                        yield f"{KINDS[other].singular} {offer.name!r}", flag
 
 
 # ---------------------------------------------------------------------------------------------------------- the guard

@@ -189,6 +189,16 @@ def test_unsound_targets_are_caught(failing, change, test):
     assert test in failing(target=TARGET.replace(*change))
 
 
+@pytest.mark.parametrize(
+    ("flag", "collide"), [('"--found": "scale"', False), ('"--found": "other"', True), ('"--found": ""', True)]
+)
+def test_a_flag_that_two_of_a_kind_share_means_the_same_option(failing, flag, collide):
+    plugin = PLUGIN.replace("scale: float = 1.0", "scale: float = 1.0\n    other: float = 1.0").replace(
+        "return {", f'return {{"more": Component("found_reward:More", options=Options, flags={{{flag}}}), '
+    )
+    assert ("test_its_flags_collide_with_no_other" in failing(plugin)) is collide
+
+
 def test_options_that_take_anything_are_caught(failing):
     """A hand-written check of options that lets a misspelt one pass."""
     plugin = PLUGIN.replace("from dataclasses import dataclass", "from pydantic import BaseModel").replace(
