@@ -171,6 +171,7 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("leave it out: versions of everything are in plugins.json and summary.json of the run directory", "env-report"),
     ("leave it out: event files stand in the run directory (--run-dir)",
      "tb-project-name tb-experiment-name tensorboard-dir"),
+    ("install the plugin miles-ppo, which declares it", "gamma lambd"),
     ("install the plugin miles-wandb, which declares it",
      "wandb-project wandb-team wandb-group wandb-mode wandb-host wandb-dir wandb-run-id"),
     ("WANDB_API_KEY in the environment, or `wandb login`", "wandb-key"),
@@ -209,9 +210,9 @@ LATER: tuple[tuple[str, str], ...] = (
         "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
     ),
     (
-        "PPO with a critic (miles-ppo)",
+        "a critic, which PPO needs",
         "critic-num-nodes critic-num-gpus-per-node critic-load critic-save critic-lr critic-lr-warmup-iters "
-        "num-critic-only-steps value-clip gamma lambd",
+        "num-critic-only-steps value-clip",
     ),
     ("named corrections of importance (miles-is-corrections)", "use-tis tis-clip tis-clip-low"),
     (
@@ -363,7 +364,7 @@ VALUES: dict[tuple[str, str], Answer] = {
     ("rewards", "ifbench"): Answer("not in this version", "the checks of IFBench"),
     ("advantage_estimators", "gspo"): Answer("not in this version", "GSPO (miles-gspo)"),
     ("advantage_estimators", "cispo"): Answer("not in this version", "CISPO (miles-cispo)"),
-    ("advantage_estimators", "ppo"): Answer("not in this version", "PPO with a critic (miles-ppo)"),
+    ("advantage_estimators", "ppo"): Answer("not in this version", "a critic, which PPO needs"),
     ("advantage_estimators", "reinforce_plus_plus"): Answer(
         "not in this version", "REINFORCE++ (miles-reinforce-plus-plus)"
     ),
