@@ -22,6 +22,7 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
         "miles-dppo": ("dppo_tv",),
         "miles-distillation": ("distill_topk", "distill_full"),
     },
+    "loss_masks": {"miles-opsm": ("opsm",)},
     "presets": {
         "miles-ppo": ("ppo",),
         "miles-gspo": ("gspo",),
@@ -41,7 +42,7 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "trackers": {"miles-wandb": ("wandb",)},
 }
 
-MADE = frozenset({"miles-grpo", "miles-llama", "miles-math", "miles-qwen", "miles-wandb"})
+MADE = frozenset({"miles-grpo", "miles-llama", "miles-math", "miles-ppo", "miles-qwen", "miles-wandb"})
 """Those of these distributions that exist in this version."""
 
 

@@ -126,6 +126,11 @@ def miles_register_policy_losses() -> Mapping[str, Component]:
 
 
 @hookspec
+def miles_register_loss_masks() -> Mapping[str, Component]:
+    """Which tokens a policy loss counts, decided from the new log-probs (`LossMask`). Since API 1."""
+
+
+@hookspec
 def miles_register_is_corrections() -> Mapping[str, Component]:
     """Importance-sampling corrections (`ISCorrection`). Since API 1."""
 

@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
             protocols.GenerateFunction,
             ("auto",),
         ),
-        Kind("rewards", ("data.sets.*.reward", "eval.sets.*.reward"), protocols.Reward),
+        Kind("rewards", ("data.sets.*.reward", "eval.sets.*.reward", "data.reward_terms"), protocols.Reward),
         Kind("sample_filters", ("rollout.filters",), protocols.SampleFilter),
         Kind(
             "advantage_estimators",
@@ -55,6 +55,7 @@ KINDS: dict[str, Kind] = {
             ("none",),
         ),
         Kind("policy_losses", ("algorithm.policy_loss",), protocols.PolicyLossFunction),
+        Kind("loss_masks", ("algorithm.loss_masks",), protocols.LossMask),
         Kind("is_corrections", ("algorithm.is_correction",), protocols.ISCorrection, ("none",)),
         Kind("evaluators", ("eval.evaluator",), protocols.Evaluator),
         Kind("trackers", ("tracking",), protocols.Tracker),

@@ -381,6 +381,17 @@ class PolicyLossFunction(Protocol):
 
 
 @runtime_checkable
+class LossMask(Protocol):
+    """Which tokens of one micro-batch the policy loss counts, decided from the new log-probs: a mask on any loss.
+
+    Returns `[T]`, bool or 0 and 1: False where a token's loss becomes 0. It keeps its place in every denominator.
+    Called without a graph; of several masks the product counts. KL and entropy terms are not masked.
+    """
+
+    def __call__(self, inputs: LossInputs) -> Tensor: ...
+
+
+@runtime_checkable
 class TrainBackend(Protocol):
     """One model in one rank in one role. Context: `BackendContext`.
 

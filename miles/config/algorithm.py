@@ -20,6 +20,8 @@ class AlgorithmSection(Section):
     """Whiten advantages over all trainable tokens of the rollout batch."""
     policy_loss: Annotated[ComponentSpec, Flag("--policy-loss")] = Spec(name="ppo_clip")
     """Per-token loss."""
+    loss_masks: Annotated[ComponentSpecs, Flag("--loss-masks")] = ()
+    """Which tokens the policy loss leaves out, decided from the new log-probs; all masks together."""
     is_correction: Annotated[ComponentSpec, Flag("--is-correction")] = Spec(name="none")
     """Correction of the mismatch between rollout and trainer."""
     old_logprobs: Annotated[Literal["auto", "recompute", "rollout"], Flag("--old-logprobs")] = "auto"

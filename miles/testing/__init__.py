@@ -30,7 +30,7 @@ from miles.testing.evaluators import EvaluatorContract
 from miles.testing.executors import ExecutorContract
 from miles.testing.generating import GenerateFunctionContract
 from miles.testing.judging import RewardContract, SampleFilterContract
-from miles.testing.losses import ISCorrectionContract, PolicyLossContract
+from miles.testing.losses import ISCorrectionContract, LossMaskContract, PolicyLossContract
 from miles.testing.models import ModelTransformContract, PrecisionSchemeContract, RoutingReplayContract
 from miles.testing.presets import PresetContract
 from miles.testing.syncs import WeightSyncContract
@@ -56,6 +56,7 @@ CONTRACTS: dict[str, type[Contract]] = {
         SampleFilterContract,
         AdvantageEstimatorContract,
         PolicyLossContract,
+        LossMaskContract,
         ISCorrectionContract,
         EvaluatorContract,
         TrackerContract,
@@ -76,6 +77,7 @@ __all__ = [
     "ExecutorContract",
     "GenerateFunctionContract",
     "ISCorrectionContract",
+    "LossMaskContract",
     "ModelTransformContract",
     "PolicyLossContract",
     "PrecisionSchemeContract",

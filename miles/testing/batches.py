@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from miles.types import AdvantageInputs, LossInputs
 
@@ -91,6 +92,16 @@ def select(inputs: Inputs, order: Sequence[int]) -> Inputs:
         if isinstance(value, Tensor) and field.name.endswith(("_T", "_N")):
             changes[field.name] = value.detach()[list(order) if field.name.endswith("_N") else tokens]
     changes["bounds"] = [0, *accumulate(inputs.bounds[i + 1] - inputs.bounds[i] for i in order)]
+    return replace(inputs, **changes)
+
+
+def padded(inputs: LossInputs, pad: int = 3) -> LossInputs:
+    """The same micro-batch with `pad` tokens behind its last sample, as some backends make their lengths even."""
+    changes: dict[str, Any] = {}
+    for field in fields(inputs):
+        value = getattr(inputs, field.name)
+        if isinstance(value, Tensor):
+            changes[field.name] = functional.pad(value.detach(), (0, pad))
     return replace(inputs, **changes)
 
 

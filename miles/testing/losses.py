@@ -1,4 +1,4 @@
-"""The contracts of policy losses and of importance-sampling corrections."""
+"""The contracts of policy losses, of loss masks and of importance-sampling corrections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from miles.testing.batches import copied, loss_batch, rollout_batch, select, unchanged
+from miles.testing.batches import copied, loss_batch, padded, rollout_batch, select, unchanged
 from miles.testing.contract import ComponentContract
 from miles.types import Correction, LossInputs, PolicyLoss
 
@@ -101,6 +101,90 @@ class PolicyLossContract(ComponentContract):
         first, again = built(inputs), built(inputs)
         assert unchanged(before, inputs), "a tensor of the inputs was changed in place"
         assert torch.equal(first.loss_T, again.loss_T), "the same inputs gave two losses"
+
+
+class LossMaskContract(ComponentContract):
+    """`(LossInputs) -> keep_T`, bool or 0 and 1.
+
+    Example:
+        class TestOpsm(LossMaskContract):
+            name = "opsm"
+    """
+
+    kind = "loss_masks"
+
+    def inputs(self, far: float = 0.1) -> LossInputs:
+        """A micro-batch whose log-ratios new / old are up to `far`, with advantages of either sign; override it for a
+        mask that needs more, such as its own columns."""
+        inputs = loss_batch()
+        pattern_T = torch.tensor(FAR).repeat(len(inputs.mask_T))[: len(inputs.mask_T)] / max(FAR)
+        return replace(inputs, log_probs_T=(inputs.old_log_probs_T + far * pattern_T).requires_grad_())
+
+    def kept(self, inputs: LossInputs) -> Tensor:
+        keep_T = self.build()(inputs)
+        assert isinstance(keep_T, Tensor), f"returned {type(keep_T).__name__}, not a tensor"
+        return keep_T
+
+    def test_one_yes_or_no_for_each_token(self) -> None:
+        """A mask of another shape is broadcast, and one with other values is a weight that nobody asked for."""
+        for far in (0.1, 50.0, 1000.0):
+            inputs = self.inputs(far)
+            keep_T = self.kept(inputs)
+            assert keep_T.shape == inputs.log_probs_T.shape
+            assert ((keep_T == 0) | (keep_T == 1)).all(), f"values other than 0 and 1 at log-ratios of {far}"
+
+    def test_it_is_no_part_of_the_graph(self) -> None:
+        """A mask is a decision, not something to be trained."""
+        assert not self.kept(self.inputs()).requires_grad, "detach it"
+
+    def test_on_policy_everything_counts(self) -> None:
+        """Where old and new policy agree there is nothing to be careful about: the first step on fresh samples must be
+        the one without a mask."""
+        inputs = self.inputs()
+        keep_T = self.kept(replace(inputs, log_probs_T=inputs.old_log_probs_T.clone()))
+        assert (keep_T[inputs.mask_T > 0] == 1).all()
+
+    def test_off_policy_something_is_left_out(self) -> None:
+        """A mask that keeps all of a batch, however the policies and the signs of advantages differ, is none."""
+        inputs = self.inputs(50.0)
+        trained = inputs.mask_T > 0
+        old_T, shift_T = inputs.old_log_probs_T, torch.full_like(inputs.mask_T, 5.0)
+        dropped = [
+            (self.kept(replace(inputs, log_probs_T=new_T, advantages_T=sign * torch.ones_like(new_T))) == 0)[trained]
+            for new_T in (inputs.log_probs_T.detach(), old_T + shift_T, old_T - shift_T)
+            for sign in (1.0, -1.0)
+        ]
+        assert torch.cat(dropped).any(), "every token is kept"
+
+    def test_packing_changes_nothing(self) -> None:
+        """What is decided of a sample does not depend on what else is in the micro-batch."""
+        inputs = self.inputs(5.0)
+        alone = [self.kept(select(inputs, [i])) for i in range(len(inputs.bounds) - 1)]
+        assert torch.equal(self.kept(inputs).float(), torch.cat(alone).float())
+
+    def test_without_samples_there_is_no_mask(self) -> None:
+        """A rank whose share is smaller than the others' gets an empty micro-batch, and must still take part."""
+        assert self.kept(select(self.inputs(), [])).shape == (0,)
+
+    def test_a_pad_is_no_sample(self) -> None:
+        """A micro-batch may be longer than its samples; the mask is as long as the micro-batch."""
+        inputs = self.inputs(5.0)
+        assert torch.equal(self.kept(padded(inputs))[: inputs.bounds[-1]], self.kept(inputs))
+
+    def test_tokens_without_a_loss_have_no_say(self) -> None:
+        """Log-probabilities of the environment's tokens are no policy's: a sequence's mean must leave them out."""
+        inputs = self.inputs(5.0)
+        noisy_T = torch.where(inputs.mask_T > 0, inputs.log_probs_T, inputs.log_probs_T - 30)
+        one, other = self.kept(inputs), self.kept(replace(inputs, log_probs_T=noisy_T))
+        assert torch.equal(one[inputs.mask_T > 0], other[inputs.mask_T > 0])
+
+    def test_its_inputs_are_left_alone(self) -> None:
+        """The loss and other masks read the same tensors; the same inputs give the same mask."""
+        built, inputs = self.build(), self.inputs()
+        before = copied(inputs)
+        first, again = built(inputs), built(inputs)
+        assert unchanged(before, inputs), "a tensor of the inputs was changed in place"
+        assert torch.equal(first, again), "the same inputs gave two masks"
 
 
 class ISCorrectionContract(ComponentContract):

@@ -20,12 +20,13 @@ from miles.types import AdvantageInputs, Advantages, Correction, Metrics
 
 
 def component_needs(config: Config, registry: Registry) -> set[Need]:
-    """Everything that the chosen estimator, terms, correction and loss need of the core."""
+    """Everything that the chosen estimator, terms, correction, loss and masks need of the core."""
     algorithm = config.algorithm
     chosen = [
         *(("advantage_estimators", spec) for spec in (algorithm.advantage_estimator, *algorithm.advantage_terms)),
         ("is_corrections", algorithm.is_correction),
         ("policy_losses", algorithm.policy_loss),
+        *(("loss_masks", spec) for spec in algorithm.loss_masks),
     ]
     return {need for kind, spec in chosen if spec.name != NONE for need in registry.component(kind, spec.name).needs}
 

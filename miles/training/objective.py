@@ -1,4 +1,4 @@
-"""The loss of one micro-batch: policy loss, correction, KL and entropy, weighted and summed.
+"""The loss of one micro-batch: policy loss, masks, correction, KL and entropy, weighted and summed.
 
 Runs inside the backend, where the logits live. Everything that needs the whole batch (advantages, importance weights,
 the weight of each token in the average) was computed by the driver and arrives as columns of the micro-batch:
@@ -11,13 +11,16 @@ the weight of each token in the average) was computed by the driver and arrives 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from miles.config.algorithm import AlgorithmSection
+from miles.errors import TrainError
+from miles.protocols import LossMask
+from miles.targets import defined_at, described
 from miles.training.aggregation import mean_per_sample
 from miles.training.kl import kl_estimate
 from miles.training.mismatch import mismatch_terms
@@ -37,9 +40,16 @@ class StepScope:
 class Objective:
     """`LossFunction` for a policy: call it with a micro-batch and the model's outputs on it."""
 
-    def __init__(self, algorithm: AlgorithmSection, policy_loss: Callable[[LossInputs], PolicyLoss]):
+    def __init__(
+        self,
+        algorithm: AlgorithmSection,
+        policy_loss: Callable[[LossInputs], PolicyLoss],
+        masks: Sequence[tuple[str, LossMask]] = (),
+    ):
         self.algorithm = algorithm
         self.policy_loss = policy_loss
+        self.masks = masks
+        """With their names."""
         self.scope = StepScope(tokens=1.0)
         self.losses: list[tuple[list[int], Tensor]] = []
         """Of each micro-batch since this was emptied: sample ids, and mean policy loss of their trainable tokens."""
@@ -51,15 +61,22 @@ class Objective:
         new_T = outputs.log_probs_T
         old_T = columns.get("old_log_probs", new_T.detach())
 
-        policy = self.policy_loss(self._inputs(batch, outputs, old_T))
+        inputs = self._inputs(batch, outputs, old_T)
+        policy = self.policy_loss(inputs)
         loss_T = policy.loss_T
+        sums: dict[str, Tensor] = {}
+        for name, mask in self.masks:
+            keep_T = kept(name, mask, inputs)
+            loss_T = torch.where(keep_T, loss_T, 0.0)
+            label = name.rpartition("/")[2].rpartition(":")[2]
+            sums[f"train/{label}_masked"] = self._token_mean((~keep_T).float(), mask_T)
         for factor in ("is_weights", "keep"):
             if factor in columns:
                 loss_T = loss_T * columns[factor]
         loss = policy_term = _weighted(loss_T, weights_T)
         self.losses.append((batch.sample_ids, mean_per_sample(loss_T.detach(), mask_T, batch.bounds)))
 
-        sums = {"train/pg_loss": policy_term.detach()}
+        sums["train/pg_loss"] = policy_term.detach()
         if self.algorithm.kl_loss_coef:
             kl = _weighted(self._kl(new_T, old_T, columns["ref_log_probs"]), weights_T)
             loss = loss + self.algorithm.kl_loss_coef * kl
@@ -109,6 +126,32 @@ class Objective:
 
     def _token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
         return _weighted(value_T.detach(), mask_T) / self.scope.tokens
+
+
+def kept(name: str, mask: LossMask, inputs: LossInputs) -> Tensor:
+    """`[T]` bool: which tokens a loss mask keeps.
+
+    Raises:
+        TrainError: it raised, or what it returned is not one yes or no a token. Names it and its place.
+    """
+    who = f"loss mask {name!r}{defined_at(mask)}"
+    try:
+        with torch.no_grad():
+            keep_T = mask(inputs)
+    except Exception as error:
+        raise TrainError(f"{who} raised {described(error)}") from error
+    shape = inputs.mask_T.shape
+    if not isinstance(keep_T, Tensor):
+        came = f"{keep_T!r:.60} ({type(keep_T).__name__})"
+    elif keep_T.shape != shape:
+        came = f"shape {tuple(keep_T.shape)}"
+    elif keep_T.dtype == torch.bool:
+        return keep_T
+    elif ((keep_T != 0) & (keep_T != 1)).any():
+        came = "values other than 0 and 1"
+    else:
+        return keep_T.bool()
+    raise TrainError(f"{who} returned {came}; a mask of shape {tuple(shape)}, bool or 0 and 1, is expected")
 
 
 def _weighted(value_T: Tensor, weights_T: Tensor) -> Tensor:

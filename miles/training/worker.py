@@ -85,7 +85,8 @@ class TrainWorker:
         build = partial(registry.build, "train_backends", config.train.train_backend)
         self.models: dict[Role, TrainBackend] = {role: build(context=c) for role, c in self.contexts.items()}
         loss = registry.build("policy_losses", config.algorithm.policy_loss)
-        self.objective = Objective(config.algorithm, loss)
+        masks = [(spec.name, registry.build("loss_masks", spec)) for spec in config.algorithm.loss_masks]
+        self.objective = Objective(config.algorithm, loss, masks)
         self.want = loss_wants(config, registry)
 
     def _context(self, role: Role) -> BackendContext:

@@ -1,11 +1,12 @@
 """Policy losses and corrections that are wrong in one way each."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 from miles.api import Correction, PolicyLoss
-from miles.testing import ISCorrectionContract, PolicyLossContract
+from miles.testing import ISCorrectionContract, LossMaskContract, PolicyLossContract
 
 
 def ratio_of(inputs, bound=20.0):
@@ -80,6 +81,63 @@ def test_wrong_losses_are_caught(catches):
             "test_its_inputs_are_left_alone": [
                 of(in_place),
                 of(lambda i: PolicyLoss(right(i).loss_T + torch.rand(1))),
+            ],
+        },
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+def near(inputs, reach=1.0):
+    return (inputs.log_probs_T - inputs.old_log_probs_T).detach().abs() <= reach
+
+
+def near_on_the_mean(inputs):
+    """Whole sequences count or do not, by the mean log-ratio of what is trained."""
+    keep_T = torch.ones_like(inputs.mask_T)
+    log_ratio_T = (inputs.log_probs_T - inputs.old_log_probs_T).detach() * inputs.mask_T
+    for start, end in pairwise(inputs.bounds):
+        span = slice(start, end)
+        keep_T[span] = float(log_ratio_T[span].sum().abs() <= 0.5 * inputs.mask_T[span].sum())
+    return keep_T
+
+
+def test_right_masks_pass(passes):
+    passes(LossMaskContract, of(near))
+    passes(LossMaskContract, of(near_on_the_mean))
+
+
+def test_wrong_masks_are_caught(catches):
+    def in_place(inputs):
+        inputs.advantages_T.zero_()
+        return near(inputs)
+
+    def without_the_pad(inputs):
+        keep_T = near(inputs).float()
+        return keep_T if len(keep_T) == inputs.bounds[-1] else 1 - keep_T
+
+    def unmasked(inputs):
+        return near_on_the_mean(replace(inputs, mask_T=torch.ones_like(inputs.mask_T)))
+
+    catches(
+        LossMaskContract,
+        {
+            "test_one_yes_or_no_for_each_token": [
+                of(lambda i: near(i).all()),
+                of(lambda i: near(i).float() * 0.5),
+                of(lambda i: near(i).tolist()),
+            ],
+            "test_it_is_no_part_of_the_graph": [of(lambda i: near(i) + 0 * i.log_probs_T)],
+            "test_on_policy_everything_counts": [of(lambda i: i.advantages_T > 0), of(lambda i: ~near(i))],
+            "test_off_policy_something_is_left_out": [of(lambda i: torch.ones_like(i.mask_T))],
+            "test_packing_changes_nothing": [of(lambda i: near(i) & (near(i).float().mean() > 0.5))],
+            "test_without_samples_there_is_no_mask": [of(lambda i: near(i, float(i.mask_T.max())))],
+            "test_a_pad_is_no_sample": [of(without_the_pad), of(lambda i: near(i) & (len(i.mask_T) == i.bounds[-1]))],
+            "test_tokens_without_a_loss_have_no_say": [of(unmasked)],
+            "test_its_inputs_are_left_alone": [
+                of(in_place),
+                of(lambda i: near(i, 0.01) | (torch.rand(len(i.mask_T)) > 0.5)),
             ],
         },
     )

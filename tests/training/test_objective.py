@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from miles.config.algorithm import AlgorithmSection
+from miles.errors import TrainError
 from miles.training.aggregation import token_weights
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch
@@ -91,6 +92,57 @@ def test_corrections_scale_and_reject_without_touching_the_denominator():
     loss = objective(batch, Outputs(log_probs_T=log_probs)).loss
     expected = -(columns["advantages"] * log_probs * torch.tensor([2.0, 0, 2])).sum() / 3
     assert float(loss) == pytest.approx(float(expected))
+
+
+def near(inputs):
+    return (inputs.log_probs_T - inputs.old_log_probs_T).abs() < 1
+
+
+def test_masks_drop_tokens_without_touching_the_denominator():
+    _, tokens, columns, _ = table(count=1)
+    old, advantages = columns["old_log_probs"], torch.tensor([1.0, -2, 3])
+    columns |= {"mask": torch.ones(3), "weights": torch.full((3,), 1 / 3), "advantages": advantages}
+    columns["ref_log_probs"] = old
+    new = (old + torch.tensor([0.5, 0.5, 5.0])).requires_grad_()
+    masks = [("pkg/near", near), ("my.own:downward", lambda inputs: (inputs.advantages_T > 0).float())]
+    objective = Objective(AlgorithmSection(kl_loss_coef=0.1, kl_type="k1"), reinforce, masks)
+    objective.scope = StepScope(tokens=3.0)
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    result = objective(batch, Outputs(log_probs_T=new))
+    assert float(result.sums["train/pg_loss"]) == pytest.approx(-new[0].item() / 3)
+    assert float(result.sums["train/near_masked"]) == pytest.approx(1 / 3)
+    assert float(result.sums["train/downward_masked"]) == pytest.approx(1 / 3)
+    assert float(objective.losses[0][1]) == pytest.approx(-new[0].item() / 3)
+    result.loss.backward()
+    assert new.grad.tolist() == pytest.approx([(0.1 - 1) / 3, 0.1 / 3, 0.1 / 3])  # the KL term is not masked
+
+
+def test_what_a_mask_leaves_out_may_be_infinite():
+    _, tokens, columns, log_probs = table(count=1)
+    columns |= {"mask": torch.ones(3), "weights": torch.full((3,), 1 / 3), "old_log_probs": log_probs}
+    columns["advantages"] = torch.tensor([1.0, float("inf"), 1.0])
+    masks = [("finite", lambda inputs: inputs.advantages_T.isfinite())]
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    loss = Objective(AlgorithmSection(), reinforce, masks)(batch, Outputs(log_probs_T=log_probs)).loss
+    assert float(loss) == pytest.approx(float(-log_probs[[0, 2]].sum() / 3))
+
+
+@pytest.mark.parametrize(
+    ("mask", "complaint"),
+    [
+        (lambda inputs: None, r"loss mask 'near' \(.*test_objective.py:\d+\) returned None \(NoneType\); a mask"),
+        (lambda inputs: near(inputs)[:2], r"returned shape \(2,\); a mask of shape \(3,\), bool or 0 and 1"),
+        (lambda inputs: near(inputs) * 0.5, "values other than 0 and 1"),
+        (lambda inputs: near(inputs) / 0 - near(inputs) / 0, "values other than 0 and 1"),
+        (lambda inputs: inputs.nothing, "raised AttributeError"),
+    ],
+)
+def test_a_mask_that_is_none_is_named(mask, complaint):
+    _, tokens, columns, log_probs = table(count=1)
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    objective = Objective(AlgorithmSection(), reinforce, [("near", mask)])
+    with pytest.raises(TrainError, match=complaint):
+        objective(batch, Outputs(log_probs_T=log_probs))
 
 
 def test_without_old_log_probs_the_ratio_is_one_and_still_has_a_gradient():
