@@ -14,7 +14,7 @@ import pytest
 
 MODULES = (
     "advantages", "backends", "batches", "bridges", "chat", "contract", "data", "engines", "environments", "evaluators",
-    "executors", "generating", "judging", "losses", "models", "presets", "syncs", "tiny", "tracking",
+    "executors", "generating", "golden", "judging", "losses", "models", "presets", "syncs", "tiny", "tracking",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in MODULES))
 
@@ -29,6 +29,7 @@ from miles.testing.environments import EnvironmentContract
 from miles.testing.evaluators import EvaluatorContract
 from miles.testing.executors import ExecutorContract
 from miles.testing.generating import GenerateFunctionContract
+from miles.testing.golden import golden_batch, measured
 from miles.testing.judging import RewardContract, SampleFilterContract
 from miles.testing.losses import ISCorrectionContract, LossMaskContract, PolicyLossContract
 from miles.testing.models import ModelTransformContract, PrecisionSchemeContract, RoutingReplayContract
@@ -89,6 +90,8 @@ __all__ = [
     "TrackerContract",
     "TrainBackendContract",
     "WeightSyncContract",
+    "golden_batch",
     "installed",
+    "measured",
     "standard_tests",
 ]

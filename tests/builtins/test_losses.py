@@ -1,6 +1,7 @@
 """Policy losses against hand-worked numbers and against values on which verl, TRL, AReaL and SkyRL agree."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from miles.api import ConfigError, LossInputs
 from miles.builtins.losses import ppo_clip, reinforce, sft
 from miles.builtins.options import PpoClipOptions
+from miles.testing import golden_batch, measured
 
 
 def inputs_for(ratios, advantages):
@@ -72,33 +74,25 @@ def test_reinforce_and_sft_by_hand():
     torch.testing.assert_close(sft(inputs).loss_T, torch.tensor([math.log(2), math.log(4)], dtype=torch.float64))
 
 
-def peer_batch():
-    """The random batch of the cross-framework comparison: 8 responses of up to 12 tokens, two groups of four."""
-    torch.manual_seed(0)
-    lengths = torch.tensor([12, 7, 3, 9, 12, 5, 8, 10])
-    mask = (torch.arange(12)[None] < lengths[:, None]).float()
-    new = (torch.randn(8, 12) * 0.4 - 1.2).clamp(max=-0.01)
-    old = (new + 0.25 * torch.randn(8, 12)).clamp(max=-0.01)
-    advantages = torch.tensor([0.5, -0.5, -0.5, 0.5, 0.25, 0.25, 0.25, -0.75])[:, None] * mask
-    return new, old, advantages, mask
-
-
 @pytest.mark.parametrize(
-    ("aggregate", "loss", "grad_norm", "first_grad"),
+    ("aggregation", "constant", "expected"),
     [
-        (lambda x, m: (x * m).sum() / m.sum(), -0.0597958, 0.0534834, -0.0050203),
-        (lambda x, m: ((x * m).sum(1) / m.sum(1)).mean(), 0.0085547, 0.0591540, -0.0034514),
-        (lambda x, m: (x * m).sum() / (8 * 12), -0.0411096, 0.0367698, -0.0034514),
+        ("token_mean", None, (-0.0597958, 0.0534834, -0.0050203)),  # verl, TRL (dapo), AReaL, SkyRL
+        ("sample_mean", None, (0.0085547, 0.0591540, -0.0034514)),  # verl, TRL (grpo), SkyRL, slime
+        ("constant", 12.0, (-0.0411096, 0.0367698, -0.0034514)),  # verl, TRL (dr_grpo), SkyRL
     ],
-    ids=["token mean", "sample mean", "constant"],
 )
-def test_ppo_clip_agrees_with_other_frameworks(aggregate, loss, grad_norm, first_grad):
-    new, old, advantages, mask = peer_batch()
-    new.requires_grad_()
-    flat = LossInputs(new.flatten(), old.flatten(), advantages.flatten(), mask.flatten(), list(range(0, 97, 12)))
-    result = ppo_clip(flat, options=PpoClipOptions(eps=0.2, eps_high=0.28))
-    total = aggregate(result.loss_T.view(8, 12), mask)
-    total.backward()
-    assert total.item() == pytest.approx(loss, abs=1e-7)
-    assert new.grad.norm().item() == pytest.approx(grad_norm, abs=1e-7)
-    assert new.grad[0, 0].item() == pytest.approx(first_grad, abs=1e-7)
+def test_ppo_clip_agrees_with_other_frameworks(aggregation, constant, expected):
+    loss = partial(ppo_clip, options=PpoClipOptions(eps=0.2, eps_high=0.28))
+    assert measured(loss, golden_batch(), aggregation, constant) == pytest.approx(expected, abs=1e-7)
+
+
+def test_where_other_frameworks_part_dual_clip_is_an_option():
+    """At r > 3 and A < 0 verl's loss is 3 |A| in any case; TRL's and ours is r |A| unless a bound is asked for."""
+    inputs = golden_batch()
+    inputs.log_probs_T = torch.where(inputs.advantages_T < 0, inputs.old_log_probs_T + math.log(4), inputs.log_probs_T)
+    free, free_norm, _ = measured(partial(ppo_clip, options=PpoClipOptions()), inputs)
+    bounded, bounded_norm, _ = measured(partial(ppo_clip, options=PpoClipOptions(eps_clip_c=3)), inputs)
+    negative = (0.5 + 0.5 + 0.75) / 8  # |A| of three of the eight samples
+    assert free - bounded == pytest.approx((4 - 3) * negative, abs=1e-6)
+    assert bounded_norm < free_norm
