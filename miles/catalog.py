@@ -42,7 +42,19 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "trackers": {"miles-wandb": ("wandb",)},
 }
 
-MADE = frozenset({"miles-grpo", "miles-llama", "miles-math", "miles-ppo", "miles-qwen", "miles-wandb"})
+MADE = frozenset(
+    {
+        "miles-grpo",
+        "miles-llama",
+        "miles-math",
+        "miles-maxrl",
+        "miles-ppo",
+        "miles-qwen",
+        "miles-reinforce-plus-plus",
+        "miles-rloo",
+        "miles-wandb",
+    }
+)
 """Those of these distributions that exist in this version."""
 
 

@@ -171,7 +171,8 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("leave it out: versions of everything are in plugins.json and summary.json of the run directory", "env-report"),
     ("leave it out: event files stand in the run directory (--run-dir)",
      "tb-project-name tb-experiment-name tensorboard-dir"),
-    ("install the plugin miles-ppo, which declares it", "gamma lambd"),
+    ("install the plugin miles-ppo or miles-reinforce-plus-plus, which declare it", "gamma"),
+    ("install the plugin miles-ppo, which declares it", "lambd"),
     ("install the plugin miles-wandb, which declares it",
      "wandb-project wandb-team wandb-group wandb-mode wandb-host wandb-dir wandb-run-id"),
     ("WANDB_API_KEY in the environment, or `wandb login`", "wandb-key"),
@@ -365,12 +366,6 @@ VALUES: dict[tuple[str, str], Answer] = {
     ("advantage_estimators", "gspo"): Answer("not in this version", "GSPO (miles-gspo)"),
     ("advantage_estimators", "cispo"): Answer("not in this version", "CISPO (miles-cispo)"),
     ("advantage_estimators", "ppo"): Answer("not in this version", "a critic, which PPO needs"),
-    ("advantage_estimators", "reinforce_plus_plus"): Answer(
-        "not in this version", "REINFORCE++ (miles-reinforce-plus-plus)"
-    ),
-    ("advantage_estimators", "reinforce_plus_plus_baseline"): Answer(
-        "not in this version", "REINFORCE++ (miles-reinforce-plus-plus)"
-    ),
     ("train_backends", "megatron"): Answer("not in this version", "Megatron (miles-megatron); `fsdp` is the backend"),
     ("weight_syncs", "broadcast"): Answer("not in this version", "sending weights to another process; leave it out"),
     ("weight_syncs", "p2p"): Answer("not in this version", "sending weights to another process; leave it out"),

@@ -94,11 +94,12 @@ def test_a_function_gets_its_options_as_a_keyword(registry):
 def test_unknown_names_are_answered_with_what_is_there(registry, monkeypatch):
     with pytest.raises(UnknownNameError, match=r"no installed plugin offers the reward 'jugde'.*did you mean 'judge'"):
         registry.component("rewards", "jugde")
-    with pytest.raises(UnknownNameError, match="planned as miles-rloo, which is not in this version"):
-        registry.component("advantage_estimators", "rloo")
-    monkeypatch.setattr("miles.registry.MADE", {"miles-rloo"})
-    with pytest.raises(UnknownNameError, match="pip install miles-rloo"):
-        registry.component("advantage_estimators", "rloo")
+    monkeypatch.setattr("miles.catalog.PROVIDERS", {"rewards": {"miles-oracle": ("oracle",)}})
+    with pytest.raises(UnknownNameError, match="planned as miles-oracle, which is not in this version"):
+        registry.component("rewards", "oracle")
+    monkeypatch.setattr("miles.registry.MADE", {"miles-oracle"})
+    with pytest.raises(UnknownNameError, match="pip install miles-oracle"):
+        registry.component("rewards", "oracle")
     with pytest.raises(UnknownNameError, match="no kind of component"):
         registry.component("reward", "judge")
 

@@ -1,0 +1,1 @@
+"""Advantages of maximum likelihood reinforcement learning: MaxRL."""

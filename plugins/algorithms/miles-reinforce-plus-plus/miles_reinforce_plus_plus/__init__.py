@@ -1,0 +1,1 @@
+"""Globally whitened advantages: REINFORCE++ and its form with a group baseline."""
