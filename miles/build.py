@@ -16,8 +16,10 @@ from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
 from miles.config import NONE, Config, TaskSet
+from miles.config.components import components_of
 from miles.config.derived import Derived, Numbers
 from miles.errors import ConfigError
+from miles.kinds import KINDS
 from miles.log import logger
 from miles.modeling import (
     bridge_for,
@@ -207,7 +209,9 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         front=front,
         residency=Residency(workers, engines, derived.offload_train, derived.offload_rollout),
         weight_sync=weight_sync,
-        producer=Producer(config, source, {s.name: task(s) for s in config.data.sets}, filters),
+        producer=Producer(
+            config, source, {s.name: task(s) for s in config.data.sets}, filters, _greedy(config, registry)
+        ),
         trainer=Trainer(config, derived, registry, workers, shares=await workers.call("data_share")),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
@@ -288,6 +292,12 @@ async def launch_workers(
     workers = await executor.launch("miles.training.worker:TrainWorker", size, setup, **shared)
     closing(stack, workers)
     return workers
+
+
+def _greedy(config: Config, registry: Registry) -> bool:
+    """Whether any component that the config names wants a greedy rollout of each prompt."""
+    named = [use for use in components_of(config) if use.name not in KINDS[use.kind].words]
+    return any("greedy_rollout" in registry.component(use.kind, use.name).needs for use in named)
 
 
 def _needs(config: Config, registry: Registry, need: Need) -> bool:

@@ -191,7 +191,7 @@ class Run:
             self._dump(groups)
 
     def _dump(self, groups: list[Group]) -> None:
-        samples = [*self.producer.lost, *(sample for group in groups for sample in group.samples)]
+        samples = [*self.producer.lost, *(sample for group in groups for sample in group.rollouts)]
         limit = self.config.rollout.dump_samples
         dump_samples(self.directory / FOLDER, self.step + 1, samples, self.trainer.learned, limit)
 

@@ -185,8 +185,12 @@ class Sample:
     specs: dict[str, Column] = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     status: Status = Status.PENDING
+    max_new_tokens: int | None = None
+    """Most tokens that one turn may have by its task set; None before it was generated."""
     reward: float | None = None
     """The scalar that advantages are computed from."""
+    reward_before_terms: float | None = None
+    """What it was before `data.reward_terms` were added; None where none were."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     """What the scalar was made of, for people to read."""
     text: str = ""
@@ -266,6 +270,12 @@ class Sample:
     def trainable_tokens(self) -> int:
         return int(self.columns["loss_mask"].sum())
 
+    @property
+    def task_reward(self) -> float | None:
+        """What the task itself paid: the reward without `data.reward_terms`. It says whether an answer is right."""
+        unshaped = self.reward_before_terms
+        return self.reward if unshaped is None or self.reward is None else unshaped
+
 
 @dataclass
 class Group:
@@ -274,12 +284,25 @@ class Group:
     id: int
     prompt: Prompt
     samples: list[Sample]
+    baseline: Sample | None = None
+    """One greedy rollout of the same prompt, when a component needs it (`greedy_rollout`). Never trained: its loss mask
+    is 0."""
     baseline_reward: float | None = None
-    """Reward of one greedy, untrained rollout of the same prompt, when an estimator needs it."""
+    """Reward of `baseline`."""
+
+    @property
+    def rollouts(self) -> list[Sample]:
+        """All that was generated for the group: the baseline, if there is one, and the samples."""
+        return self.samples if self.baseline is None else [self.baseline, *self.samples]
 
     @property
     def rewards_G(self) -> list[float]:
         return [float(s.reward) for s in self.samples if s.reward is not None]
+
+    @property
+    def task_rewards_G(self) -> list[float]:
+        """The same without `data.reward_terms`."""
+        return [float(s.task_reward) for s in self.samples if s.task_reward is not None]
 
 
 # ----------------------------------------------------------------------------------------------- engine and environment

@@ -27,10 +27,11 @@ MODES = ("sync",)
 UNMET = {
     "critic": "a critic",
     "teacher": "a teacher model",
-    "greedy_rollout": "a greedy rollout of each prompt",
     "routed_experts": "the expert choices of the rollout",
 }
 """Needs of components that the core of this version cannot meet."""
+GENERATED = {"rollout_log_probs": "rollout log-probs", "greedy_rollout": "a greedy rollout of each prompt"}
+"""Needs that an engine meets which generates."""
 
 
 def check(
@@ -223,16 +224,20 @@ def _needs(c: _Checked) -> Iterator[Fault]:
     for use in c.uses:
         needs = () if use.name in KINDS[use.kind].words else _component(c, use.kind, use.name).needs
         task_set = sets.get(".".join(use.path[:3]))
+        judged = [task_set] if task_set is not None else c.config.data.sets if use.kind == "rewards" else ()
+        worldless = [one.name for one in judged if one.environment is None]
         who = f"{KINDS[use.kind].singular} {use.name!r} needs"
         for need in sorted(needs):
             problem, remedy = "", ""
             if need in UNMET:
                 problem, remedy = f"{who} {UNMET[need]}, which is not in this version", "name another component"
-            elif need == "rollout_log_probs" and not _generates(c):
-                problem = f"{who} rollout log-probs, but the engine {c.config.rollout.engine.name!r} generates nothing"
+            elif need in GENERATED and not _generates(c):
+                engine = c.config.rollout.engine.name
+                problem = f"{who} {GENERATED[need]}, but the engine {engine!r} generates nothing"
                 remedy = "name another component, or another --rollout-engine"
-            elif need == "environment" and task_set is not None and task_set.environment is None:
-                problem, remedy = f"{who} an environment", f"set {'.'.join(use.path[:3])}.environment"
+            elif need == "environment" and worldless:
+                where = ".".join(use.path[:3]) if task_set is not None else f"data.sets.{worldless[0]}"
+                problem, remedy = f"{who} an environment", f"set {where}.environment"
             if problem:
                 key = ".".join(use.path[:4]) if task_set is not None else use.key
                 yield Fault(key, problem, remedy, use.name, c.origin(use.path))

@@ -77,6 +77,8 @@ class TaskSet(Section):
 class DataSection(Section):
     sets: tuple[TaskSet, ...] = ()
     """Task sets that are trained on; flat flags fill the one called `default`."""
+    reward_terms: Annotated[RewardSpecs, Flag("--reward-terms")] = ()
+    """Rewards that are added to those of every training set, and to none of evaluation."""
     source: Annotated[ComponentSpec, Flag("--data-source")] = Spec(name="files")
     """Where prompts come from."""
     chat_format: Annotated[ComponentSpec, Flag("--chat-format")] = Spec(name="auto")

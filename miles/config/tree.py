@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
+from miles.config.base import as_weighted
 from miles.config.faults import DEFAULT, Fault, Origin
 from miles.config.leaves import FLAT, SETS, Leaf, Path, leaf_above, leaves, pattern
 from miles.config.selection import Selection
@@ -145,6 +146,8 @@ class Tree:
 
     def _edited(self, at: Path, leaf: Leaf, rest: Path, value: Any, origin: Origin) -> Any:
         current = self.values.get(at, leaf.default)
+        if leaf.shape == "rewards" and rest[0].isdigit():
+            current = as_weighted(current)  # by position there is a place in a mapping of weights too
         try:
             return _edit(_plain(current), rest, value)
         except (IndexError, ValueError, TypeError):

@@ -20,11 +20,15 @@ def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
     agreeing = [r for r in rewards if r and max(r) == min(r)]
     if any(rewards):
         metrics["groups_agreeing"] = len(agreeing) / len(groups)
+    baselines = [group.baseline_reward for group in groups if group.baseline_reward is not None]
+    if baselines:
+        metrics["baseline_reward"] = float(np.mean(baselines))
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def sample_metrics(samples: Sequence[Sample]) -> Metrics:
-    """The same without groups and without a prefix. A failed sample is no success; the mean reward leaves it out."""
+    """The same without groups and without a prefix. A failed sample is no success; the mean reward leaves it out.
+    Whether one is a success is the task's own to say, without `data.reward_terms`."""
     lengths = np.array([s.response_length for s in samples]) if samples else np.zeros(1)
     metrics: Metrics = {
         "response_len/mean": float(lengths.mean()),
@@ -36,7 +40,8 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
     }
     rewards = np.array([s.reward for s in samples if s.reward is not None])
     if len(rewards):
-        metrics |= {"reward": float(rewards.mean()), "accuracy": float((rewards >= SUCCESS).sum() / len(samples))}
+        successes = sum(s.task_reward is not None and s.task_reward >= SUCCESS for s in samples)
+        metrics |= {"reward": float(rewards.mean()), "accuracy": successes / len(samples)}
     for part in sorted({name for s in samples for name in s.reward_parts}):
         values = [s.reward_parts[part] for s in samples if part in s.reward_parts]
         metrics[f"reward_parts/{part}"] = float(np.mean(values))

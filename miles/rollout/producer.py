@@ -22,6 +22,7 @@ from miles.rollout.concurrent import run_all
 from miles.rollout.task import JUDGED, Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
 
+NO_BASELINE = "the greedy rollout of its prompt failed: there is nothing to compare it with"
 NOBODY = "nobody rewarded it: neither the generate function nor a reward of its task set (for SFT: --preset sft)"
 
 
@@ -36,8 +37,16 @@ class Ids:
 class Producer:
     """Collects rollout batches; `mode: sync`."""
 
-    def __init__(self, config: Config, source: DataSource, tasks: Mapping[str, Task], filters: list[SampleFilter]):
-        self.config, self.source, self.tasks, self.filters = config, source, tasks, filters
+    def __init__(
+        self,
+        config: Config,
+        source: DataSource,
+        tasks: Mapping[str, Task],
+        filters: list[SampleFilter],
+        greedy: bool = False,
+    ):
+        """`greedy`: every group gets a `baseline`, a greedy rollout of its prompt that is not trained."""
+        self.config, self.source, self.tasks, self.filters, self.greedy = config, source, tasks, filters, greedy
         self.needs_reward = config.algorithm.advantage_estimator.name != NONE
         self.ids = Ids()
         self.fates: Counter[str] = Counter()
@@ -46,7 +55,7 @@ class Producer:
         self.lost: list[Sample] = []
         """Samples of the last batch that failed, for people to read."""
         self.started = 0
-        """Samples of the last batch, whatever became of them."""
+        """Samples of the last batch, baselines included, whatever became of them."""
 
     async def collect(self, step: int) -> list[Group]:
         """The next full batch, in the order of group ids.
@@ -81,10 +90,9 @@ class Producer:
         size = task.set.n_samples_per_prompt or self.config.rollout.n_samples_per_prompt
         group_id, first = self.ids.next_group, self.ids.next_sample
         self.ids = Ids(group_id + 1, first + size)
-        samples = [
-            Sample.begin(prompt, id=i, group_id=group_id, seed=self._seed(i, 0)) for i in range(first, first + size)
-        ]
-        return Group(group_id, prompt, samples)
+        names = [*range(first, first + size), *([-1 - group_id] if self.greedy else [])]  # takes no id of a trained one
+        samples = [Sample.begin(prompt, id=i, group_id=group_id, seed=self._seed(i, 0)) for i in names]
+        return Group(group_id, prompt, samples[:size], baseline=samples[size] if self.greedy else None)
 
     def _seed(self, sample_id: int, attempt: int) -> int:
         return sample_seed(self.config.data.seed, f"{sample_id}.{attempt}")
@@ -95,15 +103,18 @@ class Producer:
             group, self.config.rollout.max_attempts, lambda sample, attempt: self._seed(sample.id, attempt)
         )
         seconds = time.perf_counter() - started
-        for sample in group.samples:
+        for sample in group.rollouts:
             sample.metadata.setdefault("seconds", seconds)
             if self.needs_reward and sample.reward is None and sample.status in JUDGED:
-                sample.status = Status.FAILED
-                sample.error = NOBODY
+                sample.status, sample.error = Status.FAILED, NOBODY
+        if group.baseline is not None and group.baseline.status not in JUDGED:
+            for sample in group.samples:
+                if sample.status in JUDGED:
+                    sample.status, sample.error = Status.FAILED, NO_BASELINE
 
     def _check_failures(self, wave: list[Group]) -> None:
         """Note what failed; stop when too much of the whole batch did."""
-        samples = [sample for group in wave for sample in group.samples]
+        samples = [sample for group in wave for sample in group.rollouts]
         failed = [sample for sample in samples if sample.status is Status.FAILED]
         errors = Counter(sample.error for sample in failed if sample.error not in {s.error for s in self.lost})
         for error, count in errors.most_common(3):
@@ -122,6 +133,11 @@ class Producer:
 
     def _passes(self, group: Group) -> bool:
         """Drop unusable samples, then ask the filters. Every sample's fate is counted."""
+        if group.baseline is not None:
+            if group.baseline.status not in JUDGED:
+                self._count("baseline_failed", len(group.rollouts))
+                return False
+            self._count("baseline", 1)
         good = [sample for sample in group.samples if sample.status in JUDGED]
         lost = len(group.samples) - len(good)
         if lost and (self.config.rollout.incomplete_groups == "refill" or not good):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ class Task:
     """One `TaskSet` with its components built. A bad rollout is data (FAILED), never an exception.
 
     What is an exception (`HookError`): an environment that is not what `miles.protocols` says.
+    Training tasks add `data.reward_terms` to what their set's own rewards say; evaluation does not.
     """
 
     def __init__(
@@ -38,7 +39,10 @@ class Task:
     ):
         self.set = task_set
         self.generate = generate_function_for(registry, task_set, front.generates)
-        self.rewards = [(r.name, r.weight, registry.build("rewards", r)) for r in task_set.reward]
+        terms = () if limits.get("evaluation") else config.data.reward_terms
+        self.rewards, self.terms = (
+            [(r.name, r.weight, registry.build("rewards", r)) for r in specs] for specs in (task_set.reward, terms)
+        )
         sampling = task_set.sampling.params()
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
         environment = task_set.environment
@@ -50,15 +54,26 @@ class Task:
             max_turns=task_set.max_turns,
             **limits,
         )
+        self.greedy = replace(self.context, sampling=replace(self.context.sampling, temperature=0.0))
 
     async def run_group(self, group: Group, attempts: int, reseed: Callable[[Sample, int], int]) -> Group:
-        """Generate and reward every sample of the group."""
-        results = await run_all(self._run(sample, attempts, reseed) for sample in group.samples)
+        """Generate and reward every sample of the group, and its baseline, which is judged alone."""
+        runs = [self._run(self.context, sample, attempts, reseed) for sample in group.samples]
+        if group.baseline is not None:
+            runs.append(self._run(self.greedy, group.baseline, attempts, reseed))
+        results = await run_all(runs)
+        if group.baseline is not None:
+            group.baseline = results.pop()[0]  # siblings of one trajectory share its reward
+            group.baseline.loss_mask[:] = 0
+            await self._reward_group(replace(group, samples=[group.baseline], baseline=None))
+            group.baseline_reward = group.baseline.reward
         group.samples = [sample for siblings in results for sample in siblings]
         await self._reward_group(group)
         return group
 
-    async def _run(self, sample: Sample, attempts: int, reseed: Callable[[Sample, int], int]) -> list[Sample]:
+    async def _run(
+        self, context: GenerateContext, sample: Sample, attempts: int, reseed: Callable[[Sample, int], int]
+    ) -> list[Sample]:
         """Generate one sample, again with another seed when it failed."""
         finished = [sample]
         for attempt in range(attempts):
@@ -67,7 +82,7 @@ class Task:
                 fresh.seed = reseed(sample, attempt)
                 sample = fresh
             try:
-                result = await self.generate(self.context, sample)
+                result = await self.generate(context, sample)
                 finished = result if isinstance(result, list) else [result]
             except HookError:  # a component is not what its kind asks for: no sample can do better
                 raise
@@ -77,13 +92,24 @@ class Task:
                 finished = [sample]
             if not any(s.status in (Status.FAILED, Status.ABORTED) for s in finished):
                 break
+        for one in finished:
+            one.max_new_tokens = context.sampling.max_new_tokens
         return finished
 
     # -------------------------------------------------------------------------------------------------------- rewards
 
     async def _reward_group(self, group: Group) -> None:
-        """Fill in `reward` and `reward_parts`; a reward that raises fails the samples it was asked about."""
-        for name, weight, reward in self.rewards:
+        """Fill in `reward` and `reward_parts`. Terms are added to a reward that is there, and never stand for one."""
+        await self._judge(group, self.rewards)
+        if self.terms:
+            rewarded = [sample for sample in group.samples if sample.reward is not None]
+            for sample in rewarded:
+                sample.reward_before_terms = sample.reward
+            await self._judge(replace(group, samples=rewarded), self.terms)
+
+    async def _judge(self, group: Group, rewards: Sequence[tuple[str, float, Any]]) -> None:
+        """Add these rewards; one that raises fails the samples it was asked about."""
+        for name, weight, reward in rewards:
             judged = replace(group, samples=[s for s in group.samples if s.status in JUDGED])
             if not judged.samples:
                 return

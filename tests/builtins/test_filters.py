@@ -30,3 +30,13 @@ def group_of(*rewards):
 def test_agreeing_rewards(rewards, keep, reason):
     verdict = agreeing_rewards(group_of(*rewards))
     assert (verdict.keep, verdict.reason) == (keep, reason)
+
+
+def test_what_was_added_to_the_rewards_of_a_task_is_not_looked_at():
+    group = group_of(1.0, 0.7)
+    for sample in group.samples:
+        sample.reward_before_terms = 1.0
+    assert agreeing_rewards(group).reason == "agree_1"
+    group = group_of(0.5, 0.5)
+    group.samples[0].reward_before_terms = 1.0
+    assert agreeing_rewards(group).keep

@@ -122,7 +122,12 @@ def test_what_is_missing(solve):
             "a critic, which is not in this version",
         ),
         (["--advantage-terms", "flat", "taught"], "algorithm.advantage_terms.1", "teacher model, which is not"),
-        (["--advantage-estimator", "greedy"], "algorithm.advantage_estimator", "greedy rollout of each prompt, which"),
+        (
+            ["--advantage-estimator", "greedy", "--rollout-engine", "none"],
+            "algorithm.advantage_estimator",
+            "a greedy rollout of each prompt, but the engine 'none' generates nothing",
+        ),
+        (["--reward-terms", "world"], "data.reward_terms.0", "needs an environment"),
         (["--rollout-filters", "by_experts"], "rollout.filters.0", "expert choices of the rollout, which is not"),
         (["--routing-replay", "replay"], "moe.routing_replay", "not in this version"),
         (
@@ -157,8 +162,22 @@ def test_evaluation_may_do_what_training_may_not(solve):
     assert (sampling.top_k, sampling.min_new_tokens) == (5, 4)
 
 
-def test_needs_that_are_met_are_no_fault(solve):
-    assert solve((), "--advantage-estimator", "compared").config.algorithm.advantage_estimator.name == "compared"
+@pytest.mark.parametrize("name", ["compared", "greedy"])
+def test_needs_that_are_met_are_no_fault(solve, name):
+    assert solve((), "--advantage-estimator", name).config.algorithm.advantage_estimator.name == name
+
+
+def test_terms_of_the_reward_have_the_shape_of_a_reward(solve):
+    data = solve((), "--reward-terms", "{two: -0.5}", "--data.reward_terms.0.options.low=0.1").config.data
+    assert [(r.name, r.weight, r.options) for r in data.reward_terms] == [("two", -0.5, {"low": 0.1})]
+    assert [r.name for r in data.sets[0].reward] == ["one"]
+    faults = faults_of(solve, "--reward-terms", "{name: two, lo: 1}")
+    assert "did you mean 'low'" in faults["data.reward_terms.0.lo"].problem
+
+
+def test_terms_alone_judge_nothing(solve):
+    no_reward = ("--hf-checkpoint", "org/x", "--num-rollout", "1", "--prompt-data", "x.jsonl")
+    assert set(faults_of(solve, "--reward-terms", "one", base=no_reward)) == {"data.sets.default.reward"}
 
 
 def test_temperatures_of_training_sets_agree(solve):
@@ -173,7 +192,8 @@ def test_a_correction_of_equal_numbers_is_refused(solve, plugins):
 
 
 def test_an_environment_answers_those_who_need_one(solve):
-    config = solve((), "--rm-type", "world", "--environment", "{name: maze, low: 2}").config
+    arguments = ("--rm-type", "world", "--environment", "{name: maze, low: 2}", "--reward-terms", "world")
+    config = solve((), *arguments).config
     assert config.data.sets[0].environment.options == {"low": 2}
 
 

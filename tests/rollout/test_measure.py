@@ -41,6 +41,14 @@ def test_a_batch():
     assert metrics["rollout/reward_parts/a"] == 0.5
 
 
+def test_a_success_is_one_by_the_tasks_own_reward():
+    right, wrong = sample(0.6, 2), sample(1.0, 2)
+    right.reward_before_terms, wrong.reward_before_terms = 1.0, 0.5
+    metrics = batch_metrics([Group(0, None, [right, wrong])])
+    assert metrics["rollout/reward"] == pytest.approx(0.8)
+    assert metrics["rollout/accuracy"] == 0.5
+
+
 def test_without_rewards_nothing_is_said_of_them():
     metrics = batch_metrics([Group(0, None, [sample(None, 3)])])
     assert "rollout/reward" not in metrics

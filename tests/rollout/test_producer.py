@@ -7,8 +7,9 @@ import pytest
 
 from miles.config import Config
 from miles.errors import RolloutError
-from miles.rollout.producer import Producer, sample_seed
-from miles.types import Prompt, Status, Verdict
+from miles.rollout.measure import batch_metrics
+from miles.rollout.producer import NO_BASELINE, Producer, sample_seed
+from miles.types import Group, Prompt, Status, Verdict
 
 
 class Source:
@@ -33,12 +34,13 @@ class Source:
 
 
 class FakeTask:
-    """Rewards and fails samples as `outcome(prompt number, sample id)` says; finishes them in scrambled order."""
+    """Rewards and fails samples as `outcome(prompt number, sample id)` says; finishes them in scrambled order. Of a
+    baseline it says `greedy(prompt number)`."""
 
     rewards = ("r",)
 
-    def __init__(self, outcome):
-        self.outcome = outcome
+    def __init__(self, outcome, greedy):
+        self.outcome, self.greedy = outcome, greedy
         self.set = SimpleNamespace(n_samples_per_prompt=None)
 
     async def run_group(self, group, attempts, reseed):
@@ -48,16 +50,21 @@ class FakeTask:
             result = self.outcome(group.prompt.metadata["n"], sample.id)
             sample.status = Status.COMPLETED if result is not None else Status.FAILED
             sample.reward = result
+        if group.baseline is not None:
+            result = self.greedy(group.prompt.metadata["n"])
+            group.baseline.status = Status.COMPLETED if result is not None else Status.FAILED
+            group.baseline.error = None if result is not None else "the world ended"
+            group.baseline.reward = group.baseline_reward = result
         return group
 
 
-def make(outcome, filters=(), **rollout):
+def make(outcome, filters=(), greedy=None, **rollout):
     names = [{"name": f"f{i}"} for i in range(len(filters))]
     config = Config.model_validate(
         {"rollout": {"batch_size": 4, "n_samples_per_prompt": 2, "filters": names, **rollout}}
     )
     source = Source()
-    return Producer(config, source, {"s": FakeTask(outcome)}, list(filters)), source
+    return Producer(config, source, {"s": FakeTask(outcome, greedy)}, list(filters), greedy is not None), source
 
 
 def collect(producer, step=0):
@@ -155,3 +162,68 @@ def test_begin_gives_each_sample_its_seed():
     producer, _ = make(lambda n, i: 1.0)
     seeds = [s.seed for g in collect(producer) for s in g.samples]
     assert seeds == [sample_seed(42, f"{i}.0") for i in range(8)]
+
+
+# ----------------------------------------------------------------------------------------------------- greedy baselines
+
+
+def test_every_group_gets_a_greedy_baseline_that_takes_no_id_of_a_trained_sample():
+    with_one, _ = make(lambda n, i: 1.0, greedy=lambda n: float(n))
+    without, _ = make(lambda n, i: 1.0)
+    collect(with_one)
+    collect(without)
+    groups, others = collect(with_one), collect(without)
+    assert [g.baseline_reward for g in groups] == [4.0, 5.0, 6.0, 7.0]
+    assert [[(s.id, s.seed) for s in g.samples] for g in groups] == [
+        [(s.id, s.seed) for s in g.samples] for g in others
+    ]
+    assert [g.baseline.id for g in groups] == [-5, -6, -7, -8]  # -1 - number of the group
+    assert {g.baseline.group_id for g in groups} == {4, 5, 6, 7}
+    assert all(g.baseline is None and g.baseline_reward is None for g in others)
+    assert with_one.state_dict() == without.state_dict()
+
+
+def test_baselines_are_counted_apart_those_of_filtered_and_of_surplus_groups_too():
+    producer, source = make(
+        lambda n, i: float(i % 2) if n % 2 else 1.0, filters=[agree], greedy=lambda n: 0.5, over_sampling_batch_size=6
+    )
+    groups = collect(producer)
+    metrics = producer.metrics()
+    assert metrics["rollout/samples/trained"] == 8
+    assert metrics["rollout/samples/baseline"] == source.at
+    assert sum(count for name, count in metrics.items() if name.startswith("rollout/samples/")) == 3 * source.at
+    assert batch_metrics(groups)["rollout/baseline_reward"] == 0.5
+    assert "rollout/baseline_reward" not in batch_metrics([Group(0, groups[0].prompt, groups[0].samples)])
+
+
+def test_a_group_without_its_baseline_is_replaced_even_where_survivors_would_do(caplog):
+    producer, _ = make(lambda n, i: 1.0, greedy=lambda n: None if n == 1 else 0.25, incomplete_groups="survivors")
+    groups = collect(producer)
+    assert [g.prompt.metadata["n"] for g in groups] == [0, 2, 3, 4]
+    metrics = producer.metrics()
+    assert metrics["rollout/samples/baseline_failed"] == 3  # two samples and their baseline
+    assert metrics["rollout/samples/baseline"] == 4
+    assert metrics["rollout/failed_ratio"] == pytest.approx(3 / 15)
+    assert [(s.id, s.error) for s in producer.lost] == [(-2, "the world ended"), (2, NO_BASELINE), (3, NO_BASELINE)]
+    assert "2 samples failed: the greedy rollout of its prompt failed" in caplog.text
+
+
+def test_too_many_baselines_that_fail_stop_the_run_with_the_reason_of_the_first():
+    producer, _ = make(lambda n, i: 1.0, greedy=lambda n: None if n else 0.0)
+    with pytest.raises(
+        RolloutError, match=r"9 of 12 samples failed.*The first: sample -2 of prompt s:1: the world end"
+    ):
+        collect(producer)
+
+
+def test_a_baseline_that_nobody_rewarded_is_a_failure():
+    producer, _ = make(lambda n, i: 1.0, greedy=lambda n: 1.0)
+
+    class Silent(FakeTask):
+        async def run_group(self, group, attempts, reseed):
+            await super().run_group(group, attempts, reseed)
+            group.baseline.reward = group.baseline_reward = None
+
+    producer.tasks = {"s": Silent(lambda n, i: 1.0, lambda n: 1.0)}
+    with pytest.raises(RolloutError, match="12 of 12 samples failed.*sample -1 of prompt s:0: nobody rewarded it"):
+        collect(producer)

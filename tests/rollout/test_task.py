@@ -13,11 +13,18 @@ from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
 from miles.rollout.task import Task
-from miles.types import GenerateRequest, GenerateResult, Group, Prompt, Sample, Status
+from miles.types import Action, GenerateRequest, GenerateResult, Group, Observation, Prompt, Sample, Status, StepResult
 
 
 class Chat:
     stop_token_ids = (9,)
+    end_of_turn_id = 9
+
+    def parse(self, tokens, finish_reason):
+        return Action("")
+
+    def render_next(self, messages, closed):
+        return [6]
 
     def decode(self, tokens):
         return " ".join(map(str, tokens))
@@ -60,13 +67,14 @@ class Rank:
         return [float(i) for i, _ in enumerate(group.samples)]
 
 
-def make(task_set, **live):
+def make(task_set, terms=(), evaluation=False, **live):
     registry = Registry(load_plugins())
     for name, thing in live.items():
         kind, _, name = name.partition("__")
         registry.add(kind, name, thing)
     engine = Engine()
-    task = Task(task_set, Config(), registry, EngineFront([engine], 4), Chat())
+    config = Config(data={"reward_terms": terms})
+    task = Task(task_set, config, registry, EngineFront([engine], 4), Chat(), evaluation=evaluation)
     return task, engine
 
 
@@ -174,3 +182,112 @@ def test_an_environment_that_is_none_ends_it_before_anything_is_generated():
         f"environment 'endless' ({place}) is not a miles.protocols.Environment: method `close` is missing"
     )
     assert engine.requests == []
+
+
+# ------------------------------------------------------------------------------------------------------ greedy baseline
+
+
+def run_with_baseline(task, attempts=2, size=2):
+    prompt = Prompt(id="s:0", task_set="s", text="x", tokens=[1, 2])
+    samples = [Sample.begin(prompt, id=i, group_id=0, seed=i) for i in (*range(size), -1)]
+    group = Group(0, prompt, samples[:size], baseline=samples[size])
+    return asyncio.run(task.run_group(group, attempts, lambda s, a: 2000 + s.id))
+
+
+def test_the_baseline_is_generated_greedily_judged_alone_and_not_trained():
+    seen = []
+
+    class Ranked(Rank):
+        async def score_group(self, group):
+            seen.append([s.id for s in group.samples])
+            return await super().score_group(group)
+
+    task, engine = make(
+        TaskSet(generate="flaky", reward={"length": 1.0, "ranked": 10.0}, sampling={"temperature": 0.7}),
+        generate_functions__flaky=flaky, rewards__length=length_reward, rewards__ranked=Ranked(),
+    )  # fmt: skip
+    group = run_with_baseline(task)
+    temperatures = {request.id: request.sampling.temperature for request in engine.requests}
+    assert temperatures == {"0": 0.7, "1": 0.7, "-1": 0.0}
+    assert sorted(seen) == [[-1], [0, 1]]
+    assert [s.reward for s in group.samples] == [4.0, 14.0]
+    assert group.baseline_reward == group.baseline.reward == 4.0
+    assert group.baseline.tokens == [1, 2, 5, 9]
+    assert group.baseline.trainable_tokens == 0
+    assert group.baseline.seed == 1999  # it failed once, as odd ones do, and was tried again
+    assert [s.id for s in group.rollouts] == [-1, 0, 1]
+
+
+def test_a_baseline_that_failed_has_no_reward():
+    task, _ = make(TaskSet(generate="flaky", reward="length"), generate_functions__flaky=flaky,
+                   rewards__length=length_reward)  # fmt: skip
+    group = run_with_baseline(task, attempts=1)
+    assert (group.baseline.status, group.baseline_reward) == (Status.FAILED, None)
+    assert group.samples[0].reward == 4.0
+
+
+def test_a_baseline_lives_in_the_environment_of_its_set():
+    class Echo:
+        def __init__(self):
+            self.turns = 0
+
+        async def reset(self, prompt):
+            return Observation(())
+
+        async def step(self, action):
+            self.turns += 1
+            return StepResult(({"role": "user", "content": "more"},), reward=0.5, done=self.turns == 2)
+
+        async def close(self): ...
+
+    task, engine = make(TaskSet(environment="echo", reward="environment"), environments__echo=Echo)
+    group = run_with_baseline(task)
+    assert [r.sampling.temperature for r in engine.requests].count(0.0) == 2
+    assert len(group.baseline.turns) == 2
+    assert group.baseline_reward == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- reward terms
+
+
+def test_terms_are_added_to_the_rewards_of_a_training_set():
+    task, _ = make(
+        TaskSet(generate="flaky", reward="length"), {"rank": -0.5}, generate_functions__flaky=flaky,
+        rewards__length=length_reward, rewards__rank=Rank(),
+    )  # fmt: skip
+    group = run_with_baseline(task)
+    assert [s.reward for s in group.samples] == [4.0, 3.5]
+    assert [s.task_reward for s in group.samples] == [4.0, 4.0]
+    assert (group.rewards_G, group.task_rewards_G) == ([4.0, 3.5], [4.0, 4.0])
+    assert group.samples[1].reward_parts == {"length": 4.0, "rank": 1.0}
+    assert group.baseline_reward == 4.0
+
+
+def test_evaluation_has_no_terms():
+    task, _ = make(
+        TaskSet(generate="flaky", reward="length"), {"rank": -0.5}, True, generate_functions__flaky=flaky,
+        rewards__length=length_reward, rewards__rank=Rank(),
+    )  # fmt: skip
+    assert [(s.reward, s.task_reward, s.reward_parts) for s in run(task, size=2).samples] == [
+        (4.0, 4.0, {"length": 4.0})
+    ] * 2
+
+
+def test_terms_alone_are_no_reward():
+    task, _ = make(TaskSet(generate="flaky"), "rank", generate_functions__flaky=flaky, rewards__rank=Rank())
+    assert [(s.reward, s.reward_parts) for s in run(task, size=2).samples] == [(None, {})] * 2
+
+
+def test_a_term_that_fails_takes_the_reward_with_it():
+    task, _ = make(
+        TaskSet(generate="flaky", reward="length"), "parts", generate_functions__flaky=flaky,
+        rewards__length=length_reward, rewards__parts=parts_reward,
+    )  # fmt: skip
+    good, _, bad, _ = run(task).samples
+    assert (good.reward, good.task_reward) == (4.5, 4.0)
+    assert (bad.status, bad.reward, bad.task_reward) == (Status.FAILED, None, None)
+
+
+def test_rewards_are_told_how_long_a_turn_may_be():
+    task, _ = make(TaskSet(generate="flaky", sampling={"max_new_tokens": 33}), generate_functions__flaky=flaky)
+    assert [s.max_new_tokens for s in run_with_baseline(task).rollouts] == [33, 33, 33]
