@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,6 @@ from miles.protocols import (
     DataSource,
     EngineContext,
     Evaluator,
-    Role,
     RolloutEngine,
     WeightSync,
     WorkerGroup,
@@ -47,10 +46,10 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
-from miles.training.advantages import needs_reference
+from miles.training.advantages import component_needs, needs_reference
 from miles.training.probe import WeightProbe
 from miles.training.trainer import Trainer
-from miles.training.worker import WorkerSetup
+from miles.training.worker import ModelSetup, WorkerSetup
 from miles.types import Prompt
 
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
@@ -193,7 +192,8 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     longest = context_limit(config, model)
     source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
     derived = Derived.of(config, prompts_per_epoch=len(source))
-    workers = await launch_workers(config, derived.total_optimizer_steps, registry, model, stack, derived.world_size)
+    models = train_models(config, derived, registry, model)
+    workers = await launch_workers(config, models, registry, stack, derived.world_size)
     engines = [await make_engine(config, registry, model, stack, load_weights=False)]
     front = EngineFront(engines, config.rollout.concurrency)
     task = partial(make_task, config, registry, model, front)
@@ -245,7 +245,8 @@ async def evaluation_parts(
     model = load_model(config, registry)
     engine = await make_engine(config, registry, model, stack, load_weights=checkpoint is None)
     if checkpoint is not None:
-        workers = await launch_workers(config, 1, registry, model, stack, Numbers.of(config).world_size, ("actor",))
+        policy = {"actor": ModelSetup("actor", model.checkpoint)}
+        workers = await launch_workers(config, policy, registry, stack, Numbers.of(config).world_size)
         await workers.call("load", checkpoint.path, weights_only=True)
         weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
         await weight_sync.connect(workers, [engine])
@@ -265,24 +266,31 @@ def load_prompts(
     return prompts
 
 
+def train_models(config: Config, derived: Derived, registry: Registry, model: Model) -> dict[str, ModelSetup]:
+    """The models that training needs: the policy, and what the algorithm asks for."""
+
+    def checkpoint(name: str | None) -> Path:
+        return resolve_checkpoint(name) if name else model.checkpoint
+
+    steps, needs = derived.total_optimizer_steps, component_needs(config, registry)
+    models = {"actor": ModelSetup("actor", model.checkpoint, steps)}
+    if needs_reference(config, registry):
+        models["reference"] = ModelSetup("reference", checkpoint(config.model.ref_load))
+    if "critic" in needs:
+        alone = config.critic.only_steps * derived.optimizer_steps_per_rollout
+        models["actor"] = ModelSetup("actor", model.checkpoint, max(steps - alone, 0))
+        models["critic"] = ModelSetup("critic", checkpoint(config.critic.load), steps)
+    return models
+
+
 async def launch_workers(
-    config: Config,
-    total_steps: int,
-    registry: Registry,
-    model: Model,
-    stack: AsyncExitStack,
-    size: int,
-    roles: tuple[Role, ...] | None = None,
+    config: Config, models: Mapping[str, ModelSetup], registry: Registry, stack: AsyncExitStack, size: int
 ) -> WorkerGroup:
-    """Start the train ranks, with the roles that the algorithm needs if none are given."""
-    reference = config.model.ref_load
+    """Start the train ranks."""
     setup = WorkerSetup(
         config=config,
-        checkpoint=model.checkpoint,
-        reference_checkpoint=resolve_checkpoint(reference) if reference else model.checkpoint,
-        roles=roles or (("actor", "reference") if needs_reference(config, registry) else ("actor",)),
+        models=models,
         device=resolve_device(config.resources.device),
-        total_steps=total_steps,
         temperature=rollout_temperature(config),
         provenance=registry.plugins.provenance(),
     )

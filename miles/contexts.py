@@ -15,6 +15,7 @@ from miles.types import GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
     from miles.config import Config, TaskSet
+    from miles.config.optimizer import OptimizerSection
     from miles.protocols import Bridge, ChatFormat, Environment, ModelTransform, PrecisionScheme
 
 Role = Literal["actor", "critic", "reference", "teacher"]
@@ -87,9 +88,15 @@ class BackendContext:
     world_size: int
     device: str
     total_steps: int
-    """Optimizer steps the whole run will take, for schedules."""
+    """Optimizer steps that this model will take in the whole run, for schedules."""
     temperature: float = 1.0
     """Logits are divided by it before the softmax."""
+
+    @property
+    def optimizer(self) -> OptimizerSection:
+        """How a model of this role learns."""
+        policy = self.config.optimizer
+        return self.config.critic.optimizer(policy) if self.role == "critic" else policy
 
 
 @dataclass(frozen=True)

@@ -427,6 +427,9 @@ class TrainBackend(Protocol):
     def named_weights(self) -> Iterator[WeightGroup]:
         """Full tensors under checkpoint names, all ranks walking together. Only valid until the next item."""
 
+    def take_weights(self, weights: Weights) -> None:
+        """The inverse: those of a checkpoint of the same family. A critic's value head stays as it is."""
+
     def save(self, directory: Path) -> None:
         """Model, optimizer, schedule; each rank writes its own files."""
 

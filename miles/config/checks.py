@@ -25,7 +25,6 @@ from miles.registry import Registry
 MODES = ("sync",)
 """Rollout modes that this version has."""
 UNMET = {
-    "critic": "a critic",
     "teacher": "a teacher model",
     "routed_experts": "the expert choices of the rollout",
 }
@@ -105,6 +104,27 @@ def _losses(c: _Checked) -> Iterator[Fault]:
             "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
             "--old-logprobs recompute, or --is-correction none",
         )
+
+
+def _critic(c: _Checked) -> Iterator[Fault]:
+    """Settings of a critic, where there is one."""
+    chosen = [use for use in c.uses if use.name not in KINDS[use.kind].words]
+    if any("critic" in _component(c, use.kind, use.name).needs for use in chosen):
+        only, steps = c.config.critic.only_steps, c.config.rollout.num_rollout
+        if steps is not None and 0 < steps <= only:
+            yield c.fault(
+                "critic.only_steps",
+                f"leaves the policy nothing to learn from: the run has {steps} rollout batches",
+                "lower --num-critic-only-steps or raise --num-rollout",
+            )
+        return
+    for name in type(c.config.critic).model_fields:
+        if not c.at_default(("critic", name)):
+            yield c.fault(
+                f"critic.{name}",
+                "there is no critic: no chosen component needs one",
+                "--advantage-estimator ppo (or gae), or leave it out",
+            )
 
 
 def _sampling(c: _Checked) -> Iterator[Fault]:
@@ -262,7 +282,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _kl, _losses, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs, _routing_replay,
+    _plugins, _kl, _losses, _critic, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs,
+    _routing_replay,
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator
 
 from miles.config.algorithm import AlgorithmSection
 from miles.config.base import ComponentSpecs, Flag, Section, Spec
+from miles.config.critic import CriticSection
 from miles.config.data import DataSection
 from miles.config.model import ModelSection
 from miles.config.optimizer import OptimizerSection
@@ -42,6 +43,7 @@ class Config(Section):
     algorithm: AlgorithmSection = AlgorithmSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
+    critic: CriticSection = CriticSection()
     precision: PrecisionSection = PrecisionSection()
     moe: MoeSection = MoeSection()
     weight_sync: WeightSyncSection = WeightSyncSection()

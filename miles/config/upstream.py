@@ -99,6 +99,8 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "skip-actor-forward-only"),
     ("leave it out: rollout and trainer are compared in every run, by a real recomputation",
      "get-mismatch-metrics"),
+    ("leave it out: the critic shares the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
+    ("leave it out: the critic is in every checkpoint, beside the policy", "critic-save"),
     ("leave it out: train/entropy is a metric of every run", "use-rollout-entropy observe-training-entropy"),
     # ------------------------------------------------------------------------------------------------------ model, data
     ("leave it out: the model's shape is read from the config of --hf-checkpoint",
@@ -209,11 +211,6 @@ LATER: tuple[tuple[str, str], ...] = (
         "distillation from a teacher (miles-distillation)",
         "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
         "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
-    ),
-    (
-        "a critic, which PPO needs",
-        "critic-num-nodes critic-num-gpus-per-node critic-load critic-save critic-lr critic-lr-warmup-iters "
-        "num-critic-only-steps value-clip",
     ),
     ("named corrections of importance (miles-is-corrections)", "use-tis tis-clip tis-clip-low"),
     (

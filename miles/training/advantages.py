@@ -13,6 +13,7 @@ from miles.errors import TrainError
 from miles.registry import Registry
 from miles.targets import defined_at, described
 from miles.training.aggregation import sum_per_sample
+from miles.training.critic import explained_variance
 from miles.training.kl import kl_estimate
 from miles.training.statistics import whiten
 from miles.training.table import Table
@@ -65,13 +66,25 @@ class AdvantageStage:
                 advantages_T = whiten(advantages_T, inputs.mask_T)
             advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
             table.put("advantages", advantages_T)
-            if result.returns_T is not None:
-                table.put("returns", result.returns_T)
+            metrics.update(self._returns(table, inputs, result))
             metrics.update(result.metrics)
             metrics["train/advantage_abs"] = float(advantages_T.abs().sum() / inputs.mask_T.sum().clamp(min=1))
         if self.correction is not None:
             metrics.update(self._correct(table))
         return metrics
+
+    def _returns(self, table: Table, inputs: AdvantageInputs, result: Advantages) -> Metrics:
+        """Attach what a critic shall learn, and say how much of it it knew."""
+        if inputs.values_T is None:
+            return {}
+        if result.returns_T is None:
+            raise TrainError(
+                f"advantage estimator {self.algorithm.advantage_estimator.name!r} needs a critic and returned no "
+                "returns: return Advantages(advantages_T, returns_T)"
+            )
+        table.put("returns", torch.where(inputs.mask_T > 0, result.returns_T.float(), 0.0))
+        known = explained_variance(inputs.values_T, result.returns_T, inputs.mask_T)
+        return {"critic/explained_variance": known}
 
     def _inputs(self, table: Table) -> AdvantageInputs:
         def column(name: str) -> Tensor | None:

@@ -37,7 +37,20 @@ class StepScope:
     """Of these, tokens whose sample has rollout log-probs; 0 when the driver measured the mismatch already."""
 
 
-class Objective:
+class Loss:
+    """What the losses of policy and critic have in common: the step they are in, and what they leave for people."""
+
+    def __init__(self) -> None:
+        self.scope = StepScope(tokens=1.0)
+        self.losses: list[tuple[list[int], Tensor]] = []
+        """Of each micro-batch since this was emptied: sample ids, and mean policy loss of their trainable tokens."""
+
+    def token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
+        """This micro-batch's share of the mean over the step's trainable tokens."""
+        return weighted(value_T.detach(), mask_T) / self.scope.tokens
+
+
+class Objective(Loss):
     """`LossFunction` for a policy: call it with a micro-batch and the model's outputs on it."""
 
     def __init__(
@@ -46,13 +59,11 @@ class Objective:
         policy_loss: Callable[[LossInputs], PolicyLoss],
         masks: Sequence[tuple[str, LossMask]] = (),
     ):
+        super().__init__()
         self.algorithm = algorithm
         self.policy_loss = policy_loss
         self.masks = masks
         """With their names."""
-        self.scope = StepScope(tokens=1.0)
-        self.losses: list[tuple[list[int], Tensor]] = []
-        """Of each micro-batch since this was emptied: sample ids, and mean policy loss of their trainable tokens."""
 
     def __call__(self, batch: MicroBatch, outputs: Outputs) -> LossResult:
         assert outputs.log_probs_T is not None
@@ -69,25 +80,25 @@ class Objective:
             keep_T = kept(name, mask, inputs)
             loss_T = torch.where(keep_T, loss_T, 0.0)
             label = name.rpartition("/")[2].rpartition(":")[2]
-            sums[f"train/{label}_masked"] = self._token_mean((~keep_T).float(), mask_T)
+            sums[f"train/{label}_masked"] = self.token_mean((~keep_T).float(), mask_T)
         for factor in ("is_weights", "keep"):
             if factor in columns:
                 loss_T = loss_T * columns[factor]
-        loss = policy_term = _weighted(loss_T, weights_T)
+        loss = policy_term = weighted(loss_T, weights_T)
         self.losses.append((batch.sample_ids, mean_per_sample(loss_T.detach(), mask_T, batch.bounds)))
 
         sums["train/pg_loss"] = policy_term.detach()
         if self.algorithm.kl_loss_coef:
-            kl = _weighted(self._kl(new_T, old_T, columns["ref_log_probs"]), weights_T)
+            kl = weighted(self._kl(new_T, old_T, columns["ref_log_probs"]), weights_T)
             loss = loss + self.algorithm.kl_loss_coef * kl
             sums["train/kl_loss"] = kl.detach()
         if outputs.entropy_T is not None:
             if self.algorithm.entropy_coef:
-                loss = loss - self.algorithm.entropy_coef * _weighted(outputs.entropy_T, weights_T)
-            sums["train/entropy"] = self._token_mean(outputs.entropy_T, mask_T)
+                loss = loss - self.algorithm.entropy_coef * weighted(outputs.entropy_T, weights_T)
+            sums["train/entropy"] = self.token_mean(outputs.entropy_T, mask_T)
         sums["train/loss"] = loss.detach()
         for name, value_T in policy.metrics_T.items():
-            sums[f"train/{name}"] = self._token_mean(value_T, mask_T)
+            sums[f"train/{name}"] = self.token_mean(value_T, mask_T)
         sums.update(self._mismatch(new_T, batch))
         return LossResult(loss, sums)
 
@@ -124,9 +135,6 @@ class Objective:
         terms = mismatch_terms(new_T.detach(), columns["rollout_log_probs"])
         return {f"mismatch/{k}": (v * mask_T).sum() / self.scope.mismatch_tokens for k, v in terms.items()}
 
-    def _token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
-        return _weighted(value_T.detach(), mask_T) / self.scope.tokens
-
 
 def kept(name: str, mask: LossMask, inputs: LossInputs) -> Tensor:
     """`[T]` bool: which tokens a loss mask keeps.
@@ -154,6 +162,6 @@ def kept(name: str, mask: LossMask, inputs: LossInputs) -> Tensor:
     raise TrainError(f"{who} returned {came}; a mask of shape {tuple(shape)}, bool or 0 and 1, is expected")
 
 
-def _weighted(value_T: Tensor, weights_T: Tensor) -> Tensor:
+def weighted(value_T: Tensor, weights_T: Tensor) -> Tensor:
     """Sum of weighted values; tokens of weight 0 contribute 0 even where the value is not finite."""
     return torch.where(weights_T != 0, value_T * weights_T, 0.0).sum()

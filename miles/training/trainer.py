@@ -19,9 +19,9 @@ import torch
 from miles.config import Config
 from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
-from miles.protocols import Role, WorkerGroup
+from miles.protocols import Want, WorkerGroup
 from miles.registry import Registry
-from miles.training.advantages import AdvantageStage, needs_reference
+from miles.training.advantages import AdvantageStage, component_needs, needs_reference
 from miles.training.aggregation import token_weights
 from miles.training.mismatch import mismatch_metrics, mismatch_terms
 from miles.training.objective import StepScope
@@ -44,6 +44,9 @@ class Trainer:
         self.together = all(share.together for share in shares)
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
+        self.needs_critic = "critic" in component_needs(config, registry)
+        self.batches = 0
+        """Trained on so far."""
         self.skipped_in_a_row = 0
         self.seconds = 0.0
         """Time in which the workers worked on the last batch."""
@@ -65,11 +68,21 @@ class Trainer:
         metrics: Metrics = {}
         self.seconds = 0.0
         await self._log_probs(table, metrics)
+        if self.needs_critic:
+            table.columns["values"] = await self._forward("critic", table, "values")
         metrics.update(self.stage(table))
         for i, advantages_T in zip(table.ids, table.columns.get("advantages", ()), strict=False):
             self.learned[i]["advantages"] = advantages_T
-        metrics.update(await self._optimize(table))
+        for model in self._learners():
+            metrics.update(await self._optimize(model, table))
+        self.batches += 1
         return metrics | {"perf/workers_time": self.seconds}
+
+    def _learners(self) -> list[str]:
+        """Which models learn from this batch. A critic may have some for itself at first."""
+        if not self.needs_critic:
+            return ["actor"]
+        return ["critic"] if self.batches < self.config.critic.only_steps else ["critic", "actor"]
 
     # --------------------------------------------------------------------------------------------------- log-probs
 
@@ -93,14 +106,14 @@ class Trainer:
         needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)
         return "recompute" if needed else "now"
 
-    async def _forward(self, role: Role, table: Table) -> list[np.ndarray]:
-        """Log-probabilities of every row under the model of this role."""
+    async def _forward(self, model: str, table: Table, want: Want = "log_probs") -> list[np.ndarray]:
+        """What a model says of every row."""
         plan = self._plan(table, self.derived.log_probs_max_tokens)
-        calls = [(role, [table.take(rows) for rows in batches], ("log_probs",)) for batches in plan]
+        calls = [(model, [table.take(rows) for rows in batches], (want,)) for batches in plan]
         found: dict[int, np.ndarray] = {}
         for batches, outputs in zip(plan, await self._on_shares("forward", calls), strict=True):
             for rows, output in zip(batches, outputs, strict=True):
-                found.update(zip(rows, output["log_probs"], strict=True))
+                found.update(zip(rows, output[want], strict=True))
         return [found[row] for row in range(len(table))]
 
     def _measured_mismatch(self, table: Table) -> Metrics:
@@ -121,13 +134,15 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- optimization
 
-    async def _optimize(self, table: Table) -> Metrics:
-        train = self.config.train
+    async def _optimize(self, model: str, table: Table) -> Metrics:
+        """All optimizer steps of one model on this batch. Metrics of the policy's begin with `train/`, a critic's with
+        `critic/`."""
+        train, prefix = self.config.train, "train" if model == "actor" else model
         steps = self.derived.optimizer_steps_per_rollout // train.num_epochs_per_rollout
         totals: dict[str, list[float]] = defaultdict(list)
         skipped = retries = 0
         for index, rows in enumerate(optimizer_steps(table.rollout_N.tolist(), steps, train.num_epochs_per_rollout)):
-            outcomes = await self._optimizer_step(table.take(rows), measure=index == 0)
+            outcomes = await self._optimizer_step(model, table.take(rows), measure=index == 0 and model == "actor")
             report = outcomes[0].report
             for outcome in outcomes:
                 for i, loss in outcome.losses.items():
@@ -136,7 +151,7 @@ class Trainer:
             skipped += report.skipped
             self._watch_skips(report.skipped, "optimizer steps", "had a non-finite loss or gradient and were skipped")
             if not report.skipped:
-                totals["train/grad_norm"].append(report.grad_norm)
+                totals[f"{prefix}/grad_norm"].append(report.grad_norm)
                 for name in outcomes[0].sums:
                     totals[name].append(sum(outcome.sums[name] for outcome in outcomes))
         metrics = {name: float(np.mean(values)) for name, values in totals.items()}
@@ -144,12 +159,12 @@ class Trainer:
         if mismatch:
             metrics.update(mismatch_metrics(mismatch))
         return metrics | {
-            "train/lr": report.learning_rate,
-            "train/skipped_steps": float(skipped),
-            "train/oom_retries": float(retries),
+            f"{prefix}/lr": report.learning_rate,
+            f"{prefix}/skipped_steps": float(skipped),
+            f"{prefix}/oom_retries": float(retries),
         }
 
-    async def _optimizer_step(self, table: Table, measure: bool) -> list[StepOutcome]:
+    async def _optimizer_step(self, model: str, table: Table, measure: bool) -> list[StepOutcome]:
         """One optimizer step. `measure`: nothing was updated since the rollout, so that the mismatch shows."""
         algorithm = self.config.algorithm
         longest = float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
@@ -165,7 +180,7 @@ class Trainer:
             table.put("has_rollout_log_probs", present_T)
             scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))
         plan = self._plan(table, self.config.train.max_tokens_per_gpu)
-        return await self._on_shares("train_step", [([table.take(rows) for rows in b], scope) for b in plan])
+        return await self._on_shares("train_step", [(model, [table.take(rows) for rows in b], scope) for b in plan])
 
     async def _on_shares(self, method: str, calls: Sequence[tuple]) -> list[Any]:
         """One call a share, made on every rank that works on it; one answer a share."""
@@ -195,7 +210,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_in_a_row": self.skipped_in_a_row}
+        return {"skipped_in_a_row": self.skipped_in_a_row, "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.skipped_in_a_row, self.batches = state["skipped_in_a_row"], state["batches"]

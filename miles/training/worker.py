@@ -26,6 +26,7 @@ from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
 from miles.training.advantages import component_needs
+from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch
 from miles.training.table import Table
@@ -33,15 +34,23 @@ from miles.types import Metrics, MicroBatch, StepReport
 
 
 @dataclass(frozen=True)
+class ModelSetup:
+    """What one of a rank's models is built from."""
+
+    role: Role
+    checkpoint: Path
+    total_steps: int = 0
+    """Optimizer steps it will take; 0 for a model that does not learn."""
+
+
+@dataclass(frozen=True)
 class WorkerSetup:
     """What a rank is built from; everything in it can cross to another process."""
 
     config: Config
-    checkpoint: Path
-    reference_checkpoint: Path
-    roles: tuple[Role, ...]
+    models: Mapping[str, ModelSetup]
+    """By name: that of the role where there is one of a role (`actor`, `critic`, `reference`)."""
     device: str
-    total_steps: int
     temperature: float
     provenance: Sequence[Mapping[str, Any]] = ()
     """The driver's plugins, to compare with."""
@@ -81,22 +90,27 @@ class TrainWorker:
             prepare_process(config.run, rank)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
-        self.contexts = {role: self._context(role) for role in setup.roles}
+        self.contexts = {name: self._context(model) for name, model in setup.models.items()}
         build = partial(registry.build, "train_backends", config.train.train_backend)
-        self.models: dict[Role, TrainBackend] = {role: build(context=c) for role, c in self.contexts.items()}
+        self.models: dict[str, TrainBackend] = {name: build(context=c) for name, c in self.contexts.items()}
         loss = registry.build("policy_losses", config.algorithm.policy_loss)
         masks = [(spec.name, registry.build("loss_masks", spec)) for spec in config.algorithm.loss_masks]
-        self.objective = Objective(config.algorithm, loss, masks)
-        self.want = loss_wants(config, registry)
+        self.losses: dict[str, Objective | ValueObjective] = {
+            "actor": Objective(config.algorithm, loss, masks),
+            "critic": ValueObjective(config.critic.value_clip),
+        }
+        self.wants: dict[str, frozenset[Want]] = {
+            "actor": loss_wants(config, registry),
+            "critic": frozenset({"values"}),
+        }
 
-    def _context(self, role: Role) -> BackendContext:
+    def _context(self, model: ModelSetup) -> BackendContext:
         setup, config = self.setup, self.setup.config
-        checkpoint = setup.reference_checkpoint if role == "reference" else setup.checkpoint
-        hf_config = load_hf_config(checkpoint, config.model.trust_remote_code)
+        hf_config = load_hf_config(model.checkpoint, config.model.trust_remote_code)
         return BackendContext(
             config=config,
-            role=role,
-            checkpoint=checkpoint,
+            role=model.role,
+            checkpoint=model.checkpoint,
             hf_config=hf_config,
             bridge=bridge_for(self.registry, config, hf_config),
             precision=precision_for(self.registry, config),
@@ -104,7 +118,7 @@ class TrainWorker:
             rank=self.rank,
             world_size=self.size,
             device=setup.device,
-            total_steps=setup.total_steps,
+            total_steps=model.total_steps,
             temperature=setup.temperature,
         )
 
@@ -114,10 +128,11 @@ class TrainWorker:
         together = all(getattr(model, "shares_prompts", False) for model in self.models.values())
         return DataShare(self.models["actor"].data_rank, together)
 
-    def forward(self, role: Role, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
-        """Per table, per wanted quantity, one array a sample. Micro-batches that do not fit are halved."""
+    def forward(self, name: str, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
+        """What a model says: per table, per wanted quantity, one array a sample. Micro-batches that do not fit are
+        halved."""
         wanted = frozenset(want)
-        return [self._forward_one(self.models[role], self._pack(table), wanted) for table in tables]
+        return [self._forward_one(self.models[name], self._pack(table), wanted) for table in tables]
 
     def _forward_one(
         self, model: TrainBackend, batch: MicroBatch, want: frozenset[Want], retries: int = 0
@@ -130,27 +145,25 @@ class TrainWorker:
             return {name: [array for part in parts for array in part[name]] for name in want}
         return {name: _per_sample(getattr(outputs, f"{name}_T"), batch) for name in want}
 
-    def train_step(self, tables: Sequence[Table], scope: StepScope) -> StepOutcome:
-        """One optimizer step on these micro-batches. Out of memory starts it again with halves: nothing is lost,
-        since the weight of each token does not depend on the micro-batch it is in."""
-        actor = self.models["actor"]
-        self.objective.scope = scope
+    def train_step(self, name: str, tables: Sequence[Table], scope: StepScope) -> StepOutcome:
+        """One optimizer step of a model on these micro-batches. Out of memory starts it again with halves: nothing is
+        lost, since the weight of each token does not depend on the micro-batch it is in."""
+        model, objective = self.models[name], self.losses[name]
+        objective.scope = scope
         batches = [self._pack(table) for table in tables]
         retries = 0
         while True:
             try:
-                actor.zero_grad()
-                self.objective.losses = []
-                sums = actor.forward_backward(batches, self.objective, self.want)
-                report = actor.optim_step()
+                model.zero_grad()
+                objective.losses = []
+                sums = model.forward_backward(batches, objective, self.wants[name])
+                report = model.optim_step()
                 break
             except torch.OutOfMemoryError as error:
                 batches = self._smaller(batches, retries, error)
                 retries += 1
-        actor.zero_grad()
-        losses = {
-            i: loss for ids, loss_N in self.objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)
-        }
+        model.zero_grad()
+        losses = {i: loss for ids, loss_N in objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)}
         return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries, losses)
 
     def _pack(self, table: Table) -> MicroBatch:
@@ -190,18 +203,25 @@ class TrainWorker:
 
     def save(self, directory: Path) -> None:
         """Every model that learns, and this rank's random states."""
-        for role, model in self.models.items():
-            if role != "reference":
-                model.save(directory / role)
+        for name in self._learning:
+            self.models[name].save(directory / name)
         torch.save(_random_state(), directory / self._random_file)
 
     def load(self, directory: Path, weights_only: bool = False) -> None:
-        """What `save` wrote; with `weights_only` another run's weights, to start from."""
-        for role, model in self.models.items():
-            if role != "reference":
-                model.load(directory / role, weights_only)
+        """What `save` wrote; with `weights_only` another run's weights, to start from. A run without a critic gives the
+        policy's weights to it, unless it has a start of its own."""
+        for name in self._learning:
+            if name == "critic" and weights_only and not (directory / name).exists():
+                if self.setup.config.critic.load is None:
+                    self.models[name].take_weights(self.models["actor"].named_weights())
+            else:
+                self.models[name].load(directory / name, weights_only)
         if not weights_only:
             _set_random_state(torch.load(directory / self._random_file, weights_only=True))
+
+    @property
+    def _learning(self) -> list[str]:
+        return [name for name in self.models if name in self.losses]
 
     @property
     def _random_file(self) -> str:
@@ -209,7 +229,9 @@ class TrainWorker:
 
     def export_hf(self, directory: Path) -> None:
         """Write the actor as a Hugging Face checkpoint; rank 0 writes, all ranks walk the weights."""
-        write_checkpoint(directory, self.models["actor"].named_weights(), self.setup.checkpoint, write=self.rank == 0)
+        write_checkpoint(
+            directory, self.models["actor"].named_weights(), self.contexts["actor"].checkpoint, write=self.rank == 0
+        )
 
     def offload(self, parts: frozenset[TrainPart]) -> None:
         for model in self.models.values():

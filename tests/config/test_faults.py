@@ -116,10 +116,11 @@ def test_what_is_missing(solve):
         (["--eval-prompt-data", "a", "a.jsonl", "--eval-pass-k", "8"], "eval.pass_k", "1 at most"),
         (["--rm-type", "world"], "data.sets.default.reward", "needs an environment"),
         (["--generate", "multi_turn"], "data.sets.default.generate", "needs an environment"),
+        (["--critic-lr", "1e-5"], "critic.lr", "no chosen component needs one"),
         (
-            ["--advantage-estimator", "valued"],
-            "algorithm.advantage_estimator",
-            "a critic, which is not in this version",
+            ["--advantage-estimator", "valued", "--num-critic-only-steps", "5", "--num-rollout", "5"],
+            "critic.only_steps",
+            "leaves the policy nothing to learn from",
         ),
         (["--advantage-terms", "flat", "taught"], "algorithm.advantage_terms.1", "teacher model, which is not"),
         (

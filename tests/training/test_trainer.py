@@ -39,7 +39,7 @@ class Workers:
         return [StepOutcome({"train/loss": 2.0}, StepReport(0.7, self.skip, 1e-3), 0)]
 
     def steps(self):
-        return [arguments for method, arguments in self.calls if method == "train_step"]
+        return [(tables, scope) for method, (_, tables, scope) in self.calls if method == "train_step"]
 
 
 def sample(i, group, reward, length=4, log_prob=-0.5, status=Status.COMPLETED):

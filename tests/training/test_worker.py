@@ -47,10 +47,10 @@ class Backend:
 
 def worker(backend, **train):
     one = TrainWorker.__new__(TrainWorker)
-    one.rank, one.want = 0, frozenset({"log_probs"})
+    one.rank, one.wants = 0, {"actor": frozenset({"log_probs"})}
     one.setup = SimpleNamespace(config=Config.model_validate({"train": train}), device="cpu")
     one.models = {"actor": backend}
-    one.objective = SimpleNamespace(scope=None, losses=[])
+    one.losses = {"actor": SimpleNamespace(scope=None, losses=[])}
     return one
 
 
@@ -67,16 +67,16 @@ def table(count=4, length=4):
 
 def test_micro_batches_are_halved_until_they_fit_and_nothing_counts_twice():
     backend = Backend(room=4)
-    outcome = worker(backend).train_step([table()], StepScope(tokens=16.0))
+    outcome = worker(backend).train_step("actor", [table()], StepScope(tokens=16.0))
     assert outcome.out_of_memory == 2  # 16 tokens, then 8, then 4
     assert outcome.sums["train/loss"] == 4.0
-    whole = worker(Backend(room=100)).train_step([table()], StepScope(tokens=16.0))
+    whole = worker(Backend(room=100)).train_step("actor", [table()], StepScope(tokens=16.0))
     assert (whole.sums, whole.report) == (outcome.sums, outcome.report)
 
 
 def test_the_optimizer_running_out_of_memory_starts_the_step_again():
     backend = Backend(room=100, fails_in="optim_step")
-    outcome = worker(backend).train_step([table()], StepScope(tokens=16.0))
+    outcome = worker(backend).train_step("actor", [table()], StepScope(tokens=16.0))
     assert (outcome.out_of_memory, outcome.sums["train/loss"]) == (1, 4.0)
 
 
@@ -87,9 +87,9 @@ def test_a_forward_pass_is_halved_too_and_keeps_its_order():
 
 def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
     with pytest.raises(OutOfMemoryError, match=r"one sample alone of 4 tokens.*--gradient-checkpointing.*--max-tokens"):
-        worker(Backend(room=3)).train_step([table()], StepScope(tokens=16.0))
+        worker(Backend(room=3)).train_step("actor", [table()], StepScope(tokens=16.0))
 
 
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
-        worker(Backend(room=4), max_oom_retries=1).train_step([table(8)], StepScope(tokens=32.0))
+        worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))

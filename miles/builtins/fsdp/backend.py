@@ -11,7 +11,7 @@ of memory alone leaves the others waiting in a collective; only one rank, or all
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class FsdpBackend:
             self.built = build(context, _mesh(context))
             self.scorer = self.built.scorer
             self.optimizer = self._make_optimizer()
-            fill(self.built, initial_weights(context), self.optimizer.write if self.optimizer else copy_into)
+            self._fill(initial_weights(context, self.scorer))
         # A balance loss counts tokens, so all of them are computed. On CUDA it is not known to pay: the mask that a
         # continued prompt needs rules the fastest kernels out.
         self.shares_prompts = self.device.type == "cpu" and not self.scorer.routes
@@ -69,7 +69,7 @@ class FsdpBackend:
         trainable = {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
         if not trainable:
             return None
-        return Optimizer(trainable, self.context.config.optimizer, self.context.total_steps)
+        return Optimizer(trainable, self.context.optimizer, self.context.total_steps)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 
@@ -198,6 +198,14 @@ class FsdpBackend:
         """Full tensors in the compute dtype, as the model's own forward sees them; gathered one at a time."""
         self.placement.need("parameters")
         yield from self.context.bridge.from_world("torch", self.context.hf_config, self._module_weights())
+
+    def take_weights(self, weights: Iterable[WeightGroup]) -> None:
+        """See the protocol. The optimizer's moments stay as they are."""
+        self.placement.need("parameters", "optimizer")
+        self._fill(self.context.bridge.to_world("torch", self.context.hf_config, weights))
+
+    def _fill(self, stream: Iterable[WeightGroup]) -> None:
+        fill(self.built, stream, self.optimizer.write if self.optimizer else copy_into)
 
     def _module_weights(self) -> Iterator[WeightGroup]:
         for name, slot in self.built.slots.items():

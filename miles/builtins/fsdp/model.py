@@ -28,6 +28,8 @@ from miles.toolkit import read_weights
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys of models that change logits after the head, which the scorer would have to do too."""
+SCORE = frozenset({"score.weight"})
+"""What transformers calls the head of a sequence classifier, `[1, H]`."""
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -200,17 +202,36 @@ def forget_iteration(scorer: FSDPModule) -> None:
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def initial_weights(context: BackendContext) -> Iterator[WeightGroup]:
-    """The checkpoint's tensors under the module's names, or with `model.random_init` a draw from the seed."""
+def initial_weights(context: BackendContext, scorer: TokenScorer | None = None) -> Iterator[WeightGroup]:
+    """The checkpoint's tensors under the module's names, or with `model.random_init` a draw from the seed.
+    A critic gives its `scorer`, whose value head they may bring."""
     model = context.config.model
     if not model.random_init:
-        return context.bridge.to_world("torch", context.hf_config, read_weights(context.checkpoint))
+        stream = read_weights(context.checkpoint)
+        if scorer is not None and scorer.value_head is not None:
+            stream = value_weights(stream, scorer.value_head, scorer.lm)
+        return context.bridge.to_world("torch", context.hf_config, stream)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.config.run.seed)
         lm = AutoModelForCausalLM.from_config(
             copy.deepcopy(context.hf_config), dtype=torch.float32, trust_remote_code=model.trust_remote_code
         )
     return ({name: slot.tensor.detach()} for name, slot in find_slots(lm).items())
+
+
+@torch.no_grad()
+def value_weights(stream: Iterable[WeightGroup], head: nn.Linear, lm: Any) -> Iterator[WeightGroup]:
+    """A checkpoint for a critic: the score of a sequence classifier becomes the value head, and the head over the
+    vocabulary, which such a checkpoint lacks and a critic does not use, is zero."""
+    name, unused = "lm_head.weight", lm.get_output_embeddings().weight
+    lacks = unused is not lm.get_input_embeddings().weight
+    for group in stream:
+        lacks = lacks and name not in group
+        for key in SCORE & set(group):
+            copy_into(head.weight, group[key])
+        yield {key: tensor for key, tensor in group.items() if key not in SCORE}
+    if lacks:
+        yield {name: torch.zeros(unused.shape)}
 
 
 @torch.no_grad()

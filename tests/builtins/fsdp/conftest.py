@@ -60,10 +60,12 @@ def moe() -> Callable[..., PretrainedConfig]:
 def make_backend(dense) -> Callable[..., FsdpBackend]:
     """`make_backend(hf_config, role=..., train={...}, optimizer={...})`, weights drawn from a seed."""
 
-    def make(hf_config=None, *, role="actor", train=None, optimizer=None, temperature=1.0, **context) -> FsdpBackend:
+    def make(
+        hf_config=None, *, role="actor", train=None, optimizer=None, temperature=1.0, random_init=True, **context
+    ) -> FsdpBackend:
         config = Config.model_validate(
             {
-                "model": {"random_init": True},
+                "model": {"random_init": random_init},
                 "run": {"seed": 3},
                 "train": train or {},
                 "optimizer": {"lr": 1e-2, **(optimizer or {})},

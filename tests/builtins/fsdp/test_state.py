@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import Qwen3ForSequenceClassification
 
 from miles.builtins.fsdp.backend import FsdpBackend
 from miles.builtins.fsdp.model import initial_weights
@@ -211,3 +212,25 @@ def test_transforms_freeze_and_wrap(make_backend, samples, pack, weighted):
     assert same(before, {name: t for group in adapted.named_weights() for name, t in group.items()})
     assert not torch.equal(adapted.forward([pack(samples)], want)[0].log_probs_T, second)
     assert len(adapted.optimizer.masters) == 2
+
+
+def test_a_critic_may_start_from_a_sequence_classifier(make_backend, dense, samples, pack, tmp_path):
+    config = dense(tie_word_embeddings=False, num_labels=1)
+    judge = Qwen3ForSequenceClassification(config)
+    judge.save_pretrained(tmp_path)
+    critic = make_backend(config, role="critic", checkpoint=tmp_path, random_init=False)
+    assert torch.equal(critic.scorer.value_head.weight, judge.score.weight)
+    assert torch.equal(critic.scorer.lm.model.norm.weight, judge.model.norm.weight)
+    (outputs,) = critic.forward([pack(samples)], frozenset({"values"}))
+    assert outputs.values_T.isfinite().all()
+
+
+def test_a_model_takes_the_weights_of_another(make_backend):
+    first, second = make_backend(), make_backend(role="critic", optimizer={"lr": 0.1})
+    head = second.scorer.value_head.weight.clone()
+    with torch.no_grad():
+        for parameter in first.scorer.parameters():
+            parameter.add_(1)
+    second.take_weights(first.named_weights())
+    assert all(torch.equal(p, second.scorer.get_parameter(n)) for n, p in first.scorer.named_parameters())
+    assert torch.equal(second.scorer.value_head.weight, head)
