@@ -1,8 +1,8 @@
 """Many reinforcement learning runs of the quickstart, side by side: separate processes of one thread each.
 
 A study says which runs it wants (`Job`) and gets their curves. Data and warm-up of a seed are made once; a run that has
-finished with the same flags is not made again; one that fails leaves its log and does not stop the others. Plugins of
-this repository that are not installed are found where they stand.
+finished with the same flags is not made again; one that fails leaves its log and does not stop the others. It is this
+copy of the repository that runs, installed or not.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Study:
     def __init__(self, out: Path, at_once: int):
         self.out, self.at_once = out.resolve(), at_once
         self.out.mkdir(parents=True, exist_ok=True)
-        self.path = [*plugin_paths(self.out / "entry-points"), ROOT]
+        self.path = plugin_paths(self.out / "entry-points")
         self.failures: list[str] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
@@ -204,20 +204,19 @@ def train(config: str, seed: int, *flags: str) -> list[str]:
 
 
 def plugin_paths(folder: Path) -> list[Path]:
-    """What must be on the path for the distributions of this repository that are not installed: their folders, and
-    `folder`, where their entry points are written down as an installer would."""
-    paths: list[Path] = []
+    """What must be on the path so that this copy of the repository is used, installed or not: the folders of its plugins,
+    and `folder`, where the entry points of those that are not installed are written down as an installer would."""
+    paths = [folder]
     for pyproject in (ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/*/pyproject.toml"))):
+        paths.append(pyproject.parent)
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         try:
             distribution(project["name"])
-            continue
         except PackageNotFoundError:
-            paths.append(pyproject.parent)
-        info = folder / f"{project['name'].replace('-', '_')}-0.1.0.dist-info"
-        info.mkdir(parents=True, exist_ok=True)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
-        points = project.get("entry-points", {}).get("miles", {})
-        lines = [f"{name} = {value}" for name, value in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[miles]", *lines, ""]))
-    return [folder, *paths] if paths else []
+            info = folder / f"{project['name'].replace('-', '_')}-0.1.0.dist-info"
+            info.mkdir(parents=True, exist_ok=True)
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0.1.0\n")
+            points = project.get("entry-points", {}).get("miles", {})
+            lines = [f"{name} = {value}" for name, value in points.items()]
+            (info / "entry_points.txt").write_text("\n".join(["[miles]", *lines, ""]))
+    return paths

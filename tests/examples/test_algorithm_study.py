@@ -122,17 +122,16 @@ def test_the_log_of_a_process_that_fails_is_quoted(tmp_path):
         made._call(words, tmp_path, "job", ())
 
 
-def test_plugins_that_are_not_installed_are_found_where_they_stand(tmp_path, monkeypatch):
+def test_this_copy_of_the_repository_is_used_installed_or_not(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "distribution", lambda name: name)
-    assert runs.plugin_paths(tmp_path) == []
+    assert runs.ROOT / "plugins" / "algorithms" / "miles-grpo" in runs.plugin_paths(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
     def missing(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(runs, "distribution", missing)
-    paths = runs.plugin_paths(tmp_path)
-    assert paths[0] == tmp_path
-    assert runs.ROOT / "plugins" / "algorithms" / "miles-grpo" in paths
+    assert runs.plugin_paths(tmp_path)[0] == tmp_path
     found = {d.name: {point.name: point.value for point in d.entry_points} for d in distributions(path=[str(tmp_path)])}
     assert found["miles"] == {"builtin": "miles.builtins.plugin"}
     assert found["miles-grpo"] == {"grpo": "miles_grpo.plugin"}

@@ -1,0 +1,128 @@
+"""Rollouts that are 0, 1, 4 and 16 updates old, with every correction of corrections.yaml, on the quickstart's task.
+
+    python examples/staleness/study.py --jobs 16
+    python examples/staleness/study.py --only none tis --lags 0 16 --seeds 1
+    python examples/staleness/study.py --plot-only results.json
+
+Writes into `--out`: results.json, table.md and by_rollouts.svg. Runs are processes of one thread each; what finished
+with the same flags is not made again. Exits with 1 when a run failed.
+
+An update is a rollout's: four optimizer steps. The engine always has the weights of `lag` updates ago (delayed.py), so
+evaluations see these too: a run is `lag` rollouts longer than one without, and all are compared by what they had
+learned from the same number of rollouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "algorithms"))
+from chart import COLORS, Line, Panel, chart  # noqa: E402
+from quickstart_runs import Curve, Job, Study, load  # noqa: E402
+
+ROLLOUTS = 60
+RECIPE = ("--eval-interval", "4", "--weight-sync", "delayed:Delayed")
+"""What differs from the quickstart's recipe in every run. Its learning rate is such that old rollouts hurt."""
+Results = Mapping[str, Mapping[int, Sequence[Curve]]]
+"""Correction -> lag -> the curve of each seed, by rollouts learned from."""
+
+
+def corrections() -> dict[str, dict[str, str]]:
+    """Name -> flags and what they mean, in the order of the file."""
+    entries = yaml.safe_load((HERE / "corrections.yaml").read_text(encoding="utf-8"))
+    return {entry.pop("name"): entry for entry in entries}
+
+
+def job(correction: str, lag: int, seed: int, more: Sequence[str] = ()) -> Job:
+    """The run of one cell; `more` flags come first."""
+    own = shlex.split(corrections()[correction]["flags"])
+    length = ("--num-rollout", str(ROLLOUTS + lag), f"--weight-sync.transport.lag={lag}")
+    return Job(f"{correction}-lag{lag}", seed, (*RECIPE, *length, *more, *own), modules=(HERE,))
+
+
+def learned(curve: Curve, lag: int) -> Curve:
+    """By rollouts that the evaluated policy had learned from, which are `lag` fewer than were made."""
+    first = max((i for i, step in enumerate(curve.steps) if step <= lag), default=0)
+    columns = {name: values[first:] for name, values in vars(curve).items()}
+    return Curve(**{**columns, "steps": [max(0, step - lag) for step in columns["steps"]]})
+
+
+def arranged(found: Mapping[str, Sequence[Curve]]) -> Results:
+    """From the names of runs to the cells of the table."""
+    cells: dict[str, dict[int, list[Curve]]] = {}
+    for name, curves in found.items():
+        correction, _, lag = name.rpartition("-lag")
+        cells.setdefault(correction, {})[int(lag)] = [learned(curve, int(lag)) for curve in curves]
+    return cells
+
+
+def table(results: Results) -> str:
+    """Markdown: greedy accuracy at the end, mean and range over seeds, a column a lag."""
+    lags = sorted({lag for cells in results.values() for lag in cells})
+    lines = [f"| correction | {' | '.join(f'{lag} updates old' for lag in lags)} |", f"|---|{'---|' * len(lags)}"]
+    for name, cells in results.items():
+        texts = []
+        for lag in lags:
+            ends = [curve.greedy[-1] for curve in cells.get(lag, ())]
+            texts.append(f"{statistics.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})" if ends else "")
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(results: Results) -> str:
+    """SVG: one panel a lag, one line a correction."""
+    panels = []
+    for lag in sorted({lag for cells in results.values() for lag in cells}):
+        lines = []
+        for color, (name, cells) in zip(COLORS, results.items(), strict=False):
+            curves = cells.get(lag)
+            if curves:
+                points = [
+                    (step, statistics.mean(values), min(values), max(values))
+                    for step, *values in zip(curves[0].steps, *(curve.greedy for curve in curves), strict=True)
+                ]
+                lines.append(Line(name, color, points))
+        panels.append(Panel(f"{lag} updates old", lines))
+    return chart(panels, "Greedy accuracy on held-out sums, by rollouts learned from", "rollouts", columns=2)
+
+
+def write(results: Results, out: Path) -> None:
+    """Table and chart."""
+    (out / "table.md").write_text(table(results), encoding="utf-8")
+    (out / "by_rollouts.svg").write_text(picture(results), encoding="utf-8")
+    print(table(results))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 4, 16])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
+    parser.add_argument("--only", nargs="+", choices=list(corrections()), default=list(corrections()))
+    parser.add_argument("--flags", default="", help="for every run, such as '--lr 2e-4'")
+    parser.add_argument("--plot-only", type=Path, metavar="RESULTS", help="draw what a results.json holds")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.plot_only:
+        write(arranged(load(args.plot_only)), args.out)
+        return 0
+    study, more = Study(args.out, args.jobs), shlex.split(args.flags)
+    jobs = [job(name, lag, seed, more) for name in args.only for lag in args.lags for seed in args.seeds]
+    study.run(jobs)
+    results = arranged(load(study.save(jobs)))
+    if results:
+        write(results, args.out)
+    return bool(study.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
