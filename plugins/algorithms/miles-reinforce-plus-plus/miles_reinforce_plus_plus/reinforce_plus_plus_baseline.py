@@ -15,7 +15,6 @@ not 0 before, and a group whose rewards agree gets a small advantage other than 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from miles.api import AdvantageInputs
@@ -24,7 +23,6 @@ from miles.toolkit import GroupStatistics, kl_cost, spread_over_samples, whiten
 
 def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> Tensor:
     """Whitened `R - mean_G - kl_coef KL_t`, `[T]` float32, 0 off the mask."""
-    group = GroupStatistics.of(inputs)
-    relative_N = torch.where(group.std_N > 0, inputs.rewards_N.double() - group.mean_N, 0.0)
+    relative_N = inputs.rewards_N.double() - GroupStatistics.of(inputs).mean_N
     relative_T = spread_over_samples(relative_N, inputs.bounds, len(inputs.mask_T))
     return whiten(relative_T - kl_cost(inputs), inputs.mask_T) * inputs.mask_T

@@ -55,7 +55,7 @@ def test_siblings_of_one_trajectory_count_once(inputs_of):
 
 @pytest.mark.parametrize("groups", [[0, 0, 0], [0, 1, 2]])
 def test_groups_that_agree_and_groups_of_one_teach_nothing(groups, inputs_of):
-    assert reinforce_plus_plus_baseline(inputs_of([0.1, 0.1, 0.1], [3, 7, 2], groups)).tolist() == [0] * 12
+    assert reinforce_plus_plus_baseline(inputs_of([0.1, 0.1, 0.1], [3, 7, 2], groups)).abs().max() < 1e-6
 
 
 def test_log_ratios_of_fifty_stay_finite(inputs_of):
