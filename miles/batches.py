@@ -106,6 +106,7 @@ class AdvantageInputs:
     """Per-token KL to the reference by the configured estimator, when `algorithm.kl_coef` is set."""
     kl_coef: float = 0.0
     baseline_rewards_N: Tensor | None = None
+    """Reward of one greedy rollout of the same prompt, for a component that needs `greedy_rollout`."""
 
 
 @dataclass
@@ -133,6 +134,9 @@ class LossInputs:
     outputs: Outputs | None = None
     tokens_T: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    teacher_logits: Callable[[int, int], Tensor] | None = None
+    """A local teacher's, `(start, end) -> [end - start, V]`: rows and temperature as in `Outputs.logits`, without a
+    gradient."""
 
 
 @dataclass

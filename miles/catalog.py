@@ -27,7 +27,10 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
         "miles-ppo": ("ppo",),
         "miles-gspo": ("gspo",),
         "miles-cispo": ("cispo",),
+        "miles-sapo": ("sapo",),
+        "miles-dppo": ("dppo",),
         "miles-grpo": ("dapo",),
+        "miles-is-corrections": ("bypass", "decoupled_ppo"),
     },
     "is_corrections": {"miles-is-corrections": ("tis", "mis", "icepop", "m2po")},
     "bridges": {"miles-qwen": ("qwen",), "miles-llama": ("llama",)},
@@ -44,14 +47,20 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 MADE = frozenset(
     {
+        "miles-cispo",
+        "miles-dppo",
         "miles-grpo",
+        "miles-gspo",
         "miles-llama",
         "miles-math",
         "miles-maxrl",
+        "miles-opsm",
         "miles-ppo",
         "miles-qwen",
         "miles-reinforce-plus-plus",
+        "miles-remax",
         "miles-rloo",
+        "miles-sapo",
         "miles-wandb",
     }
 )

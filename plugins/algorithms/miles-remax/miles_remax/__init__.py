@@ -1,0 +1,1 @@
+"""Advantages over the greedy rollout of a prompt: ReMax."""
