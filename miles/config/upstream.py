@@ -212,7 +212,6 @@ LATER: tuple[tuple[str, str], ...] = (
         "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
         "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
     ),
-    ("named corrections of importance (miles-is-corrections)", "use-tis tis-clip tis-clip-low"),
     (
         "replay of expert choices (miles-routing-replay)",
         "use-routing-replay use-rollout-routing-replay use-indexer-replay use-rollout-indexer-replay",
