@@ -122,6 +122,8 @@ class Fates:
         assert kind is not None
         if value in self.registry.names(kind):
             return Fate("same", "")
+        if kind == "advantage_estimators" and value in self.registry.names("presets"):
+            return Fate("same", "a preset")
         answer = known_name(kind, value)
         if answer is None:
             raise KeyError(f"--{flag} {value}: neither installed nor answered in miles/config/upstream.py")

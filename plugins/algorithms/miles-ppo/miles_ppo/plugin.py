@@ -1,9 +1,10 @@
-"""Registers the estimator `gae`."""
+"""Registers the estimator `gae` and the preset `ppo`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from miles.api import Component, ConfigError, hookimpl
 
@@ -36,4 +37,16 @@ def miles_register_advantage_estimators() -> Mapping[str, Component]:
             summary="Reward to come, relative to what a critic expected (GAE)",
             paper="arXiv:1506.02438",
         )
+    }
+
+@hookimpl
+def miles_register_presets() -> Mapping[str, Mapping[str, Any]]:
+    return {
+        "ppo": {
+            "algorithm": {
+                "advantage_estimator": "gae",
+                "policy_loss": "ppo_clip",
+                "normalize_advantages": True,
+            }
+        }
     }

@@ -1,6 +1,6 @@
-"""The estimator keeps the contract of its kind."""
+"""The estimator and the preset keep the contracts of their kinds."""
 
-from miles.testing import AdvantageEstimatorContract
+from miles.testing import AdvantageEstimatorContract, PresetContract
 
 
 class TestGae(AdvantageEstimatorContract):
@@ -11,3 +11,7 @@ class TestGae(AdvantageEstimatorContract):
 class TestGaeLooksAhead(AdvantageEstimatorContract):
     name = "gae"
     options = {"gamma": 0.99, "lam": 0.9}
+
+
+class TestPpo(PresetContract):
+    name = "ppo"
