@@ -132,6 +132,8 @@ class LossInputs:
     ref_log_probs_T: Tensor | None = None
     teacher_log_probs_T: Tensor | None = None
     outputs: Outputs | None = None
+    teacher_logits: Callable[[int, int], Tensor] | None = None
+    """Of teachers in the trainer, aligned like `outputs.logits` and at the same temperature, without a gradient."""
     tokens_T: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     teacher_logits: Callable[[int, int], Tensor] | None = None

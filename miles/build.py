@@ -15,13 +15,16 @@ from miles import __version__
 from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
-from miles.config import NONE, Config, TaskSet
+from miles.config import NONE, Config, Spec, TaskSet
 from miles.config.components import components_of
 from miles.config.derived import Derived, Numbers
+from miles.config.teacher import POLICY
 from miles.errors import ConfigError
 from miles.kinds import KINDS
 from miles.log import logger
 from miles.modeling import (
+    AUTO,
+    automatic,
     bridge_for,
     chat_format_for,
     end_token_ids,
@@ -30,6 +33,7 @@ from miles.modeling import (
     precision_for,
     resolve_device,
 )
+from miles.options import options_of
 from miles.protocols import (
     ChatFormat,
     DataContext,
@@ -48,10 +52,12 @@ from miles.rollout.task import Task
 from miles.tracking import Tracking
 from miles.training.advantages import component_needs, needs_reference
 from miles.training.probe import WeightProbe
+from miles.training.teachers import Teachers, model_name
 from miles.training.trainer import Trainer
 from miles.training.worker import ModelSetup, WorkerSetup
 from miles.types import Prompt
 
+TEACHER_NEEDS: frozenset[Need] = frozenset({"teacher", "teacher_logits", "teacher_top_k"})
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
 
@@ -150,9 +156,14 @@ def make_task(
 
 
 async def make_engine(
-    config: Config, registry: Registry, model: Model, stack: AsyncExitStack, load_weights: bool
+    config: Config,
+    registry: Registry,
+    model: Model,
+    stack: AsyncExitStack,
+    load_weights: bool,
+    spec: Spec | None = None,
 ) -> RolloutEngine:
-    """Build and start the rollout engine."""
+    """Build and start an engine: that of the rollout, unless another one is named."""
     context = EngineContext(
         checkpoint=model.checkpoint,
         hf_config=model.hf_config,
@@ -164,10 +175,28 @@ async def make_engine(
         run_dir=config.run.dir,
         precision=precision_for(registry, config),
     )
-    engine = registry.build("rollout_engines", config.rollout.engine, context=context)
+    engine = registry.build("rollout_engines", spec or config.rollout.engine, context=context)
     closing(stack, engine)
     await engine.start()
     return engine
+
+
+async def make_teachers(config: Config, registry: Registry, model: Model, stack: AsyncExitStack) -> Teachers | None:
+    """The driver's half of the teachers that the algorithm needs, speaking to those on servers; None without need."""
+    needs, section = component_needs(config, registry), config.teacher
+    if not needs & TEACHER_NEEDS or not (section.load or section.urls):
+        return None
+    engines = {}
+    for name, url in section.urls.items():
+        chosen = automatic(registry, section.engine or Spec(name=AUTO), "rollout_engines", "scores")
+        spec = Spec(name=chosen.name, options={**chosen.options, "url": url})
+        engines[name] = await make_engine(config, registry, model, stack, load_weights=False, spec=spec)
+    top_k = 0
+    if section.urls and "teacher_top_k" in needs:
+        loss = config.algorithm.policy_loss
+        default = options_of(registry.component("policy_losses", loss.name).options)["k"].default
+        top_k = loss.options.get("k", default)
+    return Teachers(section, engines, model.chat, rollout_temperature(config), "teacher" in needs, top_k)
 
 
 def closing(stack: AsyncExitStack, part: Closable) -> None:
@@ -196,6 +225,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     workers = await launch_workers(config, models, registry, stack, derived.world_size)
     engines = [await make_engine(config, registry, model, stack, load_weights=False)]
     front = EngineFront(engines, config.rollout.concurrency)
+    teachers = await make_teachers(config, registry, model, stack)
     task = partial(make_task, config, registry, model, front)
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
     weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
@@ -212,7 +242,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         producer=Producer(
             config, source, {s.name: task(s) for s in config.data.sets}, filters, _greedy(config, registry)
         ),
-        trainer=Trainer(config, derived, registry, workers, shares=await workers.call("data_share")),
+        trainer=Trainer(config, derived, registry, workers, await workers.call("data_share"), teachers),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
         probe=make_probe(config, registry, model, engines) if engines[0].generates else None,
@@ -276,6 +306,10 @@ def train_models(config: Config, derived: Derived, registry: Registry, model: Mo
     models = {"actor": ModelSetup("actor", model.checkpoint, steps)}
     if needs_reference(config, registry):
         models["reference"] = ModelSetup("reference", checkpoint(config.model.ref_load))
+    if needs & TEACHER_NEEDS:
+        for name, place in config.teacher.load.items():
+            if place != POLICY:
+                models[model_name(config.teacher, name)] = ModelSetup("teacher", resolve_checkpoint(place))
     if "critic" in needs:
         alone = config.critic.only_steps * derived.optimizer_steps_per_rollout
         models["actor"] = ModelSetup("actor", model.checkpoint, max(steps - alone, 0))

@@ -14,6 +14,8 @@ Need = Literal[
     "reference",
     "critic",
     "teacher",
+    "teacher_logits",
+    "teacher_top_k",
     "greedy_rollout",
     "entropy",
     "logits",

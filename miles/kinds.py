@@ -35,7 +35,7 @@ KINDS: dict[str, Kind] = {
         Kind("precision_schemes", ("precision.scheme",), protocols.PrecisionScheme),
         Kind("routing_replays", ("moe.routing_replay",), protocols.RoutingReplay, ("none",)),
         Kind("train_backends", ("train.train_backend",), protocols.TrainBackend),
-        Kind("rollout_engines", ("rollout.engine",), protocols.RolloutEngine),
+        Kind("rollout_engines", ("rollout.engine", "teacher.engine"), protocols.RolloutEngine),
         Kind("weight_syncs", ("weight_sync.transport",), protocols.WeightSync),
         Kind("executors", ("resources.executor",), protocols.Executor),
         Kind("data_sources", ("data.source",), protocols.DataSource),

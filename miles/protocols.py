@@ -253,7 +253,9 @@ class EngineHealth:
 class RolloutEngine(Protocol):
     """Generates and scores tokens. Context: `EngineContext`. One object may stand for several servers.
 
-    May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit.
+    May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and
+    `async score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at
+    each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for.
     """
 
     accepts: frozenset[str]
@@ -410,7 +412,8 @@ class TrainBackend(Protocol):
     """Gradients are summed over data ranks, not averaged: denominators handed to the loss are global."""
 
     def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
-        """Without gradient, in evaluation mode; outputs on the CPU."""
+        """Without gradient, in evaluation mode; outputs on the CPU, but for `logits`, which stay where they are
+        computed and may be asked for until the weights change."""
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = frozenset({"log_probs"})

@@ -25,7 +25,6 @@ from miles.registry import Registry
 MODES = ("sync",)
 """Rollout modes that this version has."""
 UNMET = {
-    "teacher": "a teacher model",
     "routed_experts": "the expert choices of the rollout",
 }
 """Needs of components that the core of this version cannot meet."""
@@ -106,25 +105,52 @@ def _losses(c: _Checked) -> Iterator[Fault]:
         )
 
 
-def _critic(c: _Checked) -> Iterator[Fault]:
-    """Settings of a critic, where there is one."""
+def _chosen_needs(c: _Checked) -> set[str]:
+    """What all chosen components need together."""
     chosen = [use for use in c.uses if use.name not in KINDS[use.kind].words]
-    if any("critic" in _component(c, use.kind, use.name).needs for use in chosen):
-        only, steps = c.config.critic.only_steps, c.config.rollout.num_rollout
-        if steps is not None and 0 < steps <= only:
-            yield c.fault(
-                "critic.only_steps",
-                f"leaves the policy nothing to learn from: the run has {steps} rollout batches",
-                "lower --num-critic-only-steps or raise --num-rollout",
-            )
+    return {need for use in chosen for need in _component(c, use.kind, use.name).needs}
+
+
+def _idle(c: _Checked, section: str, what: str, remedy: str) -> Iterator[Fault]:
+    """Settings of a model that no chosen component needs."""
+    for name in type(getattr(c.config, section)).model_fields:
+        if not c.at_default((section, name)):
+            yield c.fault(f"{section}.{name}", f"no chosen component needs {what}", f"{remedy}, or leave it out")
+
+
+def _critic(c: _Checked) -> Iterator[Fault]:
+    if "critic" not in _chosen_needs(c):
+        yield from _idle(c, "critic", "a critic", "--advantage-estimator ppo (or gae)")
         return
-    for name in type(c.config.critic).model_fields:
-        if not c.at_default(("critic", name)):
-            yield c.fault(
-                f"critic.{name}",
-                "there is no critic: no chosen component needs one",
-                "--advantage-estimator ppo (or gae), or leave it out",
-            )
+    only, steps = c.config.critic.only_steps, c.config.rollout.num_rollout
+    if steps is not None and 0 < steps <= only:
+        yield c.fault(
+            "critic.only_steps",
+            f"leaves the policy nothing to learn from: the run has {steps} rollout batches",
+            "lower --num-critic-only-steps or raise --num-rollout",
+        )
+
+
+def _teacher(c: _Checked) -> Iterator[Fault]:
+    section, needs = c.config.teacher, _chosen_needs(c)
+    if not needs & {"teacher", "teacher_logits", "teacher_top_k"}:
+        yield from _idle(c, "teacher", "a teacher", "--advantage-terms distillation")
+        return
+    own_functions = any(s.generate.name not in KINDS["generate_functions"].words for s in c.config.data.sets)
+    if not section.load and not section.urls and not own_functions:  # which may bring a teacher's log-probs themselves
+        yield c.fault(
+            "teacher.load", "who teaches?", "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls NAME=URL for a server"
+        )
+    for name in sorted(set(section.load) & set(section.urls)):
+        yield c.fault("teacher.urls", f"{name!r} is also in teacher.load", "give each teacher a name of its own")
+    if "teacher_logits" in needs and section.urls:
+        yield c.fault(
+            "teacher.urls",
+            f"the policy loss {c.config.algorithm.policy_loss.name!r} compares all logits, which no server sends",
+            "--opd-teacher-load CHECKPOINT, or another --policy-loss",
+        )
+    if section.engine is not None and not section.urls:
+        yield c.fault("teacher.engine", "there is no server to speak to", "give --opd-teacher-urls, or leave it out")
 
 
 def _sampling(c: _Checked) -> Iterator[Fault]:
@@ -282,7 +308,7 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _kl, _losses, _critic, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs,
+    _plugins, _kl, _losses, _critic, _teacher, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs,
     _routing_replay,
 )  # fmt: skip
 

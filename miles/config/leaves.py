@@ -71,7 +71,7 @@ class Leaf:
     @property
     def is_list(self) -> bool:
         return self.shape in ("specs", "rewards") or any(
-            typing.get_origin(m) is tuple for m in _members(self.annotation)
+            typing.get_origin(m) in (tuple, dict) for m in _members(self.annotation)
         )
 
 

@@ -23,6 +23,7 @@ from miles.config.system import (
     ResourcesSection,
     WeightSyncSection,
 )
+from miles.config.teacher import TeacherSection
 from miles.config.train import TrainSection
 
 METRICS_FILE = Spec(name="jsonl")
@@ -44,6 +45,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     critic: CriticSection = CriticSection()
+    teacher: TeacherSection = TeacherSection()
     precision: PrecisionSection = PrecisionSection()
     moe: MoeSection = MoeSection()
     weight_sync: WeightSyncSection = WeightSyncSection()

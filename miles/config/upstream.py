@@ -118,6 +118,7 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "moe-aux-loss-coeff moe-router-load-balancing-type moe-router-bias-update-rate"),
     ("leave it out: --bridge, or the checkpoint's own model type, names the family", "megatron-to-hf-mode model-name"),
     ("--ref-load, with the checkpoint itself", "ref-ckpt-step"),
+    ("--opd-teacher-load, with the checkpoint itself", "opd-teacher-ckpt-step"),
     ("--load, with the checkpoint itself", "ckpt-step"),
     ("leave it out: --load takes weights alone; the run directory's own checkpoints, everything",
      "finetune no-load-optim no-load-rng use-checkpoint-lr-scheduler override-lr-scheduler"),
@@ -210,7 +211,7 @@ LATER: tuple[tuple[str, str], ...] = (
     (
         "distillation from a teacher (miles-distillation)",
         "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
-        "opd-topk-per-position opd-teacher-urls opd-teacher-key opd-teacher-load opd-teacher-ckpt-step",
+        "opd-topk-per-position",
     ),
     (
         "replay of expert choices (miles-routing-replay)",

@@ -64,6 +64,8 @@ class Objective(Loss):
         self.policy_loss = policy_loss
         self.masks = masks
         """With their names."""
+        self.teacher_logits: Callable[[MicroBatch], Callable[[int, int], Tensor]] | None = None
+        """Has the teachers read a micro-batch, where the policy loss compares with their logits."""
 
     def __call__(self, batch: MicroBatch, outputs: Outputs) -> LossResult:
         assert outputs.log_probs_T is not None
@@ -117,6 +119,7 @@ class Objective(Loss):
             ref_log_probs_T=columns.get("ref_log_probs"),
             teacher_log_probs_T=columns.get("teacher_log_probs"),
             outputs=outputs,
+            teacher_logits=self.teacher_logits(batch) if self.teacher_logits else None,
             tokens_T=batch.tokens_T,
             columns=columns,
         )

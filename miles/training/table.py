@@ -18,9 +18,20 @@ STAYS = (LOSS_MASK.name, WEIGHT_VERSION.name)
 """Columns of samples that the trainer does not take along; the loss mask becomes `mask`."""
 OWN = (
     "mask", "weights", "advantages", "returns", "values", "old_log_probs", "ref_log_probs", "is_weights", "keep",
-    "has_rollout_log_probs",
+    "has_rollout_log_probs", "teacher_top_k_ids", "teacher_top_k_log_probs",
 )  # fmt: skip
 """Columns that the trainer writes: no sample may bring them."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Who teaches a row."""
+
+    model: str
+    """The teacher among the models of a worker; empty when it is on a server."""
+    teacher: str
+    tokens: np.ndarray | None = None
+    """What the teacher reads, where that is not what the policy read: another prompt, the same response."""
 
 
 @dataclass
@@ -40,6 +51,8 @@ class Table:
     """Column name -> `[N]` bool: whether the sample itself had it, or these rows are fill."""
     ids: list[int] = field(default_factory=list)
     multimodal: list[dict[str, Any]] = field(default_factory=list)
+    lessons: list[Lesson] = field(default_factory=list)
+    """One a row, where there are teachers."""
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], truncated: str = "keep") -> Table:
@@ -87,6 +100,10 @@ class Table:
     def has(self, name: str) -> bool:
         return name in self.columns
 
+    def complete(self, name: str) -> bool:
+        """Whether every sample brought this column itself."""
+        return name in self.present and bool(self.present[name].all())
+
     def put(self, name: str, values_T: Tensor) -> None:
         """Attach a column given end to end."""
         pieces = values_T.detach().split(self.lengths)
@@ -106,6 +123,7 @@ class Table:
             present={name: flags[index] for name, flags in self.present.items()},
             ids=[self.ids[r] for r in rows],
             multimodal=[self.multimodal[r] for r in rows],
+            lessons=[self.lessons[r] for r in rows] if self.lessons else [],
         )
 
 

@@ -28,22 +28,30 @@ from miles.training.objective import StepScope
 from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
+from miles.training.teachers import Teachers
 from miles.training.worker import DataShare, StepOutcome
-from miles.types import Group, Metrics
+from miles.types import TEACHER_LOG_PROBS, Group, Metrics
 
 
 class Trainer:
     """Drives the train workers through one rollout batch after the other."""
 
     def __init__(
-        self, config: Config, derived: Derived, registry: Registry, workers: WorkerGroup, shares: Sequence[DataShare]
+        self,
+        config: Config,
+        derived: Derived,
+        registry: Registry,
+        workers: WorkerGroup,
+        shares: Sequence[DataShare],
+        teachers: Teachers | None = None,
     ):
-        """`shares` of the ranks."""
+        """`shares` of the ranks; `teachers` where a component needs one."""
         self.config, self.derived, self.workers = config, derived, workers
         self.shares = [share.part for share in shares]
         self.together = all(share.together for share in shares)
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
+        self.teachers = teachers
         self.needs_critic = "critic" in component_needs(config, registry)
         self.batches = 0
         """Trained on so far."""
@@ -67,6 +75,9 @@ class Trainer:
             return {"train/skipped_batches": 1.0}
         metrics: Metrics = {}
         self.seconds = 0.0
+        if self.teachers is not None and not table.complete(TEACHER_LOG_PROBS.name):
+            samples = {sample.id: sample for group in groups for sample in group.samples}
+            await self.teachers.teach(table, samples, self._forward)
         await self._log_probs(table, metrics)
         if self.needs_critic:
             table.columns["values"] = await self._forward("critic", table, "values")

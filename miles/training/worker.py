@@ -30,6 +30,7 @@ from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch
 from miles.training.table import Table
+from miles.training.teachers import TeacherLogits
 from miles.types import Metrics, MicroBatch, StepReport
 
 
@@ -99,6 +100,7 @@ class TrainWorker:
             "actor": Objective(config.algorithm, loss, masks),
             "critic": ValueObjective(config.critic.value_clip),
         }
+        self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
         self.wants: dict[str, frozenset[Want]] = {
             "actor": loss_wants(config, registry),
             "critic": frozenset({"values"}),
@@ -150,6 +152,9 @@ class TrainWorker:
         lost, since the weight of each token does not depend on the micro-batch it is in."""
         model, objective = self.models[name], self.losses[name]
         objective.scope = scope
+        if isinstance(objective, Objective) and self.compares_logits:
+            lessons = {i: lesson for t in tables for i, lesson in zip(t.ids, t.lessons, strict=True) if lesson.model}
+            objective.teacher_logits = partial(TeacherLogits.of, lessons=lessons, models=self.models)
         batches = [self._pack(table) for table in tables]
         retries = 0
         while True:
@@ -262,6 +267,11 @@ def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:
     if "logits" in needs:
         wanted.add("logits")
     return frozenset(wanted)
+
+
+def needs_teacher_logits(config: Config, registry: Registry) -> bool:
+    """Whether the policy loss compares whole distributions."""
+    return bool({"teacher_logits", "teacher_top_k"} & component_needs(config, registry))
 
 
 def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:

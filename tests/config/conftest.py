@@ -32,6 +32,7 @@ class Extra(types.SimpleNamespace):
         return {
             "soft": Component("parts:soft", options=LossOptions, flags=flags),
             "hard": Component("parts:hard", options=LossOptions),
+            "copying": Component("parts:copying", needs={"logits", "teacher_logits"}),
         }
 
     @hookimpl

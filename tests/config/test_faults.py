@@ -116,13 +116,25 @@ def test_what_is_missing(solve):
         (["--eval-prompt-data", "a", "a.jsonl", "--eval-pass-k", "8"], "eval.pass_k", "1 at most"),
         (["--rm-type", "world"], "data.sets.default.reward", "needs an environment"),
         (["--generate", "multi_turn"], "data.sets.default.generate", "needs an environment"),
-        (["--critic-lr", "1e-5"], "critic.lr", "no chosen component needs one"),
+        (["--critic-lr", "1e-5"], "critic.lr", "no chosen component needs a critic"),
         (
             ["--advantage-estimator", "valued", "--num-critic-only-steps", "5", "--num-rollout", "5"],
             "critic.only_steps",
             "leaves the policy nothing to learn from",
         ),
-        (["--advantage-terms", "flat", "taught"], "algorithm.advantage_terms.1", "teacher model, which is not"),
+        (["--advantage-terms", "flat", "taught"], "teacher.load", "who teaches?"),
+        (["--opd-teacher-load", "t"], "teacher.load", "no chosen component needs a teacher"),
+        (
+            ["--advantage-terms", "taught", "--opd-teacher-load", "a=x", "--opd-teacher-urls", "a=http://y"],
+            "teacher.urls",
+            "'a' is also in teacher.load",
+        ),
+        (["--policy-loss", "copying", "--opd-teacher-urls", "http://y:1"], "teacher.urls", "which no server sends"),
+        (
+            ["--advantage-terms", "taught", "--opd-teacher-load", "x", "--opd-teacher-engine", "torch"],
+            "teacher.engine",
+            "no server to speak to",
+        ),
         (
             ["--advantage-estimator", "greedy", "--rollout-engine", "none"],
             "algorithm.advantage_estimator",

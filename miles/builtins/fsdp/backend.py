@@ -74,7 +74,8 @@ class FsdpBackend:
     # ------------------------------------------------------------------------------------------------------ numbers
 
     def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
-        """Without gradient; outputs on the CPU. `logits` may be called until the weights change, by all ranks."""
+        """Without gradient; outputs on the CPU, but for `logits`, which all ranks together may ask for until the
+        weights change."""
         self.placement.need("parameters")
         with self._recovering(), torch.no_grad():
             return [self._to_cpu(self._score(move_micro_batch(batch, self.device), want)) for batch in batches]
@@ -130,7 +131,7 @@ class FsdpBackend:
         def gathered(start: int, end: int) -> Tensor:
             assert logits is not None
             with self._gathered_root():
-                return logits(start, end).cpu()
+                return logits(start, end)
 
         return Outputs(
             log_probs_T=_cpu(outputs.log_probs_T),

@@ -1,0 +1,28 @@
+"""Every way to say who teaches."""
+
+import pytest
+
+from miles.config.teacher import as_named
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("org/model", {"default": "org/model"}),
+        ("policy", {"default": "policy"}),
+        ("http://host:30000/?key=1", {"default": "http://host:30000/?key=1"}),
+        ("math=org/model", {"math": "org/model"}),
+        (["math=http://a:1", "code=http://b:2"], {"math": "http://a:1", "code": "http://b:2"}),
+        ({"math": "x"}, {"math": "x"}),
+        (None, {}),
+    ],
+)
+def test_places_with_and_without_names(given, meant):
+    assert as_named(given) == meant
+
+
+def test_on_the_command_line(solve):
+    words = ["--advantage-terms", "taught", "--opd-teacher-urls", "math=http://a:1", "code=http://b:2"]
+    assert solve((), *words).config.teacher.urls == {"math": "http://a:1", "code": "http://b:2"}
+    words = ["--advantage-terms", "taught", "--opd-teacher-load", "/models/m"]
+    assert solve((), *words).config.teacher.load == {"default": "/models/m"}
