@@ -204,8 +204,8 @@ def train(config: str, seed: int, *flags: str) -> list[str]:
 
 
 def plugin_paths(folder: Path) -> list[Path]:
-    """What must be on the path so that this copy of the repository is used, installed or not: the folders of its plugins,
-    and `folder`, where the entry points of those that are not installed are written down as an installer would."""
+    """What must be on the path so that this copy of the repository is used, installed or not: its folders, and
+    `folder`, where the entry points of what is not installed are written down as an installer would."""
     paths = [folder]
     for pyproject in (ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/*/pyproject.toml"))):
         paths.append(pyproject.parent)
