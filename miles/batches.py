@@ -136,9 +136,6 @@ class LossInputs:
     """Of teachers in the trainer, aligned like `outputs.logits` and at the same temperature, without a gradient."""
     tokens_T: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    teacher_logits: Callable[[int, int], Tensor] | None = None
-    """A local teacher's, `(start, end) -> [end - start, V]`: rows and temperature as in `Outputs.logits`, without a
-    gradient."""
 
 
 @dataclass
