@@ -94,7 +94,9 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
     if not path.exists() or not (saved or _has_trained(directory)):
         return
-    before, now = (leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
+    then, now = (leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
+    fresh = leaves(Config().model_dump(mode="json"))
+    before = {key: fresh[key] for key in now if key in fresh} | then  # an older version knew fewer settings
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
     if keys:
         lines = "".join(f"\n  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)

@@ -64,8 +64,9 @@ def metrics(run_dir):
 
 
 def final_state(run_dir):
-    folder = run_dir / "checkpoints" / "step_000008" / "actor"
-    return {f"{path.name}:{k}": v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+    """Of every model that learns: what is in its files."""
+    files = sorted((run_dir / "checkpoints" / "step_000008").glob("*/*.safetensors"))
+    return {f"{path.parent.name}/{path.name}:{k}": v for path in files for k, v in load_file(path).items()}
 
 
 def assert_same_end(one: Path, two: Path):
@@ -106,6 +107,17 @@ def kill_and_restart(command, run_dir, times, seed):
 def test_killed_at_random_moments(command, tmp_path):
     finish(command(tmp_path / "whole"))
     kill_and_restart(command, tmp_path / "killed", times=4, seed="1")
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_killed_with_a_critic(command, tmp_path):
+    def ppo(run_dir):
+        return command(run_dir, "--advantage-estimator", "ppo", "--critic-lr", "3e-3", "--num-critic-only-steps", "3")
+
+    finish(ppo(tmp_path / "whole"))
+    kill_and_restart(ppo, tmp_path / "killed", times=3, seed="3")
+    assert {name.partition("/")[0] for name in final_state(tmp_path / "whole")} == {"actor", "critic"}
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -244,6 +256,17 @@ def test_another_experiment_does_not_go_on_in_the_same_directory(config, tmp_pat
     with pytest.raises(ConfigError, match=r"optimizer.lr: 0.001 then, 0.5 now\n.*--resume never"):
         miles.train(config, num_rollout=2, lr=0.5)
     assert miles.train(config, num_rollout=2, eval_interval=1).resumed_from == 1  # longer, and watched more closely
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(config, tmp_path):
+    import miles
+
+    miles.train(config, num_rollout=1)
+    path = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    del settings["critic"], settings["optimizer"]["lr_decay_steps"]
+    path.write_text(yaml.safe_dump(settings))
+    assert miles.train(config, num_rollout=2).resumed_from == 1
 
 
 def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config, tmp_path):
