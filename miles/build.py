@@ -16,7 +16,7 @@ from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
 from miles.config import NONE, Config, Spec, TaskSet
-from miles.config.components import components_of
+from miles.config.components import components_of, learns_without_rewards
 from miles.config.derived import Derived, Numbers
 from miles.config.teacher import POLICY
 from miles.errors import ConfigError
@@ -240,7 +240,12 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         residency=Residency(workers, engines, derived.offload_train, derived.offload_rollout),
         weight_sync=weight_sync,
         producer=Producer(
-            config, source, {s.name: task(s) for s in config.data.sets}, filters, _greedy(config, registry)
+            config,
+            source,
+            {s.name: task(s) for s in config.data.sets},
+            filters,
+            greedy=_greedy(config, registry),
+            unjudged=learns_without_rewards(config, registry),
         ),
         trainer=Trainer(config, derived, registry, workers, await workers.call("data_share"), teachers),
         evaluator=registry.build("evaluators", config.eval.evaluator),

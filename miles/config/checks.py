@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.component import Component
-from miles.config.components import Use
+from miles.config.components import Use, learns_without_rewards
 from miles.config.data import TaskSet
 from miles.config.derived import Misfit, Numbers
 from miles.config.faults import Fault, Origin
@@ -148,6 +148,13 @@ def _teacher(c: _Checked) -> Iterator[Fault]:
             "teacher.urls",
             f"the policy loss {c.config.algorithm.policy_loss.name!r} compares all logits, which no server sends",
             "--opd-teacher-load CHECKPOINT, or another --policy-loss",
+        )
+    if "teacher_top_k" in needs and section.load and section.urls:
+        yield c.fault(
+            "teacher.urls",
+            "teachers in the trainer say whole distributions and servers say a few tokens of them: one loss cannot "
+            "compare with both",
+            "have all teachers in teacher.load, or all in teacher.urls",
         )
     if section.engine is not None and not section.urls:
         yield c.fault("teacher.engine", "there is no server to speak to", "give --opd-teacher-urls, or leave it out")
@@ -343,10 +350,14 @@ def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
 
 
 def _rewards(c: _Checked) -> Iterator[Fault]:
-    """Responses that nobody judges teach nothing. Generate functions other than `auto` may reward by themselves."""
+    """Responses that nobody judges teach nothing, unless the algorithm looks at no reward. Generate functions other
+    than `auto` may reward by themselves."""
     if not _generates(c):
         return
+    unjudged = learns_without_rewards(c.config, c.registry)
     for where, task_set in _all_sets(c.config):
+        if unjudged and where == "data.sets":
+            continue
         at_default = c.at_default((*where.split("."), task_set.name, "generate"))
         if at_default and not task_set.reward and task_set.environment is None:
             yield c.fault(

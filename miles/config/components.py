@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from miles.config.base import as_reward, as_spec, as_spec_list, as_weighted
+from miles.config.base import NONE, as_reward, as_spec, as_spec_list, as_weighted
 from miles.config.leaves import SETS, Leaf, Path, leaves
 from miles.config.schema import Config
 from miles.config.values import Text, from_text, item_type
+from miles.errors import MilesError
 from miles.options import options_of
+from miles.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,18 @@ def uses_in(nested: dict[str, Any]) -> Iterator[tuple[Use, dict[str, Any]]]:
         if leaf.kind is not None:
             for path, holder in _holders(nested, leaf):
                 yield from _uses(leaf, path, holder)
+
+
+def learns_without_rewards(config: Config, registry: Registry) -> bool:
+    """Whether whatever says what is learnt looks at no reward: the estimator and its terms, or the loss where there is
+    no estimator. False where a name is unknown."""
+    algorithm = config.algorithm
+    estimators = [("advantage_estimators", s.name) for s in (algorithm.advantage_estimator, *algorithm.advantage_terms)]
+    chosen = estimators if estimators[0][1] != NONE else [("policy_losses", algorithm.policy_loss.name)]
+    try:
+        return all("without rewards" in registry.component(kind, name).provides for kind, name in chosen)
+    except MilesError:
+        return False
 
 
 def read_texts(options: dict[str, Any], kind: type | None) -> None:

@@ -22,7 +22,10 @@ def as_named(value: Any) -> Any:
     for item in [value] if isinstance(value, str) else value:
         name, equals, place = str(item).partition("=")
         named = equals and not set("/:") & set(name)
-        found[name if named else DEFAULT] = place if named else item
+        name = name if named else DEFAULT
+        if name in found:
+            raise ValueError(f"two teachers are called {name!r}: write NAME=PLACE for each")
+        found[name] = place if named else item
     return found
 
 

@@ -101,6 +101,11 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "get-mismatch-metrics"),
     ("leave it out: the critic shares the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
     ("leave it out: the critic is in every checkpoint, beside the policy", "critic-save"),
+    ("leave it out: --opd-teacher-load gives a local teacher, --opd-teacher-urls one that is a server", "opd-type"),
+    ("--policy-loss distill_topk, whose option `divergence` is `reverse` (weighs by the student) or `forward` (by the "
+     "teacher)", "opd-reward-weight-mode"),
+    ("leave it out: a server reports its own likeliest tokens of each position, and nothing else is asked of it",
+     "opd-topk-per-position"),
     ("leave it out: train/entropy is a metric of every run", "use-rollout-entropy observe-training-entropy"),
     # ------------------------------------------------------------------------------------------------------ model, data
     ("leave it out: the model's shape is read from the config of --hf-checkpoint",
@@ -176,6 +181,8 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "tb-project-name tb-experiment-name tensorboard-dir"),
     ("install the plugin miles-ppo or miles-reinforce-plus-plus, which declare it", "gamma"),
     ("install the plugin miles-ppo, which declares it", "lambd"),
+    ("install the plugin miles-distillation, which declares it",
+     "use-opd opd-kl-coef opd-log-prob-top-k opd-top-k-strategy"),
     ("install the plugin miles-wandb, which declares it",
      "wandb-project wandb-team wandb-group wandb-mode wandb-host wandb-dir wandb-run-id"),
     ("WANDB_API_KEY in the environment, or `wandb login`", "wandb-key"),
@@ -207,11 +214,6 @@ LATER: tuple[tuple[str, str], ...] = (
         "multi-lora-n-adapters multi-lora-adapter multi-lora-idle-poll-s multi-lora-http-server-path "
         "multi-lora-backend-path multi-lora-api-port multi-lora-disable-service-mode "
         "multi-lora-max-adapter-global-batch-size multi-lora-max-coalesce-wait-s multi-lora-max-empty-wait-s",
-    ),
-    (
-        "distillation from a teacher (miles-distillation)",
-        "use-opd opd-type opd-kl-coef opd-log-prob-top-k opd-top-k-strategy opd-reward-weight-mode "
-        "opd-topk-per-position",
     ),
     (
         "replay of expert choices (miles-routing-replay)",
@@ -296,8 +298,6 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
     ("checkpoints are written before the next step begins, in one format", "async-save ckpt-format"),
     ("the reference model stays as it is", "ref-update-interval"),
     ("the optimizer keeps its state over the whole run", "reset-optimizer-states"),
-    ("dropping whole sequences by their KL is a policy loss of your own: --policy-loss my_module:f",
-     "use-opsm opsm-delta"),
     (
         "an outside rollout service is a data source or a generate function of your own",
         "rollout-buffer-url fetch-trajectory-retry-times min-batch-collection-ratio rollout-task-type",
@@ -360,9 +360,6 @@ VALUES: dict[tuple[str, str], Answer] = {
     ("rewards", "f1"): Answer("not in this version", "token F1; write it as --rm-type my_module:my_reward"),
     ("rewards", "gpqa"): Answer("not in this version", "letters of choices; write it as --rm-type my_module:my_reward"),
     ("rewards", "ifbench"): Answer("not in this version", "the checks of IFBench"),
-    ("advantage_estimators", "gspo"): Answer("not in this version", "GSPO (miles-gspo)"),
-    ("advantage_estimators", "cispo"): Answer("not in this version", "CISPO (miles-cispo)"),
-    ("advantage_estimators", "ppo"): Answer("not in this version", "a critic, which PPO needs"),
     ("train_backends", "megatron"): Answer("not in this version", "Megatron (miles-megatron); `fsdp` is the backend"),
     ("weight_syncs", "broadcast"): Answer("not in this version", "sending weights to another process; leave it out"),
     ("weight_syncs", "p2p"): Answer("not in this version", "sending weights to another process; leave it out"),

@@ -44,10 +44,12 @@ class Producer:
         tasks: Mapping[str, Task],
         filters: list[SampleFilter],
         greedy: bool = False,
+        unjudged: bool = False,
     ):
-        """`greedy`: every group gets a `baseline`, a greedy rollout of its prompt that is not trained."""
+        """`greedy`: every group gets a `baseline`, a greedy rollout of its prompt that is not trained. `unjudged`:
+        nothing looks at rewards, and a sample without one is fine."""
         self.config, self.source, self.tasks, self.filters, self.greedy = config, source, tasks, filters, greedy
-        self.needs_reward = config.algorithm.advantage_estimator.name != NONE
+        self.needs_reward = config.algorithm.advantage_estimator.name != NONE and not unjudged
         self.ids = Ids()
         self.fates: Counter[str] = Counter()
         self.groups: list[Group] = []

@@ -32,6 +32,8 @@ class Extra(types.SimpleNamespace):
         return {
             "soft": Component("parts:soft", options=LossOptions, flags=flags),
             "hard": Component("parts:hard", options=LossOptions),
+            "unjudging": Component("parts:unjudging", provides=("without rewards",)),
+            "picking": Component("parts:picking", needs={"logits", "teacher_top_k"}),
             "copying": Component("parts:copying", needs={"logits", "teacher_logits"}),
         }
 
@@ -44,6 +46,7 @@ class Extra(types.SimpleNamespace):
             "taught": Component("parts:taught", needs={"teacher", "entropy"}),
             "greedy": Component("parts:greedy", needs={"greedy_rollout"}),
             "compared": Component("parts:compared", needs={"rollout_log_probs"}),
+            "unpaid": Component("parts:unpaid", provides=("without rewards",)),
             "pull": Component("parts:pull", flags={"--use-pull": ""}, provides=("algorithm.advantage_terms",)),
         }
 

@@ -90,6 +90,28 @@ def test_what_is_missing(solve):
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "enough"),
+    [
+        (["--advantage-estimator", "unpaid"], True),
+        (["--advantage-estimator", "unpaid", "--policy-loss", "soft"], True),
+        (["--advantage-estimator", "unpaid", "--advantage-terms", "pull"], False),
+        (["--advantage-estimator", "flat", "--advantage-terms", "unpaid"], False),
+        (["--advantage-estimator", "none", "--policy-loss", "unjudging"], True),
+        (["--advantage-estimator", "none", "--policy-loss", "soft"], False),
+        (["--advantage-estimator", "flat", "--policy-loss", "unjudging"], False),
+    ],
+)
+def test_training_needs_no_reward_that_nothing_looks_at(solve, algorithm, enough):
+    base = ("--hf-checkpoint", "org/x", "--num-rollout", "1", "--prompt-data", "x.jsonl")
+    if enough:
+        solve((), *algorithm, base=base)
+    else:
+        assert set(faults_of(solve, *algorithm, base=base)) == {"data.sets.default.reward"}
+    evaluated = [*algorithm, "--eval-prompt-data", "a", "a.jsonl"]
+    assert "eval.sets.a.reward" in faults_of(solve, *evaluated, base=base)
+
+
+@pytest.mark.parametrize(
     ("arguments", "key", "words"),
     [
         (["--kl-coef", "0.1", "--kl-loss-coef", "0.1"], "algorithm.kl_coef", "twice"),
@@ -130,6 +152,11 @@ def test_what_is_missing(solve):
             "'a' is also in teacher.load",
         ),
         (["--policy-loss", "copying", "--opd-teacher-urls", "http://y:1"], "teacher.urls", "which no server sends"),
+        (
+            ["--policy-loss", "picking", "--opd-teacher-load", "a=x", "--opd-teacher-urls", "b=http://y"],
+            "teacher.urls",
+            "cannot compare with both",
+        ),
         (
             ["--advantage-terms", "taught", "--opd-teacher-load", "x", "--opd-teacher-engine", "torch"],
             "teacher.engine",

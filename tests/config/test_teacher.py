@@ -21,8 +21,16 @@ def test_places_with_and_without_names(given, meant):
     assert as_named(given) == meant
 
 
+def test_two_of_one_name_are_refused():
+    for places in (["x", "y"], ["a=x", "a=y"]):
+        with pytest.raises(ValueError, match="two teachers are called"):
+            as_named(places)
+
+
 def test_on_the_command_line(solve):
     words = ["--advantage-terms", "taught", "--opd-teacher-urls", "math=http://a:1", "code=http://b:2"]
     assert solve((), *words).config.teacher.urls == {"math": "http://a:1", "code": "http://b:2"}
+    words = ["--advantage-terms", "taught", "--opd-teacher-urls", "http://a:1,http://b:2"]
+    assert solve((), *words).config.teacher.urls == {"default": "http://a:1,http://b:2"}
     words = ["--advantage-terms", "taught", "--opd-teacher-load", "/models/m"]
     assert solve((), *words).config.teacher.load == {"default": "/models/m"}

@@ -227,3 +227,21 @@ def test_a_baseline_that_nobody_rewarded_is_a_failure():
     producer.tasks = {"s": Silent(lambda n, i: 1.0, lambda n: 1.0)}
     with pytest.raises(RolloutError, match="12 of 12 samples failed.*sample -1 of prompt s:0: nobody rewarded it"):
         collect(producer)
+
+
+@pytest.mark.parametrize("unjudged", [True, False])
+def test_a_sample_needs_a_reward_unless_nothing_looks_at_rewards(unjudged):
+    judged, source = make(lambda n, i: 1.0)
+
+    class Silent(FakeTask):
+        async def run_group(self, group, attempts, reseed):
+            await super().run_group(group, attempts, reseed)
+            for sample in group.samples:
+                sample.reward = None
+
+    producer = Producer(judged.config, source, {"s": Silent(lambda n, i: 1.0, None)}, [], unjudged=unjudged)
+    if unjudged:
+        assert [sample.reward for group in collect(producer) for sample in group.samples] == [None] * 8
+    else:
+        with pytest.raises(RolloutError, match="nobody rewarded it"):
+            collect(producer)
