@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
@@ -195,6 +195,14 @@ def load(results: Path) -> dict[str, list[Curve]]:
     """Name -> curve of each seed, from a `results.json`."""
     found = json.loads(results.read_text(encoding="utf-8"))["curves"]
     return {name: [Curve(**curve) for curve in seeds.values()] for name, seeds in found.items()}
+
+
+def write(out: Path, table: str, charts: Mapping[str, str]) -> None:
+    """Table and charts of a study, for people."""
+    (out / "table.md").write_text(table, encoding="utf-8")
+    for name, picture in charts.items():
+        (out / f"{name}.svg").write_text(picture, encoding="utf-8")
+    print(table)
 
 
 def train(config: str, seed: int, *flags: str) -> list[str]:

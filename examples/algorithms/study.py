@@ -23,7 +23,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Job, Study, load  # noqa: E402
+from quickstart_runs import Curve, Job, Study, load, write  # noqa: E402
 
 REFERENCE = "grpo"
 """Stands behind every other in the charts."""
@@ -120,16 +120,15 @@ def panels(results: Results, x: str) -> list[Panel]:
     return found
 
 
-def write(results: Results, out: Path) -> None:
-    """Table and charts."""
-    text = table(results, {algorithm.name: algorithm for algorithm in algorithms()})
-    (out / "table.md").write_text(text, encoding="utf-8")
+def shown(results: Results) -> tuple[str, dict[str, str]]:
+    """The table, and name -> chart as SVG."""
     seeds = max(len(curves) for curves in results.values())
     title = f"Held-out accuracy, mean and range of {seeds} seeds, against "
-    for x, words, unit in (("steps", "rollouts", "rollouts"), ("seconds", "seconds of training", "s")):
-        picture = chart(panels(results, x), title + words, unit)
-        (out / f"by_{words.split()[0]}.svg").write_text(picture, encoding="utf-8")
-    print(text)
+    charts = {
+        f"by_{words.split()[0]}": chart(panels(results, x), title + words, unit)
+        for x, words, unit in (("steps", "rollouts", "rollouts"), ("seconds", "seconds of training", "s"))
+    }
+    return table(results, {algorithm.name: algorithm for algorithm in algorithms()}), charts
 
 
 def main() -> int:
@@ -143,7 +142,7 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.plot_only:
-        write(load(args.plot_only), args.out)
+        write(args.out, *shown(load(args.plot_only)))
         return 0
     chosen = [algorithm for algorithm in algorithms() if not args.only or algorithm.name in args.only]
     unknown = {*(args.only or ())} - {algorithm.name for algorithm in chosen}
@@ -155,7 +154,7 @@ def main() -> int:
     study.run(jobs)
     results = load(study.save(jobs))
     if results:
-        write(results, args.out)
+        write(args.out, *shown(results))
     return bool(study.failures)
 
 

@@ -26,7 +26,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "algorithms"))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Job, Study, load  # noqa: E402
+from quickstart_runs import Curve, Job, Study, load, write  # noqa: E402
 
 ROLLOUTS = 60
 RECIPE = ("--eval-interval", "4", "--weight-sync", "delayed:Delayed")
@@ -94,11 +94,10 @@ def picture(results: Results) -> str:
     return chart(panels, "Greedy accuracy on held-out sums, by rollouts learned from", "rollouts", columns=2)
 
 
-def write(results: Results, out: Path) -> None:
-    """Table and chart."""
-    (out / "table.md").write_text(table(results), encoding="utf-8")
-    (out / "by_rollouts.svg").write_text(picture(results), encoding="utf-8")
-    print(table(results))
+def shown(found: Mapping[str, Sequence[Curve]]) -> tuple[str, dict[str, str]]:
+    """The table, and name -> chart as SVG."""
+    results = arranged(found)
+    return table(results), {"by_rollouts": picture(results)}
 
 
 def main() -> int:
@@ -113,14 +112,14 @@ def main() -> int:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.plot_only:
-        write(arranged(load(args.plot_only)), args.out)
+        write(args.out, *shown(load(args.plot_only)))
         return 0
     study, more = Study(args.out, args.jobs), shlex.split(args.flags)
     jobs = [job(name, lag, seed, more) for name in args.only for lag in args.lags for seed in args.seeds]
     study.run(jobs)
-    results = arranged(load(study.save(jobs)))
+    results = load(study.save(jobs))
     if results:
-        write(results, args.out)
+        write(args.out, *shown(results))
     return bool(study.failures)
 
 
