@@ -62,3 +62,10 @@ def test_it_is_heard_through_the_hook(caplog):
     groups = groups_of([0.0, 0.0])
     load_plugins().hook.miles_on_rollout_end(run=run_at(0), step=0, groups=groups, metrics=batch_metrics(groups))
     assert "step 1: the samples of each prompt" in caplog.text
+
+
+def test_samples_that_are_compared_with_a_baseline_may_agree(caplog):
+    groups = groups_of([1.0, 1.0])
+    groups[0].baseline_reward = 0.0
+    nothing_to_compare(run_at(0), groups, batch_metrics(groups))
+    assert caplog.text == ""

@@ -1,10 +1,9 @@
-"""Registers the estimators `grpo` and `dr_grpo`, and the preset `dapo`."""
+"""Registers the estimators `grpo` and `dr_grpo`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from miles.api import Component, ConfigError, hookimpl
 
@@ -40,18 +39,4 @@ def miles_register_advantage_estimators() -> Mapping[str, Component]:
             summary="Reward relative to its group: R - mean; for loss aggregation `constant`",
             paper="arXiv:2503.20783",
         ),
-    }
-
-
-@hookimpl
-def miles_register_presets() -> Mapping[str, Mapping[str, Any]]:
-    return {
-        "dapo": {
-            "algorithm": {
-                "advantage_estimator": "grpo",
-                "policy_loss": {"name": "ppo_clip", "eps": 0.2, "eps_high": 0.28},
-                "loss_aggregation": "token_mean",
-            },
-            "rollout": {"filters": ["agreeing_rewards"]},
-        }
     }

@@ -1,6 +1,6 @@
-"""The estimators and the preset keep the contracts of their kinds."""
+"""The estimators keep the contract of their kind."""
 
-from miles.testing import AdvantageEstimatorContract, PresetContract
+from miles.testing import AdvantageEstimatorContract
 
 
 class TestGrpo(AdvantageEstimatorContract):
@@ -10,7 +10,3 @@ class TestGrpo(AdvantageEstimatorContract):
 
 class TestDrGrpo(AdvantageEstimatorContract):
     name = "dr_grpo"
-
-
-class TestDapo(PresetContract):
-    name = "dapo"

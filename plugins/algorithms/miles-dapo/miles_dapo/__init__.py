@@ -1,0 +1,1 @@
+"""DAPO: its preset, and the soft overlong penalty."""
