@@ -62,6 +62,9 @@ const CATALOGUE = [
       { title: "KL between trainer and engine", metrics: ["train/train_rollout_kl"] },
       { title: "Chi-square between trainer and engine", metrics: ["train/train_rollout_chi2"] },
       { title: "After a weight sync", metrics: ["weight_sync/logprob_abs_diff"], log: true },
+      { title: "Importance weights", metrics: ["is/weight_mean", "is/weight_max"], name: (n) => n.replace("is/weight_", ""), hint: "what multiplies a token's loss, 0 where a correction drops it" },
+      { title: "Effective sample size", metrics: ["is/effective_sample_size"], hint: "share of the tokens that would say as much with weights of one size" },
+      { title: "Tokens that a correction touches", metrics: ["low", "high", "rejected"].map((k) => `is/fraction_${k}`), name: (n) => n.replace("is/fraction_", ""), hint: "share whose ratio is beyond a bound, and share that is dropped" },
     ],
   },
   {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miles.api import Correction
 from miles_is_corrections.effect import corrected
-from miles_is_corrections.plugin import IcePopOptions
+from miles_is_corrections.plugin import IcePopOptions, bounds_of
 from miles_is_corrections.ratios import LogRatios
 
 
@@ -25,5 +25,6 @@ def icepop(
     """Token weights, 0 outside the bounds."""
     ratios = LogRatios.of(train_T, rollout_T, mask_T, bounds)
     ratio_T = ratios.at("token")
-    low_T, high_T = ratio_T < options.bounds[0], ratio_T > options.bounds[1]
+    low, high = bounds_of(options.low, options.high)
+    low_T, high_T = ratio_T < low, ratio_T > high
     return corrected(ratios, ratio_T, low_T, high_T, weights_T=torch.where(low_T | high_T, 0.0, ratio_T))

@@ -86,7 +86,7 @@ def reported(options: MisOptions) -> tuple[Level, float, float]:
 
 def veto(ratios: LogRatios, threshold: float) -> tuple[Tensor, Metrics]:
     """Bool `[T]`: all tokens of the samples with a token whose ratio is below the threshold; and their shares."""
-    catastrophe_T = ratios.trained_T & (ratios.l_T < math.log(threshold))
+    catastrophe_T = ratios.l_T < math.log(threshold)  # 0 on tokens without a loss
     vetoed_N = sum_per_sample(catastrophe_T.double(), ratios.bounds) > 0
     told = {"is/veto_tokens": ratios.mean(catastrophe_T), "is/veto_samples": ratios.sample_mean(vetoed_N)}
     return ratios.over_samples(vetoed_N.double()) > 0, told

@@ -12,6 +12,11 @@ MILES_API = 1
 Level = Literal["token", "sequence", "geometric"]
 
 
+def bounds_of(low: float | None, high: float | None) -> tuple[float, float]:
+    """Bounds as numbers, 0 and infinity where there is none."""
+    return 0.0 if low is None else low, float("inf") if high is None else high
+
+
 def check_bounds(who: str, low: float, high: float, names: str = "low, high") -> None:
     """Refuse bounds of a ratio that are negative, cross each other, or leave out 1.
 
@@ -37,12 +42,7 @@ class TisOptions:
     """Upper bound of the weight; none when null."""
 
     def __post_init__(self) -> None:
-        check_bounds("tis", *self.bounds)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper bound, 0 and infinity where there is none."""
-        return bounds_of(self.low, self.high)
+        check_bounds("tis", *bounds_of(self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,9 @@ class IcePopOptions:
     """Tokens of a larger ratio are dropped; none when null."""
 
     def __post_init__(self) -> None:
-        check_bounds("icepop", *self.bounds)
-        if self.bounds == bounds_of(None, None):
+        check_bounds("icepop", *bounds_of(self.low, self.high))
+        if self.low is None and self.high is None:
             raise ConfigError("icepop: without bounds it drops nothing; for weights alone use {name: tis, high: null}")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper bound, 0 and infinity where there is none."""
-        return bounds_of(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -144,11 +139,6 @@ class MisOptions:
     def normalizes(self) -> bool:
         """Whether weights are divided by their mean."""
         return self.level in ("token", "sequence") if self.normalize is None else self.normalize
-
-
-def bounds_of(low: float | None, high: float | None) -> tuple[float, float]:
-    """Bounds as numbers, 0 and infinity where there is none."""
-    return 0.0 if low is None else low, float("inf") if high is None else high
 
 
 def _flags(name: str, *options: str) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miles.api import Correction
 from miles_is_corrections.effect import corrected
-from miles_is_corrections.plugin import TisOptions
+from miles_is_corrections.plugin import TisOptions, bounds_of
 from miles_is_corrections.ratios import LogRatios
 
 
@@ -26,5 +26,5 @@ def tis(
     """Clipped token weights."""
     ratios = LogRatios.of(train_T, rollout_T, mask_T, bounds)
     ratio_T = ratios.at("token")
-    low, high = options.bounds
+    low, high = bounds_of(options.low, options.high)
     return corrected(ratios, ratio_T, ratio_T < low, ratio_T > high, weights_T=ratio_T.clamp(low, high))

@@ -98,6 +98,12 @@ def test_what_the_mode_mask_drops_has_no_say_in_the_mean(corrected):
     assert found.w[1] == pytest.approx([1 / 1.25])
 
 
+def test_probabilities_of_zero_in_both_policies_of_one_sample_can_be_added(corrected):
+    inf = float("inf")
+    found = corrected(mis, MisOptions(level="sequence", reject_level="none", veto=None), [[inf, -inf, log(1.5)], [0.0]])
+    assert found.w[0] == pytest.approx([1.5 / 1.25] * 3, rel=1e-5)
+
+
 def test_mismatch_by_hand(corrected):
     told = corrected(mis, MisOptions(), [[log(2), log(0.5)], [log(4), None]]).metrics
     assert told["is/k3_kl"] == pytest.approx((2 - 1 - log(2) + 0.5 - 1 + log(2) + 4 - 1 - log(4)) / 3)
