@@ -1,0 +1,1 @@
+"""Divergence proximal policy optimisation for miles: a trust region of probabilities, not of ratios."""
