@@ -7,21 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from miles.config.load import resolve
 from miles.errors import WeightSyncError
+from miles.plugins import load_plugins
 from miles.testing.syncs import WeightSyncContract
 
 FOLDER = Path(__file__).parents[2] / "examples" / "staleness"
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+def load(file, name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-delayed = load("delayed")
+delayed = load("delayed", "delayed")
 
 
 class TestDelayed(WeightSyncContract):
@@ -68,3 +70,39 @@ def test_versions_that_are_not_in_memory_are_an_error():
             await sync.push(5)
 
     lagging().use(work)
+
+
+# ----------------------------------------------------------------------------------------------------------- the study
+
+study = load("study", "staleness_study")
+Curve = study.Curve
+
+
+@pytest.mark.parametrize("correction", study.corrections())
+def test_flags_of_a_correction_are_accepted(correction):
+    job = study.job(correction, lag=4, seed=1)
+    resolve([FOLDER.parent / "quickstart" / "grpo.yaml"], job.flags, load_plugins())
+    assert job.name == f"{correction}-lag4"
+    assert job.modules == (FOLDER,)
+    assert job.flags[job.flags.index("--num-rollout") + 1] == "64"
+
+
+def test_accuracy_is_that_of_the_policy_that_the_engine_held():
+    curve = Curve([0, 4, 8, 12], [0.0, 1.0, 2.0, 3.0], [0.1, 0.1, 0.2, 0.7], [0.1, 0.1, 0.1, 0.6])
+    assert study.learned(curve, 4) == Curve([0, 4, 8], [1.0, 2.0, 3.0], [0.1, 0.2, 0.7], [0.1, 0.1, 0.6])
+    assert study.learned(curve, 1).steps == [0, 3, 7, 11]
+    assert study.learned(curve, 0) == curve
+
+
+def test_the_table_is_age_by_correction():
+    def ends(*values):
+        return [Curve([0, 4], [0.0, 1.0], [0.1, value], [0.1, 0.1]) for value in values]
+
+    found = {"none-lag0": ends(0.9, 1.0), "none-lag16": ends(0.4), "decoupled_ppo-lag16": ends(0.8)}
+    assert study.table(study.arranged(found)).splitlines()[2:] == [
+        "| none | 0.950 (0.900 to 1.000) | 0.400 (0.400 to 0.400) |",
+        "| decoupled_ppo |  | 0.800 (0.800 to 0.800) |",
+    ]
+    text, charts = study.shown(found)
+    assert "updates old" in text
+    assert charts["by_rollouts"].count("<polyline") == 3
