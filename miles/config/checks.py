@@ -101,7 +101,7 @@ def _losses(c: _Checked) -> Iterator[Fault]:
         yield c.fault(
             "algorithm.is_correction",
             "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
-            "--old-logprobs recompute, or --is-correction none",
+            "--old-logprobs recompute, or leave the correction out",
         )
 
 
