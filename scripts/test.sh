@@ -12,4 +12,4 @@ ruff format --check .
 packages=(-p miles)
 for folder in plugins/*/*/miles_*/; do packages+=(-p "$(basename "$folder")"); done
 mypy "${packages[@]}"
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} python -m pytest "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} python -m pytest -rs "$@"
