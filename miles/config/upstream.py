@@ -341,6 +341,8 @@ ACCEPTED: dict[str, str] = {
     "save-hf": "`{step}` instead of `{rollout_id}`; relative to the run directory",
     "load": "weights of a checkpoint of miles; a run finds its own without it. Megatron's `torch_dist` is not read",
     "ref-load": "a Hugging Face folder or hub name; the policy's own start when not given",
+    "critic-load": "a Hugging Face folder or hub name, also of a classifier; the policy's start when not given",
+    "value-clip": "the loss is half of upstream's, as in the paper",
     "lr-decay-style": "`constant`, `linear` or `cosine`",
     "weight-decay": "on matrices only",
     "sglang-server-concurrency": "another name of `--rollout-concurrency`, whatever the engine",
