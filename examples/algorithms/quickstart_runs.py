@@ -7,6 +7,7 @@ copy of the repository that runs, installed or not.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import date
@@ -191,6 +192,12 @@ class Study:
             raise RuntimeError(f"exit code {code}, log {log}\n    " + "\n    ".join(last))
 
 
+Curves = Mapping[str, Sequence[Curve]]
+"""Name of a run -> its curve with each seed."""
+Shown = tuple[str, Mapping[str, str]]
+"""A table, and name -> chart as SVG."""
+
+
 def load(results: Path) -> dict[str, list[Curve]]:
     """Name -> curve of each seed, from a `results.json`."""
     found = json.loads(results.read_text(encoding="utf-8"))["curves"]
@@ -203,6 +210,31 @@ def write(out: Path, table: str, charts: Mapping[str, str]) -> None:
     for name, picture in charts.items():
         (out / f"{name}.svg").write_text(picture, encoding="utf-8")
     print(table)
+
+
+def command(description: str, out: str) -> argparse.ArgumentParser:
+    """What the command line of every study takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
+    parser.add_argument("--flags", type=shlex.split, default=[], help="for every run, such as '--num-rollout 5'")
+    parser.add_argument("--plot-only", type=Path, metavar="RESULTS", help="draw what a results.json holds")
+    return parser
+
+
+def carry_out(args: argparse.Namespace, jobs: Sequence[Job], shown: Callable[[Curves], Shown]) -> int:
+    """What a study's command line asks for: make the runs, or only draw; 1 when a run failed."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.plot_only:
+        write(args.out, *shown(load(args.plot_only)))
+        return 0
+    study = Study(args.out, args.jobs)
+    study.run(jobs)
+    curves = load(study.save(jobs))
+    if curves:
+        write(args.out, *shown(curves))
+    return bool(study.failures)
 
 
 def train(config: str, seed: int, *flags: str) -> list[str]:

@@ -10,7 +10,6 @@ as many at a time as `--jobs` says; what finished with the same flags is not mad
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import statistics
 import sys
@@ -23,15 +22,13 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Job, Study, load, write  # noqa: E402
+from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command  # noqa: E402
 
 REFERENCE = "grpo"
 """Stands behind every other in the charts."""
 EVALUATE = ("--eval-interval", "2")
 GOOD = 0.9
 """Greedy accuracy that the table counts rollouts to."""
-Results = Mapping[str, Sequence[Curve]]
-"""Name -> the curve of each seed."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def rollouts_to(curve: Curve, accuracy: float) -> int | None:
     return next((step for step, found in zip(curve.steps, curve.greedy, strict=True) if found >= accuracy), None)
 
 
-def table(results: Results, known: Mapping[str, Algorithm]) -> str:
+def table(results: Curves, known: Mapping[str, Algorithm]) -> str:
     """Markdown: accuracy at the end, rollouts until it was good, seconds; over seeds."""
     start = [accuracy for curves in results.values() for curve in curves for accuracy in curve.greedy[:1]]
     lines = [
@@ -105,7 +102,7 @@ def over_seeds(curves: Sequence[Curve], x: str, y: str) -> list[tuple[float, flo
     return points
 
 
-def panels(results: Results, x: str) -> list[Panel]:
+def panels(results: Curves, x: str) -> list[Panel]:
     """One an algorithm."""
     found = []
     for name, curves in results.items():
@@ -120,7 +117,7 @@ def panels(results: Results, x: str) -> list[Panel]:
     return found
 
 
-def shown(results: Results) -> tuple[str, dict[str, str]]:
+def shown(results: Curves) -> Shown:
     """The table, and name -> chart as SVG."""
     seeds = max(len(curves) for curves in results.values())
     title = f"Held-out accuracy, mean and range of {seeds} seeds, against "
@@ -132,30 +129,12 @@ def shown(results: Results) -> tuple[str, dict[str, str]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/algorithms"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="some of the algorithms")
-    parser.add_argument("--flags", default="", help="for every run, such as '--num-rollout 5'")
-    parser.add_argument("--plot-only", type=Path, metavar="RESULTS", help="draw what a results.json holds")
+    parser = command(__doc__, "runs/algorithms")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[one.name for one in algorithms()])
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.plot_only:
-        write(args.out, *shown(load(args.plot_only)))
-        return 0
     chosen = [algorithm for algorithm in algorithms() if not args.only or algorithm.name in args.only]
-    unknown = {*(args.only or ())} - {algorithm.name for algorithm in chosen}
-    if unknown:
-        parser.error(f"algorithms.yaml has no {', '.join(sorted(unknown))}")
-    study = Study(args.out, args.jobs)
-    more = (*EVALUATE, *shlex.split(args.flags))
-    jobs = [algorithm.job(seed, more) for algorithm in chosen for seed in args.seeds]
-    study.run(jobs)
-    results = load(study.save(jobs))
-    if results:
-        write(args.out, *shown(results))
-    return bool(study.failures)
+    more = (*EVALUATE, *args.flags)
+    return carry_out(args, [algorithm.job(seed, more) for algorithm in chosen for seed in args.seeds], shown)
 
 
 if __name__ == "__main__":

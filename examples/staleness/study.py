@@ -14,7 +14,6 @@ learned from the same number of rollouts.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import statistics
 import sys
@@ -26,7 +25,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "algorithms"))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Job, Study, load, write  # noqa: E402
+from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command  # noqa: E402
 
 ROLLOUTS = 60
 RECIPE = ("--eval-interval", "4", "--weight-sync", "delayed:Delayed")
@@ -55,7 +54,7 @@ def learned(curve: Curve, lag: int) -> Curve:
     return Curve(**{**columns, "steps": [max(0, step - lag) for step in columns["steps"]]})
 
 
-def arranged(found: Mapping[str, Sequence[Curve]]) -> Results:
+def arranged(found: Curves) -> Results:
     """From the names of runs to the cells of the table."""
     cells: dict[str, dict[int, list[Curve]]] = {}
     for name, curves in found.items():
@@ -94,33 +93,19 @@ def picture(results: Results) -> str:
     return chart(panels, "Greedy accuracy on held-out sums, by rollouts learned from", "rollouts", columns=2)
 
 
-def shown(found: Mapping[str, Sequence[Curve]]) -> tuple[str, dict[str, str]]:
+def shown(found: Curves) -> Shown:
     """The table, and name -> chart as SVG."""
     results = arranged(found)
     return table(results), {"by_rollouts": picture(results)}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/staleness"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser = command(__doc__, "runs/staleness")
     parser.add_argument("--lags", type=int, nargs="+", default=[0, 1, 4, 16])
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time, each on one thread")
     parser.add_argument("--only", nargs="+", choices=list(corrections()), default=list(corrections()))
-    parser.add_argument("--flags", default="", help="for every run, such as '--lr 2e-4'")
-    parser.add_argument("--plot-only", type=Path, metavar="RESULTS", help="draw what a results.json holds")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.plot_only:
-        write(args.out, *shown(load(args.plot_only)))
-        return 0
-    study, more = Study(args.out, args.jobs), shlex.split(args.flags)
-    jobs = [job(name, lag, seed, more) for name in args.only for lag in args.lags for seed in args.seeds]
-    study.run(jobs)
-    results = load(study.save(jobs))
-    if results:
-        write(args.out, *shown(results))
-    return bool(study.failures)
+    cells = [(name, lag, seed) for name in args.only for lag in args.lags for seed in args.seeds]
+    return carry_out(args, [job(*cell, more=args.flags) for cell in cells], shown)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """docs/algorithms.md: its tables are what the plugins register, and what it shows is what the commands print."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -13,18 +12,10 @@ from miles.cli import main
 from miles.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "scripts"))
+import algorithms  # noqa: E402
+
 PAGE = (ROOT / "docs" / "algorithms.md").read_text(encoding="utf-8")
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem + "_of_repository", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-algorithms = load(ROOT / "scripts" / "algorithms.py")
 
 
 def rows(text, title):
