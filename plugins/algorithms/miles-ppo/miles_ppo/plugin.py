@@ -39,6 +39,7 @@ def miles_register_advantage_estimators() -> Mapping[str, Component]:
         )
     }
 
+
 @hookimpl
 def miles_register_presets() -> Mapping[str, Mapping[str, Any]]:
     return {
