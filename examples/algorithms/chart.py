@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 COLORS = ("#1f5fa8", "#d9772b", "#2f8f5b", "#b3397a", "#7a5cc4", "#8a6d3b", "#c0392b", "#444444")
-WIDTH, HEIGHT = 170, 110
-"""Of the plot within a panel, in pixels."""
 LEFT, TOP, GAP_X, GAP_Y = 44, 54, 20, 46
+"""Around the panels and between them, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,27 @@ class Panel:
     lines: Sequence[Line]
 
 
-def chart(panels: Sequence[Panel], title: str, x_label: str, columns: int = 5) -> str:
-    """An SVG document; y goes from 0 to 1, x from 0 to the largest of all panels."""
-    most = max(point[0] for panel in panels for line in panel.lines for point in line.points)
+@dataclass(frozen=True)
+class Frame:
+    """The axes that all panels share: pixels, and the x at the right end. y goes from 0 to 1."""
+
+    width: int
+    height: int
+    most: float
+
+    def at(self, x: float, y: float) -> str:
+        return f"{self.width * x / self.most:.1f},{self.height * (1 - y):.1f}"
+
+
+def chart(
+    panels: Sequence[Panel], title: str, x_label: str, columns: int = 5, size: tuple[int, int] = (170, 110)
+) -> str:
+    """An SVG document. y goes from 0 to 1, x from 0 to the largest of all panels; `size`: of a panel, in pixels."""
+    frame = Frame(*size, most=max(point[0] for panel in panels for line in panel.lines for point in line.points))
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    width = LEFT + columns * (WIDTH + GAP_X)
-    height = TOP + rows * (HEIGHT + GAP_Y) + 8
+    width = max(LEFT + columns * (frame.width + GAP_X), 16 + 8 * len(title))
+    height = TOP + rows * (frame.height + GAP_Y) + 8
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         'font-family="Helvetica, Arial, sans-serif" font-size="10" fill="#333">',
@@ -46,11 +59,12 @@ def chart(panels: Sequence[Panel], title: str, x_label: str, columns: int = 5) -
         *_legend(panels),
     ]
     for index, panel in enumerate(panels):
-        x0, y0 = LEFT + index % columns * (WIDTH + GAP_X), TOP + index // columns * (HEIGHT + GAP_Y)
+        x0 = LEFT + index % columns * (frame.width + GAP_X)
+        y0 = TOP + index // columns * (frame.height + GAP_Y)
         parts.append(f'<g transform="translate({x0} {y0})">')
-        parts += _axes(panel.title, most, x_label if index >= len(panels) - columns else "", index % columns == 0)
+        parts += _axes(panel.title, frame, x_label if index >= len(panels) - columns else "", index % columns == 0)
         for line in sorted(panel.lines, key=lambda line: not line.faint):
-            parts += _drawn(line, most)
+            parts += _drawn(line, frame)
         parts.append("</g>")
     return "\n".join([*parts, "</svg>", ""])
 
@@ -66,29 +80,27 @@ def _legend(panels: Sequence[Panel]) -> list[str]:
     return parts
 
 
-def _axes(title: str, most: float, x_label: str, y_labels: bool) -> list[str]:
+def _axes(title: str, frame: Frame, x_label: str, y_labels: bool) -> list[str]:
     parts = [f'<text x="0" y="-5" font-weight="bold">{escape(title)}</text>']
     for share in (0.0, 0.5, 1.0):
-        y = HEIGHT * (1 - share)
-        parts.append(f'<line x1="0" y1="{y:.0f}" x2="{WIDTH}" y2="{y:.0f}" stroke="#ddd"/>')
+        y = frame.height * (1 - share)
+        parts.append(f'<line x1="0" y1="{y:.0f}" x2="{frame.width}" y2="{y:.0f}" stroke="#ddd"/>')
         if y_labels:
             parts.append(f'<text x="-6" y="{y + 3:.0f}" text-anchor="end">{share:.1f}</text>')
-    for share in (0.0, 0.5, 1.0):
-        anchor = {0.0: "start", 0.5: "middle", 1.0: "end"}[share]
-        label = f"{share * most:.0f} {x_label}".strip() if share == 1 else f"{share * most:.0f}"
-        parts.append(f'<text x="{share * WIDTH:.0f}" y="{HEIGHT + 13}" text-anchor="{anchor}">{escape(label)}</text>')
+    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
+        label = f"{share * frame.most:.0f} {x_label if share == 1 else ''}".strip()
+        x, y = share * frame.width, frame.height + 13
+        parts.append(f'<text x="{x:.0f}" y="{y}" text-anchor="{anchor}">{escape(label)}</text>')
     return parts
 
 
-def _drawn(line: Line, most: float) -> list[str]:
-    def at(x: float, y: float) -> str:
-        return f"{WIDTH * x / most:.1f},{HEIGHT * (1 - y):.1f}"
-
-    middle = " ".join(at(x, y) for x, y, _, _ in line.points)
+def _drawn(line: Line, frame: Frame) -> list[str]:
+    middle = " ".join(frame.at(x, y) for x, y, _, _ in line.points)
     parts = [f'<polyline points="{middle}" fill="none" {_stroke(line)}/>']
     if not line.faint:
-        band = [at(x, high) for x, _, _, high in line.points] + [at(x, low) for x, _, low, _ in reversed(line.points)]
-        parts.insert(0, f'<polygon points="{" ".join(band)}" fill="{line.color}" opacity="0.15"/>')
+        band = [frame.at(x, high) for x, _, _, high in line.points]
+        band += [frame.at(x, low) for x, _, low, _ in reversed(line.points)]
+        parts.insert(0, f'<polygon points="{" ".join(band)}" fill="{line.color}" opacity="0.12"/>')
     return parts
 
 

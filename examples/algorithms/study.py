@@ -119,8 +119,7 @@ def panels(results: Curves, x: str) -> list[Panel]:
 
 def shown(results: Curves) -> Shown:
     """The table, and name -> chart as SVG."""
-    seeds = max(len(curves) for curves in results.values())
-    title = f"Held-out accuracy, mean and range of {seeds} seeds, against "
+    title = "Held-out accuracy, mean and range over seeds, against "
     charts = {
         f"by_{words.split()[0]}": chart(panels(results, x), title + words, unit)
         for x, words, unit in (("steps", "rollouts", "rollouts"), ("seconds", "seconds of training", "s"))

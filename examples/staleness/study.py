@@ -90,7 +90,9 @@ def picture(results: Results) -> str:
                 ]
                 lines.append(Line(name, color, points))
         panels.append(Panel(f"{lag} updates old", lines))
-    return chart(panels, "Greedy accuracy on held-out sums, by rollouts learned from", "rollouts", columns=2)
+    return chart(
+        panels, "Greedy accuracy on held-out sums, by rollouts learned from", "rollouts", columns=2, size=(360, 200)
+    )
 
 
 def shown(found: Curves) -> Shown:
