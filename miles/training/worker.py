@@ -213,12 +213,14 @@ class TrainWorker:
         torch.save(_random_state(), directory / self._random_file)
 
     def load(self, directory: Path, weights_only: bool = False) -> None:
-        """What `save` wrote; with `weights_only` another run's weights, to start from. A run without a critic gives the
-        policy's weights to it, unless it has a start of its own."""
+        """What `save` wrote; with `weights_only` another run's weights, to start from: a critic with a start of its own
+        keeps that, and one that finds no critic there takes the policy's."""
         for name in self._learning:
-            if name == "critic" and weights_only and not (directory / name).exists():
-                if self.setup.config.critic.load is None:
-                    self.models[name].take_weights(self.models["actor"].named_weights())
+            beginning = name == "critic" and weights_only
+            if beginning and self.setup.config.critic.load is not None:
+                continue
+            if beginning and not (directory / name).exists():
+                self.models[name].take_weights(self.models["actor"].named_weights())
             else:
                 self.models[name].load(directory / name, weights_only)
         if not weights_only:
