@@ -36,7 +36,7 @@ class Algorithm:
     """One entry of algorithms.yaml."""
 
     name: str
-    flags: str
+    flags: str = ""
     exception: str = ""
     """What differs from the recipe besides the algorithm, and why."""
     after: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def table(results: Curves, known: Mapping[str, Algorithm]) -> str:
         ends = {key: spread([getattr(curve, key)[-1] for curve in curves]) for key in ("greedy", "sampled")}
         seconds = f"{statistics.mean(curve.seconds[-1] for curve in curves):.0f}"
         about = known.get(name)
-        flags = f"`{about.flags}`" if about else ""
+        flags = f"`{about.flags}`" if about and about.flags else ""
         if about and about.exception:
             flags += f" ({about.exception})"
         lines.append(f"| {name} | {ends['greedy']} | {ends['sampled']} | {to_good} | {seconds} | {flags} |")
