@@ -118,16 +118,19 @@ def find_checkpoint(path: Path) -> Checkpoint:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        promised = [(folder / name, entry["bytes"], entry["checksum"]) for name, entry in files.items()]
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read: {error}"
-    for name, expected in manifest["files"].items():
-        path = folder / name
+    except (LookupError, TypeError, AttributeError):
+        return "its manifest is of another version of miles"
+    for path, size, checksum in promised:
+        name = path.relative_to(folder)
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _checksum(path) != expected["checksum"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _checksum(path) != checksum:
             return f"{name} has changed"
     return None
 

@@ -28,7 +28,7 @@ def test_saved_and_found(tmp_path):
     assert find_checkpoint(tmp_path).step == find_checkpoint(tmp_path / "checkpoints" / "step_000003").step == 3
 
 
-@pytest.mark.parametrize("harm", ["truncate", "change", "remove", "no manifest", "bad manifest"])
+@pytest.mark.parametrize("harm", ["truncate", "change", "remove", "no manifest", "bad manifest", "other manifest"])
 def test_the_one_before_a_damaged_one_is_used_with_a_warning(tmp_path, caplog, harm):
     store = CheckpointStore(tmp_path, keep=None)
     save(store, 1)
@@ -45,6 +45,8 @@ def test_the_one_before_a_damaged_one_is_used_with_a_warning(tmp_path, caplog, h
             (newest / "manifest.json").unlink()
         case "bad manifest":
             (newest / "manifest.json").write_text('{"files"')
+        case "other manifest":
+            (newest / "manifest.json").write_text('{"files": {"a": {"bytes": 3}}}')
     assert store.newest().step == 1
     assert "step_000002 is damaged" in caplog.text
 
