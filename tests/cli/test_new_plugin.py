@@ -154,7 +154,8 @@ def test_it_says_what_to_do_next(tmp_path, monkeypatch, capsys):
         (["advantage-estimator", "grpo"], "is that of plugin 'grpo' of miles-grpo"),
         (["advantage-estimator", "none"], "means something else"),
         (["reward", "grpo"], "there is plugin 'grpo'"),
-        (["reward", "cispo"], "miles-cispo is a plugin of miles itself"),
+        (["reward", "cispo"], "there is plugin 'cispo' of miles-cispo"),
+        (["reward", "megatron"], "miles-megatron is a plugin of miles itself"),
     ],
 )
 def test_what_is_refused(words, complaint, tmp_path, monkeypatch, capsys):
