@@ -116,6 +116,22 @@ def test_learning_rate_zero_changes_nothing(config, run_dir, checkpoint):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_what_a_mask_leaves_out_teaches_nothing(config, run_dir):
+    def upward(inputs):
+        return inputs.advantages_T >= 0
+
+    def downward(inputs):
+        return inputs.advantages_T <= 0
+
+    miles.train({**config, "rollout": {**config["rollout"], "num_rollout": 1}}, loss_masks=[upward, downward])
+    (metrics,) = [m for m in lines(run_dir / "metrics.jsonl") if "train/pg_loss" in m]
+    assert metrics["train/pg_loss"] == metrics["train/grad_norm"] == 0
+    assert metrics["train/advantage_abs"] > 0
+    shares = [value for name, value in metrics.items() if name.endswith("_masked")]
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
+
+
 def test_the_export_is_what_transformers_loads(config, run_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
