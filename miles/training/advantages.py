@@ -67,7 +67,8 @@ class AdvantageStage:
             advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
             table.put("advantages", advantages_T)
             metrics.update(self._returns(table, inputs, result))
-            metrics.update(result.metrics)
+            for said in (result, *terms):
+                metrics.update(said.metrics)
             metrics["train/advantage_abs"] = float(advantages_T.abs().sum() / inputs.mask_T.sum().clamp(min=1))
         if self.correction is not None:
             metrics.update(self._correct(table))
