@@ -204,6 +204,11 @@ def load(results: Path) -> dict[str, list[Curve]]:
     return {name: [Curve(**curve) for curve in seeds.values()] for name, seeds in found.items()}
 
 
+def spread(values: Sequence[float]) -> str:
+    """`mean (least to most)`, over seeds."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def write(out: Path, table: str, charts: Mapping[str, str]) -> None:
     """Table and charts of a study, for people."""
     (out / "table.md").write_text(table, encoding="utf-8")

@@ -22,7 +22,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command  # noqa: E402
+from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command, spread  # noqa: E402
 
 REFERENCE = "grpo"
 """Stands behind every other in the charts."""
@@ -53,11 +53,6 @@ def algorithms() -> list[Algorithm]:
 
 
 # ------------------------------------------------------------------------------------------------------ what came of it
-
-
-def spread(values: Sequence[float], digits: int = 3) -> str:
-    """`mean (least to most)`."""
-    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def rollouts_to(curve: Curve, accuracy: float) -> int | None:

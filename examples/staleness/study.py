@@ -17,7 +17,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -25,11 +25,17 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "algorithms"))
 from chart import COLORS, Line, Panel, chart  # noqa: E402
-from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command  # noqa: E402
+from quickstart_runs import Curve, Curves, Job, Shown, carry_out, command, spread  # noqa: E402
 
 ROLLOUTS = 60
 RECIPE = ("--eval-interval", "4", "--weight-sync", "delayed:Delayed")
 """What differs from the quickstart's recipe in every run. Its learning rate is such that old rollouts hurt."""
+MEASURES: dict[str, Callable[[Curve], float]] = {
+    "greedy, at the end": lambda curve: curve.greedy[-1],
+    "sampled, at the end": lambda curve: curve.sampled[-1],
+    "greedy, mean on the way": lambda curve: statistics.mean(curve.greedy),
+}
+"""What the tables say of a run."""
 Results = Mapping[str, Mapping[int, Sequence[Curve]]]
 """Correction -> lag -> the curve of each seed, by rollouts learned from."""
 
@@ -64,16 +70,16 @@ def arranged(found: Curves) -> Results:
 
 
 def table(results: Results) -> str:
-    """Markdown: greedy accuracy at the end, mean and range over seeds, a column a lag."""
-    lags = sorted({lag for cells in results.values() for lag in cells})
-    lines = [f"| correction | {' | '.join(f'{lag} updates old' for lag in lags)} |", f"|---|{'---|' * len(lags)}"]
-    for name, cells in results.items():
-        texts = []
-        for lag in lags:
-            ends = [curve.greedy[-1] for curve in cells.get(lag, ())]
-            texts.append(f"{statistics.mean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})" if ends else "")
-        lines.append(f"| {name} | {' | '.join(texts)} |")
-    return "\n".join(lines) + "\n"
+    """Markdown: one table a measure, a row a correction, a column a lag; mean and range over seeds."""
+    parts = []
+    for title, number in MEASURES.items():
+        lags = sorted({lag for cells in results.values() for lag in cells})
+        lines = [f"| {title} | {' | '.join(f'{lag} updates old' for lag in lags)} |", f"|---|{'---|' * len(lags)}"]
+        for name, cells in results.items():
+            texts = [spread([number(curve) for curve in cells[lag]]) if lag in cells else "" for lag in lags]
+            lines.append(f"| {name} | {' | '.join(texts)} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def picture(results: Results) -> str:

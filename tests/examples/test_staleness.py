@@ -99,10 +99,15 @@ def test_the_table_is_age_by_correction():
         return [Curve([0, 4], [0.0, 1.0], [0.1, value], [0.1, 0.1]) for value in values]
 
     found = {"none-lag0": ends(0.9, 1.0), "none-lag16": ends(0.4), "decoupled_ppo-lag16": ends(0.8)}
-    assert study.table(study.arranged(found)).splitlines()[2:] == [
+    lines = study.table(study.arranged(found)).splitlines()
+    assert lines[:4] == [
+        "| greedy, at the end | 0 updates old | 16 updates old |",
+        "|---|---|---|",
         "| none | 0.950 (0.900 to 1.000) | 0.400 (0.400 to 0.400) |",
         "| decoupled_ppo |  | 0.800 (0.800 to 0.800) |",
     ]
+    assert lines[7] == "| none | 0.100 (0.100 to 0.100) | 0.100 (0.100 to 0.100) |"  # sampled
+    assert lines[12] == "| none | 0.525 (0.500 to 0.550) | 0.400 (0.400 to 0.400) |"  # (0.1 + 0.9) / 2, (0.1 + 1) / 2
     text, charts = study.shown(found)
     assert "updates old" in text
     assert charts["by_rollouts"].count("<polyline") == 3
