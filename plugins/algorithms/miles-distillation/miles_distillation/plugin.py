@@ -10,6 +10,7 @@ from miles.api import Component, ConfigError, hookimpl
 
 MILES_API = 1
 WITHOUT_REWARDS = "without rewards"
+LOSSES = ("distill_full", "distill_topk")
 GKD = "arXiv:2306.13649"
 
 Divergence = Literal["reverse", "forward", "jsd"]
@@ -104,6 +105,27 @@ class ScoringServerOptions:
 
 
 @hookimpl
+def miles_configure(config: Any) -> None:
+    """Raises ConfigError where a loss of this plugin is asked for what it does not look at, or what a server does not
+    say."""
+    algorithm, loss = config.algorithm, config.algorithm.policy_loss.name.rpartition("/")[2]
+    if loss not in LOSSES:
+        return
+    if algorithm.advantage_estimator.name != "none":
+        raise ConfigError(
+            f"algorithm.advantage_estimator: policy loss {loss} looks at no advantages: nothing would be learnt from "
+            f"{algorithm.advantage_estimator.name!r}. --advantage-estimator none, or, to have both, --use-opd, which "
+            "adds the teacher's opinion of the sampled tokens to any estimator"
+        )
+    support = algorithm.policy_loss.options.get("support", "teacher").removeprefix("only-")
+    if config.teacher.urls and support != "teacher":
+        raise ConfigError(
+            f"algorithm.policy_loss: support {support!r} needs the teacher's opinion of tokens that it does not name, "
+            "and teacher.urls are servers, which report their own likeliest: support: teacher, or --opd-teacher-load"
+        )
+
+
+@hookimpl
 def miles_register_advantage_estimators() -> Mapping[str, Component]:
     return {
         "distillation": Component(
@@ -155,7 +177,4 @@ def miles_register_rollout_engines() -> Mapping[str, Component]:
 
 @hookimpl
 def miles_register_presets() -> Mapping[str, Mapping[str, Any]]:
-    return {
-        loss: {"algorithm": {"advantage_estimator": "none", "policy_loss": loss}}
-        for loss in ("distill_full", "distill_topk")
-    }
+    return {loss: {"algorithm": {"advantage_estimator": "none", "policy_loss": loss}} for loss in LOSSES}

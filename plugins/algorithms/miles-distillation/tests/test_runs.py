@@ -1,4 +1,4 @@
-"""Whole runs in miniature: a student and teachers of a few thousand parameters, in the trainer, on servers or itself."""
+"""Whole runs in miniature: teachers of a few thousand parameters in the trainer, on servers, or the policy itself."""
 
 import json
 
@@ -141,6 +141,18 @@ def test_as_a_term_it_is_added_to_an_estimator(distil):
     assert with_term[0]["train/distill_sampled_kl"] > 0
     with pytest.raises(ConfigError, match="nothing judges the responses"):
         distil(algorithm, section)
+
+
+def test_a_loss_that_looks_at_no_advantages_wants_no_estimator(distil):
+    algorithm = {"advantage_estimator": "grpo", "policy_loss": "miles-distillation/distill_full"}
+    with pytest.raises(ConfigError, match="nothing would be learnt from 'grpo'"):
+        distil(algorithm, {"load": folder(TEACHER)}, reward=lambda sample: 0.0)
+
+
+def test_a_support_that_a_server_does_not_report_is_refused_at_once(distil):
+    algorithm = {"advantage_estimator": "none", "policy_loss": {"name": "distill_topk", "support": "only-student"}}
+    with pytest.raises(ConfigError, match="support 'student' needs the teacher's opinion"):
+        distil(algorithm, {"urls": "http://127.0.0.1:9"})
 
 
 @pytest.mark.slow
