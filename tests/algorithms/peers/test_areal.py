@@ -181,6 +181,12 @@ def test_value_loss(seed, clip):
 # --------------------------------------------------------------------------------------------------- where it disagrees
 
 
+@pytest.mark.parametrize("std_level", ["group", None])
+def test_a_group_of_one_says_nothing(std_level):
+    normalize = data.Normalization(arguments.NormConfig(mean_level="group", std_level=std_level, group_size=1))
+    assert normalize(torch.tensor([0.7, 1.0])).tolist() == [0.0, 0.0]
+
+
 def test_a_weight_of_a_sequence_is_its_geometric_mean():
     batch = golden_batch()
     batch.rollout_BS = batch.old_BS - 0.01
