@@ -98,7 +98,7 @@ def test_rollouts_on_disk_say_what_training_made_of_them(config, run_dir):
 
 
 def test_samples_of_a_step_that_fails_are_on_disk(config, run_dir, monkeypatch):
-    async def fails(self, table):
+    async def fails(self, model, table):
         raise RuntimeError("no optimizer today")
 
     monkeypatch.setattr("miles.training.trainer.Trainer._optimize", fails)
