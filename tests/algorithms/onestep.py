@@ -2,7 +2,7 @@
 is a table.
 
 `_B` samples, `_S` places of a response, as other programs hold it: padded, mask 0 on what is not trained. `_T` tokens
-of a micro-batch, as miles holds it: packed.
+of a micro-batch, as miles holds it: packed. `_V` vocabulary.
 """
 
 import asyncio
@@ -41,6 +41,7 @@ from miles.types import (
 
 PROMPT = 2
 """Tokens before each response."""
+VOCABULARY = 5
 
 
 @dataclass
@@ -112,6 +113,8 @@ class Step:
 
     loss: float
     gradient_BS: Tensor
+    logits_gradient_BSV: Tensor
+    """With respect to logits, for losses that look at them."""
     value_gradient_BS: Tensor
     """Of the critic's loss, with respect to its values."""
     advantages_BS: Tensor
@@ -196,6 +199,10 @@ class Ranks:
             "critic": batch.new_values_BS.clone().requires_grad_(),
         }
         """What the models say at the step."""
+        draw = torch.Generator().manual_seed(0)
+        student_BSV, self.teacher_BSV = torch.randn(2, *batch.mask_BS.shape, VOCABULARY, generator=draw)
+        self.now_BS["logits"] = student_BSV.requires_grad_()
+        self.losses["actor"].teacher_logits = lambda micro: self._logits(self.teacher_BSV, micro.sample_ids)
 
     async def call_each(self, method: str, arguments: list) -> list:
         return [getattr(self, method)(*one) for one in arguments]
@@ -212,23 +219,29 @@ class Ranks:
         for table in tables:
             packed = build_micro_batch(range(len(table)), table.tokens, table.columns)
             columns = {name: pad(value, (0, self.pad)) for name, value in packed.columns.items()}
-            rows = [self.batch.row(self.now_BS[model], i) for i in table.ids]
-            result = objective(replace(packed, sample_ids=table.ids, columns=columns), self._outputs(model, rows))
+            micro = replace(packed, sample_ids=table.ids, columns=columns)
+            result = objective(micro, self._outputs(model, table.ids))
             if result.loss.requires_grad:
                 result.loss.backward()
             for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return StepOutcome(sums, StepReport(1.0, False, 1e-3), 0)
 
-    def _outputs(self, model: str, rows: list[Tensor]) -> Outputs:
-        values_T = torch.cat([*rows, torch.full((self.pad,), -1.0)])
+    def _outputs(self, model: str, ids: list[int]) -> Outputs:
+        values_T = torch.cat([*(self.batch.row(self.now_BS[model], i) for i in ids), torch.full((self.pad,), -1.0)])
         if model == "critic":
             return Outputs(values_T=values_T)
-        return Outputs(log_probs_T=values_T, entropy_T=-values_T.exp() * values_T)
+        logits = self._logits(self.now_BS["logits"], ids)
+        return Outputs(log_probs_T=values_T, entropy_T=-values_T.exp() * values_T, logits=logits)
 
-    def gradient_BS(self, model: str) -> Tensor:
-        gradient_BS = self.now_BS[model].grad
-        return torch.zeros_like(self.batch.mask_BS) if gradient_BS is None else gradient_BS
+    def _logits(self, logits_BSV: Tensor, ids: list[int]):
+        rows = [pad(logits_BSV[i, : self.batch.lengths_B[i]], (0, 0, PROMPT, 0)) for i in ids]
+        logits_TV = torch.cat([*rows, torch.zeros(self.pad, VOCABULARY)])
+        return lambda start, end: logits_TV[start:end]
+
+    def gradient(self, of: str) -> Tensor:
+        now_BS = self.now_BS[of]
+        return torch.zeros_like(now_BS) if now_BS.grad is None else now_BS.grad
 
 
 def one_step(
@@ -270,7 +283,7 @@ def one_step(
     groups = [Group(s.group_id, None, [s], baseline_reward=float(batch.baseline_B[s.id])) for s in ordered]
     metrics = asyncio.run(trainer.step(groups))
     advantages_BS = batch.padded([trainer.learned[i]["advantages"] for i in range(len(samples))])
-    gradients = workers.gradient_BS("actor"), workers.gradient_BS("critic")
+    gradients = [workers.gradient(of) for of in ("actor", "logits", "critic")]
     return Step(metrics["train/loss"], *gradients, advantages_BS, metrics)
 
 
