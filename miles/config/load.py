@@ -1,6 +1,7 @@
 """From files, flags and Python to one valid configuration in which every value knows where it came from.
 
-Precedence, lowest first: the schema's defaults, the preset's overlay, YAML files in order, the command line, Python.
+Precedence, lowest first: the schema's defaults, YAML files in order, the command line, Python. A preset lies right below
+the layer that names it: under its own file's settings, but over those of a file when the command line asks for it.
 Nothing stops at the first mistake: what is wrong anywhere is collected and raised as one report.
 """
 
@@ -134,16 +135,13 @@ class _Resolution:
         self.selecting = selecting_flags(registry)
 
     def run(self, files: Sequence[Source], arguments: Sequence[str], overrides: Mapping[str, Any]) -> Resolved:
-        settings: list[Setting] = []
-        for source in files:
-            settings += self._file(source)
+        layers = [self._file(source) for source in files]
         read = read_arguments(arguments, self.registry, self.flattener)
-        settings += self._layer(read.settings)
         given, flags = self._python(overrides)
-        given = self._layer(given)
-        preset, settings = self._preset([*settings, *given])
+        layers += [self._layer(read.settings), self._layer(given)]
         tree = Tree(self.faults)
-        tree.put_all([*preset, *settings])
+        for layer in self._with_preset(layers):
+            tree.put_all(layer)
         tree.inherit()
         for flag, value in read.component_flags:
             self._component_flag(tree, flag, value, Origin("flag", flag))
@@ -193,27 +191,29 @@ class _Resolution:
                 settings += self.flattener.value(path, value, where, _PYTHON)
         return settings, flags
 
-    def _preset(self, settings: list[Setting]) -> tuple[list[Setting], list[Setting]]:
-        """The overlay of the preset that is asked for, and the settings without a preset's name among estimators."""
-        chosen = {s.path: s for s in settings if s.path in (_PRESET, _ESTIMATOR)}
-        named, estimator = chosen.get(_PRESET), chosen.get(_ESTIMATOR)
+    def _with_preset(self, layers: list[list[Setting]]) -> list[list[Setting]]:
+        """The layers with the overlay of the preset that is asked for below the one that asks for it, and without a
+        preset's name among estimators."""
+        chosen = {s.path: (s, at) for at, layer in enumerate(layers) for s in layer if s.path in (_PRESET, _ESTIMATOR)}
+        named, at = chosen.get(_PRESET, (None, 0))
+        estimator, place = chosen.get(_ESTIMATOR, (None, 0))
         if estimator is not None and self._only_a_preset(estimator.value):
-            settings = [s for s in settings if s.path != _ESTIMATOR]
+            layers = [[s for s in layer if s.path != _ESTIMATOR] for layer in layers]
             if named is None or named.value is None:
-                named = Setting(_PRESET, estimator.value, estimator.origin)
-                settings.insert(0, named)
+                named, at = Setting(_PRESET, estimator.value, estimator.origin), place
+                layers[at].append(named)
             elif named.value != estimator.value:
                 problem = f"is a preset, but algorithm.preset is {named.value!r} ({named.origin})"
                 self._fault(_ESTIMATOR[:2], problem, "give one of the two", estimator.value, estimator.origin)
         if named is None or not isinstance(named.value, str):
-            return [], settings
+            return layers
         try:
             overlay, plugin = self.registry.preset(named.value)
         except MilesError as error:
             self._fault(_PRESET, str(error), "", named.value, named.origin)
-            return [], settings
+            return layers
         origin = Origin("preset", f"preset {named.value!r} of {plugin.distribution} {plugin.version}")
-        return list(self.flattener.mapping(overlay, fixed_origin(origin))), settings
+        return [*layers[:at], list(self.flattener.mapping(overlay, fixed_origin(origin))), *layers[at:]]
 
     def _only_a_preset(self, name: Any) -> bool:
         estimators, presets = self.registry.names("advantage_estimators"), self.registry.names("presets")

@@ -81,6 +81,16 @@ class TrainBackendContract(ComponentContract):
         backend.optim_step()
         return self.weights(backend)
 
+    def test_it_takes_the_weights_of_another(self) -> None:
+        """A critic starts from the policy's weights, as they are in training and not in a checkpoint."""
+        first, second = self.backend(), self.backend()
+        self.step(first)
+        changed, before = self.weights(first), self.weights(second)
+        assert any(not torch.equal(changed[name], before[name]) for name in changed)
+        second.take_weights(first.named_weights())
+        taken = self.weights(second)
+        assert all(torch.equal(changed[name], taken[name]) for name in changed)
+
     def test_log_probs_are_the_models(self) -> None:
         """Packed or alone, they are what transformers says of each sample: samples do not see each other, and the
         first token of each has 0."""

@@ -128,13 +128,27 @@ def test_evaluation_sets_of_a_file_stand_alone(solve, write):
     assert (held_out.keys.input, held_out.reward[0].name) == ("input", "two")
 
 
-def test_a_preset_lies_under_everything_else(solve, write):
-    done = solve((write("rollout: {batch_size: 9}"),), "--preset", "recipe", "--kl-loss-coef", "0.01")
+def test_a_preset_lies_under_what_stands_beside_it(solve, write):
+    file = write("rollout: {batch_size: 9}\nalgorithm: {preset: recipe}")
+    done = solve((file,), "--kl-loss-coef", "0.01")
     algorithm = done.config.algorithm
     assert (algorithm.advantage_estimator.name, algorithm.policy_loss.options) == ("steep", {"low": 0.1, "high": 0.3})
     assert (algorithm.kl_loss_coef, done.config.rollout.batch_size) == (0.01, 9)
     assert str(done.origin("algorithm.policy_loss.options.high")).startswith("preset 'recipe' of")
     assert done.config.algorithm.preset == "recipe"
+
+
+def test_a_preset_lies_right_below_the_layer_that_names_it(solve, write):
+    said = "algorithm: {policy_loss: {name: hard, low: 0.7}"
+    asks = write(f"{said}, preset: recipe}}", name="asks.yaml")
+    plain = write(f"{said}}}", name="plain.yaml")
+    assert solve((asks,)).config.algorithm.policy_loss.name == "hard"
+    for words in (["--preset", "recipe"], ["--advantage-estimator", "recipe"]):
+        assert solve((plain,), *words).config.algorithm.policy_loss.name == "soft"
+        assert solve((plain,), *words, "--policy-loss", "hard").config.algorithm.policy_loss.name == "hard"
+    assert solve((plain,), overrides={"preset": "recipe"}).config.algorithm.policy_loss.name == "soft"
+    assert solve((plain, asks)).config.algorithm.policy_loss.name == "hard"
+    assert solve((asks, write("run: {name: x}", name="last.yaml"))).config.algorithm.policy_loss.name == "hard"
 
 
 def test_an_estimator_that_is_only_a_preset_stands_for_it(solve, write):

@@ -7,7 +7,7 @@ row of a padded batch), Megatron's own optimizer and gradient buckets, which wan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class MegatronBackend:
         vocab_rows = -(-self.vocab_size // vocab_multiple) * vocab_multiple
         self.part = self._part(dimensions["transformer"].get("num_moe_experts") or 0, vocab_rows)
         self.model = self._build(dimensions, vocab_rows)
-        self._load_weights()
+        self.take_weights(read_weights(self.context.checkpoint))
         section = context.config.optimizer
         betas = (section.beta1, section.beta2)
         self.optimizer = torch.optim.AdamW(
@@ -100,9 +100,8 @@ class MegatronBackend:
 
     # ----------------------------------------------------------------------------------------------------- weights
 
-    def _load_weights(self) -> None:
+    def take_weights(self, weights: Iterable[dict[str, Tensor]]) -> None:
         missing = dict(self.model.named_parameters())
-        weights = read_weights(self.context.checkpoint)
         with torch.no_grad():
             for group in self.context.bridge.to_world(WORLD, self.context.hf_config, weights, self.part):
                 for name, tensor in group.items():
