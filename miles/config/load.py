@@ -1,7 +1,7 @@
 """From files, flags and Python to one valid configuration in which every value knows where it came from.
 
-Precedence, lowest first: the schema's defaults, YAML files in order, the command line, Python. A preset lies right below
-the layer that names it: under its own file's settings, but over those of a file when the command line asks for it.
+Precedence, lowest first: the schema's defaults, YAML files in order, the command line, Python. A preset lies right
+below the layer that names it: under the settings of a file that names it, over all files when the command line does.
 Nothing stops at the first mistake: what is wrong anywhere is collected and raised as one report.
 """
 
