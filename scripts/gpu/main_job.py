@@ -158,7 +158,7 @@ def overlay(folder: Path, run_dir: Path, new_tokens: int, **sections: dict[str, 
         "model": {"hf_checkpoint": str(folder / "model")},
         "data": {"sets": [task]},
         "eval": {"sets": [], "interval": None},
-        "checkpoint": {"interval": None, "save_hf": None},
+        "checkpoint": {"interval": 1000, "save_hf": None},
     }
     return {name: {**given.get(name, {}), **sections.get(name, {})} for name in {**given, **sections}}
 

@@ -60,9 +60,8 @@ class FsdpBackend:
             self.scorer = self.built.scorer
             self.optimizer = self._make_optimizer()
             self._fill(initial_weights(context, self.scorer))
-        # A balance loss counts tokens, so all of them are computed. On CUDA it is not known to pay: the mask that a
-        # continued prompt needs rules the fastest kernels out.
-        self.shares_prompts = self.device.type == "cpu" and not self.scorer.routes
+        # A balance loss counts tokens, so all of them are computed; flash-attn knows no continued prompts.
+        self.shares_prompts = context.config.train.attention != "flash" and not self.scorer.routes
         self.placement = Placement(self.scorer, self.optimizer, self.device)
 
     def _make_optimizer(self) -> Optimizer | None:
@@ -107,7 +106,9 @@ class FsdpBackend:
         tokens = batch.bounds[-1]
         padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
         tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
-        shared = batch.shared if self.shares_prompts else ()
+        # On CUDA the mask that a continued prompt needs rules the fastest kernels out: it must be worth it.
+        worth = self.device.type == "cpu" or 2 * sum(batch.shared) > tokens
+        shared = batch.shared if self.shares_prompts and worth else ()
         layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device, shared)
         precision = self.context.precision
         if precision is None:

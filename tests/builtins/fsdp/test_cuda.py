@@ -1,9 +1,11 @@
 """What only a GPU can show: its kernels, memory that is really freed, memory that really runs out."""
 
+import numpy as np
 import pytest
 import torch
 
 from miles.training.packing import build_micro_batch, split_micro_batch
+from miles.types import LossResult
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,6 +31,30 @@ def test_kernels_agree_with_the_cpu(attention, dtype, dense, make_backend, sampl
         backend.forward_backward([pack(samples)], weighted)
         norms.append(backend.optim_step().grad_norm)
     assert norms[1] == pytest.approx(norms[0], rel=1e-4 if dtype == "fp32" else 0.05)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_a_shared_prompt_is_computed_once_and_changes_nothing(attention, dense, make_backend, gradients):
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, 37, (150,), generator=draw)
+    samples = [torch.cat([prompt, torch.randint(0, 37, (n,), generator=draw)]).numpy() for n in (20, 33, 7)]
+    masks = [np.r_[np.zeros(150), np.ones(len(s) - 150)].astype(np.float32) for s in samples]
+    batch = build_micro_batch([0, 1, 2], samples, {"mask": masks}, device="cuda")
+    assert batch.shared == [0, 150, 150]
+    backend = make_backend(
+        dense(head_dim=16, max_position_embeddings=512), train={"attention": attention}, device="cuda"
+    )
+
+    def loss(batch, outputs):
+        return LossResult(-(outputs.log_probs_T * batch.columns["mask"]).sum(), {})
+
+    found = []
+    for shares in (True, False):
+        backend.shares_prompts = shares
+        backend.zero_grad()
+        backend.forward_backward([batch], loss)
+        found.append((backend.forward([batch], LOG_PROBS)[0].log_probs_T, gradients(backend)))
+    torch.testing.assert_close(*found, atol=2e-4, rtol=1e-3)
 
 
 def test_offloading_frees_the_device(dense, make_backend, samples, pack, weighted):
