@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Need = Literal[
+    "advantages",
     "reference",
     "critic",
     "teacher",

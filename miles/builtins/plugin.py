@@ -133,11 +133,12 @@ def miles_register_policy_losses():
         "ppo_clip": Component(
             "miles.builtins.losses:ppo_clip",
             options=PpoClipOptions,
+            needs={"advantages"},
             flags={"--eps-clip": "eps", "--eps-clip-high": "eps_high", "--eps-clip-c": "eps_clip_c"},
             summary="Clipped surrogate; clip-higher and dual clip by option",
             paper="arXiv:1707.06347",
         ),
-        "reinforce": Component("miles.builtins.losses:reinforce", summary="-A log p"),
+        "reinforce": Component("miles.builtins.losses:reinforce", needs={"advantages"}, summary="-A log p"),
         "sft": Component("miles.builtins.losses:sft", summary="-log p"),
     }
 

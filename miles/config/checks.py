@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.component import Component
+from miles.config.base import NONE
 from miles.config.components import Use, learns_without_rewards
 from miles.config.data import TaskSet
 from miles.config.derived import Misfit, Numbers
@@ -28,6 +29,7 @@ UNMET = {
     "routed_experts": "the expert choices of the rollout",
 }
 """Needs of components that the core of this version cannot meet."""
+_ESTIMATE = "--advantage-estimator grpo (`miles plugins --kind advantage_estimators` lists them), or leave it out"
 GENERATED = {"rollout_log_probs": "rollout log-probs", "greedy_rollout": "a greedy rollout of each prompt"}
 """Needs that an engine meets which generates."""
 
@@ -91,6 +93,9 @@ def _kl(c: _Checked) -> Iterator[Fault]:
 
 def _losses(c: _Checked) -> Iterator[Fault]:
     a = c.config.algorithm
+    for name in ("advantage_terms", "normalize_advantages", "kl_coef") if _supervised(c) else ():
+        if getattr(a, name):
+            yield c.fault(f"algorithm.{name}", "is about advantages, and there are none", _ESTIMATE)
     if a.aggregation_constant is not None and a.loss_aggregation != "constant":
         yield c.fault(
             "algorithm.aggregation_constant",
@@ -240,8 +245,10 @@ def _modes(c: _Checked) -> Iterator[Fault]:
 
 def _optimizer(c: _Checked) -> Iterator[Fault]:
     o = c.config.optimizer
-    if o.lr_schedule != "constant" and o.min_lr > o.lr:
-        yield c.fault("optimizer.min_lr", f"is above the peak lr={o.lr}", "lower --min-lr or raise --lr")
+    for section, its, prefix in (("optimizer", o, "--"), ("critic", c.config.critic.optimizer(o), "--critic-")):
+        if its.lr_schedule != "constant" and its.min_lr > its.lr:
+            remedy = f"lower {prefix}min-lr or raise {prefix}lr"
+            yield c.fault(f"{section}.min_lr", f"is above the peak lr={its.lr}", remedy)
     if o.lr_decay_steps is not None and o.lr_decay_steps <= o.lr_warmup_steps:
         yield c.fault(
             "optimizer.lr_decay_steps",
@@ -288,6 +295,8 @@ def _needs(c: _Checked) -> Iterator[Fault]:
                 engine = c.config.rollout.engine.name
                 problem = f"{who} {GENERATED[need]}, but the engine {engine!r} generates nothing"
                 remedy = "name another component, or another --rollout-engine"
+            elif need == "advantages" and _supervised(c):
+                problem, remedy = f"{who} advantages, and there are none", _ESTIMATE
             elif need == "environment" and worldless:
                 where = ".".join(use.path[:3]) if task_set is not None else f"data.sets.{worldless[0]}"
                 problem, remedy = f"{who} an environment", f"set {where}.environment"
@@ -389,6 +398,11 @@ def _component(c: _Checked, kind: str, name: str) -> Component:
         return c.registry.component(kind, name)
     except MilesError:
         return Component("nothing:nothing")
+
+
+def _supervised(c: _Checked) -> bool:
+    """Whether nothing estimates advantages."""
+    return c.config.algorithm.advantage_estimator.name == NONE
 
 
 def _generates(c: _Checked) -> bool:

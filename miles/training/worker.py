@@ -264,7 +264,8 @@ def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:
     """What the objective is given besides log-probabilities."""
     needs = component_needs(config, registry)
     wanted: set[Want] = {"log_probs"}
-    if config.algorithm.advantage_estimator.name != NONE or "entropy" in needs:
+    algorithm = config.algorithm
+    if algorithm.advantage_estimator.name != NONE or algorithm.entropy_coef or "entropy" in needs:
         wanted.add("entropy")  # a policy that explores is watched by its entropy, whether it is paid for it or not
     if "logits" in needs:
         wanted.add("logits")

@@ -4,6 +4,8 @@ import pytest
 
 from miles.config.faults import ConfigFaults
 
+SUPERVISED = ["--advantage-estimator", "none", "--policy-loss", "unjudging"]
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -133,6 +135,15 @@ def test_training_needs_no_reward_that_nothing_looks_at(solve, algorithm, enough
         ),
         (["--rollout-max-context-len", "100"], "data.sets.default.sampling.max_new_tokens", "no room"),
         (["--min-lr", "1", "--lr-decay-style", "cosine"], "optimizer.min_lr", "peak"),
+        (
+            ["--advantage-estimator", "valued", "--critic-min-lr", "1", "--critic-lr-decay-style", "cosine"],
+            "critic.min_lr",
+            "peak",
+        ),
+        ([*SUPERVISED, "--advantage-terms", "flat"], "algorithm.advantage_terms", "there are none"),
+        ([*SUPERVISED, "--normalize-advantages"], "algorithm.normalize_advantages", "there are none"),
+        ([*SUPERVISED, "--kl-coef", "0.1"], "algorithm.kl_coef", "there are none"),
+        (["--advantage-estimator", "none"], "algorithm.policy_loss", "policy loss 'ppo_clip' needs advantages"),
         (["--lr-warmup-iters", "9", "--lr-decay-iters", "5"], "optimizer.lr_decay_steps", "warm-up"),
         (["--eval-interval", "5"], "eval.interval", "nothing to evaluate"),
         (["--eval-prompt-data", "a", "a.jsonl", "--eval-pass-k", "8"], "eval.pass_k", "1 at most"),

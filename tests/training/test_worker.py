@@ -8,9 +8,11 @@ import torch
 
 from miles.config import Config
 from miles.errors import OutOfMemoryError
+from miles.plugins import load_plugins
+from miles.registry import Registry
 from miles.training.objective import StepScope
 from miles.training.table import Table
-from miles.training.worker import TrainWorker
+from miles.training.worker import TrainWorker, loss_wants
 from miles.types import Outputs, StepReport
 
 
@@ -93,3 +95,12 @@ def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
         worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))
+
+
+def test_an_entropy_that_is_paid_for_is_computed_without_advantages_too():
+    registry, supervised = Registry(load_plugins()), {"advantage_estimator": "none", "policy_loss": "sft"}
+    wants = [
+        loss_wants(Config.model_validate({"algorithm": {**supervised, "entropy_coef": coefficient}}), registry)
+        for coefficient in (0.0, 0.1)
+    ]
+    assert wants == [{"log_probs"}, {"log_probs", "entropy"}]

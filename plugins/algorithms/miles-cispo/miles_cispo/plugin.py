@@ -33,6 +33,7 @@ def miles_register_policy_losses() -> Mapping[str, Component]:
         "cispo": Component(
             "miles_cispo.cispo:cispo",
             options=CispoOptions,
+            needs={"advantages"},
             flags={"--eps-clip": "eps", "--eps-clip-high": "eps_high"},
             summary="-A log p, weighted by the clipped ratio, detached",
             paper="arXiv:2506.13585",

@@ -39,6 +39,7 @@ def miles_register_policy_losses() -> Mapping[str, Component]:
         "dppo_tv": Component(
             "miles_dppo.dppo:dppo_tv",
             options=DppoOptions,
+            needs={"advantages"},
             flags={"--dppo-delta": "delta", "--dppo-delta-high": "delta_high", "--dppo-truncation": "truncation"},
             summary="Policy gradient within a trust region of token probabilities",
             paper="arXiv:2602.04879",

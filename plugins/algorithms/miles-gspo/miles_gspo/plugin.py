@@ -38,6 +38,7 @@ def miles_register_policy_losses() -> Mapping[str, Component]:
         "gspo": Component(
             "miles_gspo.gspo:gspo",
             options=GspoOptions,
+            needs={"advantages"},
             flags={"--eps-clip": "eps", "--eps-clip-high": "eps_high", "--eps-clip-c": "eps_clip_c"},
             summary="Clipped surrogate of the sequence ratio exp(mean log r)",
             paper="arXiv:2507.18071",

@@ -28,6 +28,7 @@ def miles_register_loss_masks() -> Mapping[str, Component]:
         "opsm": Component(
             "miles_opsm.opsm:opsm",
             options=OpsmOptions,
+            needs={"advantages"},
             flags={"--use-opsm": "", "--opsm-delta": "delta"},
             summary="Off-policy sequence masking: bad sequences that the policy has left teach nothing",
             paper="arXiv:2512.02556",

@@ -32,6 +32,7 @@ def miles_register_policy_losses() -> Mapping[str, Component]:
         "sapo": Component(
             "miles_sapo.sapo:sapo",
             options=SapoOptions,
+            needs={"advantages"},
             flags={"--sapo-tau-pos": "tau_pos", "--sapo-tau-neg": "tau_neg"},
             summary="A sigmoid gate of the ratio in the place of the clip",
             paper="arXiv:2511.20347",
