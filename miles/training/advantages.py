@@ -119,13 +119,16 @@ class AdvantageStage:
                 f"{missing} samples of this batch lack"
             )
         assert self.correction is not None
+        mask_T = table.flat("mask")
         correction: Correction = self.correction(
-            table.flat("old_log_probs"), table.flat("rollout_log_probs"), table.flat("mask"), table.bounds
+            table.flat("old_log_probs"), table.flat("rollout_log_probs"), mask_T, table.bounds
         )
-        if correction.weights_T is not None:
-            table.put("is_weights", correction.weights_T)
-        if correction.keep_T is not None:
-            table.put("keep", correction.keep_T.float())
+        who = f"correction {self.algorithm.is_correction.name!r}{defined_at(self.correction)}"
+        for column, values_T in (("is_weights", correction.weights_T), ("keep", correction.keep_T)):
+            if values_T is not None:
+                values_T = values_T.float() if isinstance(values_T, Tensor) else values_T
+                _require_one_a_token(who, values_T, mask_T)
+                table.put(column, torch.where(mask_T > 0, values_T, 0.0))
         return correction.metrics
 
 
@@ -159,15 +162,21 @@ def estimated(spec: Spec, estimator: Any, inputs: AdvantageInputs) -> Advantages
     except Exception as error:
         raise TrainError(f"{who} raised {described(error)}") from error
     result = found if isinstance(found, Advantages) else Advantages(found)
-    values_T, shape = result.advantages_T, inputs.mask_T.shape
+    _require_one_a_token(who, result.advantages_T, inputs.mask_T)
+    if result.returns_T is not None:
+        _require_one_a_token(f"{who}, as returns,", result.returns_T, inputs.mask_T)
+    return result
+
+
+def _require_one_a_token(who: str, values_T: Any, mask_T: Tensor) -> None:
+    """Raises TrainError: it is not one finite number a token."""
     if not isinstance(values_T, Tensor):
         came = f"{values_T!r:.60} ({type(values_T).__name__})"
-    elif values_T.shape != shape or not values_T.is_floating_point():
+    elif values_T.shape != mask_T.shape or not values_T.is_floating_point():
         came = f"{values_T.dtype} of shape {tuple(values_T.shape)}"
-    elif not values_T.float()[inputs.mask_T > 0].isfinite().all():
+    elif not values_T.float()[mask_T > 0].isfinite().all():
         came = "values that are not finite on trainable tokens"
     else:
-        return result
-    raise TrainError(
-        f"{who} returned {came}; a floating-point tensor of shape {tuple(shape)}, one value a token, is expected"
-    )
+        return
+    shape = tuple(mask_T.shape)
+    raise TrainError(f"{who} returned {came}; a floating-point tensor of shape {shape}, one value a token, is expected")

@@ -59,7 +59,7 @@ def per_token(values_N: Tensor, inputs: AdvantageInputs) -> Tensor:
 
 def whiten(values_T: Tensor, mask_T: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Zero mean and unit (Bessel-corrected) variance over the trainable tokens of the batch; `[T]`, float32."""
-    values_T = values_T.double()
+    values_T = torch.where(mask_T > 0, values_T.double(), 0.0)
     weights_T = mask_T.double()
     count = weights_T.sum()
     mean = (values_T * weights_T).sum() / count.clamp(min=1)

@@ -9,7 +9,7 @@ travel as columns of a `Table`, which is cut into micro-batches anew for each pa
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,8 +29,8 @@ from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
 from miles.training.teachers import Teachers
-from miles.training.worker import DataShare, StepOutcome
-from miles.types import TEACHER_LOG_PROBS, Group, Metrics
+from miles.training.worker import DataShare, StepOutcome, needs_teacher_logits
+from miles.types import ROLLOUT_LOG_PROBS, TEACHER_LOG_PROBS, Group, Metrics
 
 
 class Trainer:
@@ -52,10 +52,13 @@ class Trainer:
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.teachers = teachers
-        self.needs_critic = "critic" in component_needs(config, registry)
+        needs = component_needs(config, registry)
+        self.needs_critic, self.needs_teacher = "critic" in needs, "teacher" in needs
+        self.compares_logits = needs_teacher_logits(config, registry)
         self.batches = 0
         """Trained on so far."""
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row = Counter[str]()
+        """By what was skipped: batches, or the optimizer steps of a model."""
         self.seconds = 0.0
         """Time in which the workers worked on the last batch."""
         self.learned: dict[int, dict[str, Any]] = {}
@@ -70,12 +73,16 @@ class Trainer:
         """
         table = Table.from_groups(groups, self.config.algorithm.truncated)
         self.learned = {i: {} for i in table.ids}
-        if not any(mask.any() for mask in table.columns["mask"]):
-            self._watch_skips(True, "batches", "had no trainable token: see the statuses in rollouts/")
+        empty = not any(mask.any() for mask in table.columns["mask"])
+        self._watch_skips("batches", empty, "had no trainable token: see the statuses in rollouts/")
+        if empty:
             return {"train/skipped_batches": 1.0}
         metrics: Metrics = {}
         self.seconds = 0.0
-        if self.teachers is not None and not table.complete(TEACHER_LOG_PROBS.name):
+        unsaid = self.compares_logits or not table.complete(TEACHER_LOG_PROBS.name)
+        if unsaid and self.teachers is None and self.needs_teacher:
+            self._require(table, TEACHER_LOG_PROBS.name, "distillation without a teacher (--opd-teacher-load)")
+        elif unsaid and self.teachers is not None:
             samples = {sample.id: sample for group in groups for sample in group.samples}
             await self.teachers.teach(table, samples, self._forward)
         await self._log_probs(table, metrics)
@@ -100,7 +107,7 @@ class Trainer:
     async def _log_probs(self, table: Table, metrics: Metrics) -> None:
         """Attach `old_log_probs` (unless the first optimizer step gives them for free) and `ref_log_probs`."""
         if self._old == "rollout":
-            self._require_rollout_log_probs(table, "algorithm.old_logprobs: rollout")
+            self._require(table, ROLLOUT_LOG_PROBS.name, "algorithm.old_logprobs: rollout")
             table.columns["old_log_probs"] = table.columns["rollout_log_probs"]
         elif self._old == "recompute":
             table.columns["old_log_probs"] = await self._forward("actor", table)
@@ -138,10 +145,11 @@ class Trainer:
     def _has_rollout_log_probs(self, table: Table) -> torch.Tensor:
         return table.present["rollout_log_probs"].float().repeat_interleave(torch.tensor(table.lengths))
 
-    def _require_rollout_log_probs(self, table: Table, what: str) -> None:
-        missing = [i for i, p in zip(table.ids, table.present["rollout_log_probs"].tolist(), strict=True) if not p]
+    def _require(self, table: Table, column: str, what: str) -> None:
+        present = table.present[column].tolist() if column in table.present else [False] * len(table)
+        missing = [i for i, there in zip(table.ids, present, strict=True) if not there]
         if missing:
-            raise TrainError(f"{what} needs rollout log-probs; {len(missing)} samples have none, such as {missing[0]}")
+            raise TrainError(f"{what} needs {column} of samples; {len(missing)} have none, such as {missing[0]}")
 
     # -------------------------------------------------------------------------------------------------- optimization
 
@@ -160,7 +168,8 @@ class Trainer:
                     self.learned[i].setdefault("loss", loss)
             retries += max(outcome.out_of_memory for outcome in outcomes)
             skipped += report.skipped
-            self._watch_skips(report.skipped, "optimizer steps", "had a non-finite loss or gradient and were skipped")
+            whose = f"optimizer steps of the {model}"
+            self._watch_skips(whose, report.skipped, "had a non-finite loss or gradient and were skipped")
             if not report.skipped:
                 totals[f"{prefix}/grad_norm"].append(report.grad_norm)
                 for name in outcomes[0].sums:
@@ -209,19 +218,19 @@ class Trainer:
             shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)
         return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size, shared)
 
-    def _watch_skips(self, skipped: bool, what: str, why: str) -> None:
+    def _watch_skips(self, what: str, skipped: bool, why: str) -> None:
         limit = self.config.train.max_nonfinite_steps
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if self.skipped_in_a_row > limit:
+        count = self.skipped_in_a_row[what] = self.skipped_in_a_row[what] + 1 if skipped else 0
+        if count > limit:
             raise NonFiniteError(
-                f"{self.skipped_in_a_row} {what} in a row {why} (train.max_nonfinite_steps is {limit}). Look at the "
+                f"{count} {what} in a row {why} (train.max_nonfinite_steps is {limit}). Look at the "
                 "rewards, lengths and advantages in rollouts/, lower --lr, and resume from the last checkpoint."
             )
 
     # ----------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_in_a_row": self.skipped_in_a_row, "batches": self.batches}
+        return {"skipped_in_a_row": dict(self.skipped_in_a_row), "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.skipped_in_a_row, self.batches = state["skipped_in_a_row"], state["batches"]
+        self.skipped_in_a_row, self.batches = Counter(state["skipped_in_a_row"]), state["batches"]

@@ -2,7 +2,9 @@
 
 import asyncio
 import inspect
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +19,18 @@ from miles.training.advantages import AdvantageStage
 from miles.training.table import Table
 from miles.training.trainer import Trainer
 from miles.training.worker import DataShare, StepOutcome
-from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, Advantages, Group, Prompt, Sample, Status, StepReport
+from miles.types import (
+    LOSS_MASK,
+    ROLLOUT_LOG_PROBS,
+    TEACHER_LOG_PROBS,
+    Advantages,
+    Correction,
+    Group,
+    Prompt,
+    Sample,
+    Status,
+    StepReport,
+)
 
 
 class Workers:
@@ -33,10 +46,11 @@ class Workers:
         (only,) = arguments
         self.calls.append((method, only))
         if method == "forward":
-            role, tables, _ = only
+            role, tables, (want,) = only
             value = -0.5 if role == "actor" else -1.0
-            return [[{"log_probs": [np.full(n, value, np.float32) for n in t.lengths]} for t in tables]]
-        return [StepOutcome({"train/loss": 2.0}, StepReport(0.7, self.skip, 1e-3), 0)]
+            return [[{want: [np.full(n, value, np.float32) for n in t.lengths]} for t in tables]]
+        skipped = only[0] == self.skip or self.skip is True
+        return [StepOutcome({"train/loss": 2.0}, StepReport(0.7, skipped, 1e-3), 0)]
 
     def steps(self):
         return [(tables, scope) for method, (_, tables, scope) in self.calls if method == "train_step"]
@@ -125,7 +139,7 @@ def test_old_log_probs_from_the_rollout():
 
 def test_rollout_log_probs_that_are_missing_are_named():
     trainer, _ = make(algorithm={"old_logprobs": "rollout"})
-    with pytest.raises(TrainError, match="4 samples have none"):
+    with pytest.raises(TrainError, match="rollout_log_probs of samples; 4 have none"):
         step(trainer, groups(log_prob=None))
 
 
@@ -163,8 +177,30 @@ def test_skipped_steps_are_counted_and_too_many_stop_the_run():
     trainer, _ = make(skip=True, max_nonfinite_steps=2)
     assert step(trainer, groups())["train/skipped_steps"] == 1
     step(trainer, groups())
-    with pytest.raises(NonFiniteError, match="3 optimizer steps in a row"):
+    with pytest.raises(NonFiniteError, match="3 optimizer steps of the actor in a row"):
         step(trainer, groups())
+
+
+def test_a_critic_that_never_learns_stops_the_run_though_the_policy_does():
+    settings = {"skip": "critic", "algorithm": {"advantage_estimator": "gae"}, "max_nonfinite_steps": 2}
+    trainer, resumed = make(**settings)[0], make(**settings)[0]
+    metrics = [step(trainer, groups()) for _ in range(2)]
+    assert [(m["critic/skipped_steps"], m["train/skipped_steps"]) for m in metrics] == [(1, 0)] * 2
+    resumed.load_state_dict(json.loads(json.dumps(trainer.state_dict())))
+    with pytest.raises(NonFiniteError, match="3 optimizer steps of the critic in a row"):
+        step(resumed, groups())
+
+
+def test_distillation_without_a_teacher_needs_what_one_said_of_every_sample():
+    """A sample that brings no such column must not learn from the fill of the others, a log-probability of 0."""
+    batch = groups()
+    for one in [s for group in batch for s in group.samples][:3]:
+        one.declare(TEACHER_LOG_PROBS)
+        one.columns[TEACHER_LOG_PROBS.name][:] = -0.5
+    trainer, workers = make(algorithm={"advantage_terms": ["distillation"]})
+    with pytest.raises(TrainError, match="teacher_log_probs of samples; 1 have none, such as 3"):
+        step(trainer, batch)
+    assert not workers.steps()
 
 
 def test_a_reward_that_is_not_finite_is_an_error_before_anything_is_trained():
@@ -208,6 +244,8 @@ def test_whitening():
     from miles.training.statistics import whiten
 
     values, mask = torch.tensor([1.0, 2, 3, 100]), torch.tensor([1.0, 1, 1, 0])
+    assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)
+    values[3] = math.nan  # on a token that is not trained an estimator may say anything
     assert whiten(values, mask)[:3].tolist() == pytest.approx([-1, 0, 1], abs=1e-6)
 
 
@@ -271,3 +309,30 @@ def test_terms_are_added_to_the_estimator():
     table = Table.from_groups(groups(), "train")
     stage(fine=fine, again=lambda inputs: 2 * inputs.mask_T)(table)
     assert table.flat("advantages").tolist() == (3 * table.flat("mask")).tolist()
+
+
+def lost_returns(inputs):
+    return Advantages(inputs.mask_T.clone(), inputs.mask_T * math.nan)
+
+
+def test_returns_that_are_not_finite_are_the_estimators():
+    with pytest.raises(TrainError, match="'lost_returns'.*, as returns, returned values that are not finite"):
+        stage(lost_returns=lost_returns)(Table.from_groups(groups(), "train"))
+
+
+@pytest.mark.parametrize(
+    ("correct", "came"),
+    [
+        (lambda train_T, rollout_T, mask_T, bounds: Correction(weights_T=train_T / 0), "not finite on trainable"),
+        (lambda train_T, rollout_T, mask_T, bounds: Correction(keep_T=mask_T[1:] > 0), "shape (23,)"),
+        (lambda train_T, rollout_T, mask_T, bounds: Correction(weights_T=[1.0]), "(list)"),
+    ],
+)
+def test_what_is_no_correction_is_said_before_anything_is_trained(correct, came):
+    registry = Registry(load_plugins())
+    registry.add("is_corrections", "odd", correct)
+    config = Config.model_validate({"algorithm": {"is_correction": "odd", "advantage_estimator": "grpo"}})
+    table = Table.from_groups(groups())
+    table.columns["old_log_probs"] = table.columns["rollout_log_probs"]
+    with pytest.raises(TrainError, match=f"correction 'odd' .*returned .*{re.escape(came)}"):
+        AdvantageStage(config, registry)(table)
