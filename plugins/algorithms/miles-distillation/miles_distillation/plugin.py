@@ -106,19 +106,18 @@ class ScoringServerOptions:
 
 @hookimpl
 def miles_configure(config: Any) -> None:
-    """Raises ConfigError where a loss of this plugin is asked for what it does not look at, or what a server does not
+    """Raises ConfigError where the term would count twice, or a loss of this plugin is asked for what a server does not
     say."""
-    algorithm, loss = config.algorithm, config.algorithm.policy_loss.name.rpartition("/")[2]
-    if loss not in LOSSES:
-        return
-    if algorithm.advantage_estimator.name != "none":
+    algorithm = config.algorithm
+    named = [spec.name.rpartition("/")[2] for spec in (algorithm.advantage_estimator, *algorithm.advantage_terms)]
+    if named.count("distillation") > 1:
         raise ConfigError(
-            f"algorithm.advantage_estimator: policy loss {loss} looks at no advantages: nothing would be learnt from "
-            f"{algorithm.advantage_estimator.name!r}. --advantage-estimator none, or, to have both, --use-opd, which "
-            "adds the teacher's opinion of the sampled tokens to any estimator"
+            "algorithm.advantage_terms: 'distillation' is the estimator, or a term, already, and would count twice: "
+            "leave --use-opd out, or name another --advantage-estimator; {name: distillation, coef: ...} says how much"
         )
-    support = algorithm.policy_loss.options.get("support", "teacher").removeprefix("only-")
-    if config.teacher.urls and support != "teacher":
+    loss = algorithm.policy_loss
+    support = loss.options.get("support", "teacher").removeprefix("only-")
+    if loss.name.rpartition("/")[2] in LOSSES and config.teacher.urls and support != "teacher":
         raise ConfigError(
             f"algorithm.policy_loss: support {support!r} needs the teacher's opinion of tokens that it does not name, "
             "and teacher.urls are servers, which report their own likeliest: support: teacher, or --opd-teacher-load"

@@ -145,8 +145,14 @@ def test_as_a_term_it_is_added_to_an_estimator(distil):
 
 def test_a_loss_that_looks_at_no_advantages_wants_no_estimator(distil):
     algorithm = {"advantage_estimator": "grpo", "policy_loss": "miles-distillation/distill_full"}
-    with pytest.raises(ConfigError, match="nothing would be learnt from 'grpo'"):
+    with pytest.raises(ConfigError, match="'miles-distillation/distill_full' looks at no advantages"):
         distil(algorithm, {"load": folder(TEACHER)}, reward=lambda sample: 0.0)
+
+
+def test_the_same_opinion_does_not_count_twice(distil):
+    algorithm = {"advantage_estimator": "distillation", "advantage_terms": ["miles-distillation/distillation"]}
+    with pytest.raises(ConfigError, match="would count twice"):
+        distil(algorithm, {"load": folder(TEACHER)})
 
 
 def test_a_support_that_a_server_does_not_report_is_refused_at_once(distil):

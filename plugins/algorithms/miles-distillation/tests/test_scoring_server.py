@@ -216,6 +216,19 @@ def test_an_answer_about_something_else(server, altered, message):
         score(server)
 
 
+def test_an_answer_about_other_tokens_is_asked_for_again(server):
+    said = []
+
+    def mixed_up_once(told):
+        said.append(told)
+        rows = told["input_token_logprobs"]
+        return told | {"input_token_logprobs": [[None, 9, None], *rows[1:]]} if len(said) == 1 else told
+
+    server.altered = mixed_up_once
+    assert score(server).shape == (6,)
+    assert len(said) == 2
+
+
 @pytest.mark.parametrize(
     ("altered", "message"),
     [
