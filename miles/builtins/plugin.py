@@ -139,7 +139,7 @@ def miles_register_policy_losses():
             paper="arXiv:1707.06347",
         ),
         "reinforce": Component("miles.builtins.losses:reinforce", needs={"advantages"}, summary="-A log p"),
-        "sft": Component("miles.builtins.losses:sft", summary="-log p"),
+        "sft": Component("miles.builtins.losses:sft", provides=("without rewards",), summary="-log p"),
     }
 
 

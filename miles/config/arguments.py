@@ -190,8 +190,8 @@ def component_flags(registry: Registry) -> dict[str, Any]:
     for offer in offers(registry):
         options = options_of(offer.value.options)
         for flag, option in offer.value.flags.items():
-            missing = bool if option == SELECTS else str
-            flags.setdefault(flag, options[option].annotation if option in options else missing)
+            kind = options[option].annotation if option in options else bool if option == SELECTS else str
+            flags.setdefault(flag, bool if kind == bool | None else kind)
     return flags
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from miles.component import Component
 from miles.config.base import NONE
-from miles.config.components import Use, learns_without_rewards
+from miles.config.components import WITHOUT_REWARDS, Use, learns_without_rewards
 from miles.config.data import TaskSet
 from miles.config.derived import Misfit, Numbers
 from miles.config.faults import Fault, Origin
@@ -96,6 +96,12 @@ def _losses(c: _Checked) -> Iterator[Fault]:
     for name in ("advantage_terms", "normalize_advantages", "kl_coef") if _supervised(c) else ():
         if getattr(a, name):
             yield c.fault(f"algorithm.{name}", "is about advantages, and there are none", _ESTIMATE)
+    if not _supervised(c) and WITHOUT_REWARDS in _component(c, "policy_losses", a.policy_loss.name).provides:
+        yield c.fault(
+            "algorithm.advantage_estimator",
+            f"policy loss {a.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
+            "--advantage-estimator none, or another --policy-loss",
+        )
     if a.aggregation_constant is not None and a.loss_aggregation != "constant":
         yield c.fault(
             "algorithm.aggregation_constant",

@@ -14,6 +14,9 @@ from miles.errors import MilesError
 from miles.options import options_of
 from miles.registry import Registry
 
+WITHOUT_REWARDS = "without rewards"
+"""What an estimator, a term or a loss provides that looks at no reward."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -50,7 +53,7 @@ def learns_without_rewards(config: Config, registry: Registry) -> bool:
     estimators = [("advantage_estimators", s.name) for s in (algorithm.advantage_estimator, *algorithm.advantage_terms)]
     chosen = estimators if estimators[0][1] != NONE else [("policy_losses", algorithm.policy_loss.name)]
     try:
-        return all("without rewards" in registry.component(kind, name).provides for kind, name in chosen)
+        return all(WITHOUT_REWARDS in registry.component(kind, name).provides for kind, name in chosen)
     except MilesError:
         return False
 

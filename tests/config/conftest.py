@@ -18,6 +18,7 @@ class LossOptions:
     low: float = 0.2
     high: float | None = None
     on: bool = False
+    perhaps: bool | None = None
     sizes: tuple[int, ...] = ()
 
 
@@ -28,7 +29,7 @@ class Extra(types.SimpleNamespace):
 
     @hookimpl
     def miles_register_policy_losses(self):
-        flags = {"--loss-low": "low", "--loss-on": "on", "--loss-sizes": "sizes"}
+        flags = {"--loss-low": "low", "--loss-on": "on", "--loss-perhaps": "perhaps", "--loss-sizes": "sizes"}
         return {
             "soft": Component("parts:soft", options=LossOptions, flags=flags),
             "hard": Component("parts:hard", options=LossOptions),

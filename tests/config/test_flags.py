@@ -94,6 +94,11 @@ def test_flags_of_components_go_to_the_selected_one(solve):
         solve((), "--loss-low", "much", "--policy-loss", "soft")
 
 
+def test_a_switch_that_may_be_left_open_is_a_switch(solve):
+    given = [solve((), "--policy-loss", "soft", f"--{no}loss-perhaps").config for no in ("", "no-")]
+    assert [config.algorithm.policy_loss.options for config in given] == [{"perhaps": True}, {"perhaps": False}]
+
+
 def test_engine_flags_need_their_engine(solve):
     assert solve((), "--torch-max-running", "5").config.rollout.engine.options == {"max_running": 5}
     with pytest.raises(ConfigFaults, match=r"--torch-max-running[^,]*\n.*'torch', which is not selected"):
