@@ -15,12 +15,11 @@ from miles import __version__
 from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import Need
-from miles.config import NONE, Config, Spec, TaskSet
-from miles.config.components import components_of, learns_without_rewards
+from miles.config import Config, Spec, TaskSet
+from miles.config.components import learns_without_rewards, needs_of
 from miles.config.derived import Derived, Numbers
 from miles.config.teacher import POLICY
 from miles.errors import ConfigError
-from miles.kinds import KINDS
 from miles.log import logger
 from miles.modeling import (
     AUTO,
@@ -151,7 +150,7 @@ def make_task(
 ) -> Task:
     return Task(
         task_set, config, registry, front, model.chat, max_context_tokens=context_limit(config, model),
-        evaluation=evaluation, routed_experts=_needs(config, registry, "routed_experts"),
+        evaluation=evaluation, routed_experts="routed_experts" in needs_of(config, registry, "moe"),
     )  # fmt: skip
 
 
@@ -244,7 +243,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
             source,
             {s.name: task(s) for s in config.data.sets},
             filters,
-            greedy=_greedy(config, registry),
+            greedy="greedy_rollout" in needs_of(config, registry),
             unjudged=learns_without_rewards(config, registry),
         ),
         trainer=Trainer(config, derived, registry, workers, await workers.call("data_share"), teachers),
@@ -339,18 +338,6 @@ async def launch_workers(
     workers = await executor.launch("miles.training.worker:TrainWorker", size, setup, **shared)
     closing(stack, workers)
     return workers
-
-
-def _greedy(config: Config, registry: Registry) -> bool:
-    """Whether any component that the config names wants a greedy rollout of each prompt."""
-    named = [use for use in components_of(config) if use.name not in KINDS[use.kind].words]
-    return any("greedy_rollout" in registry.component(use.kind, use.name).needs for use in named)
-
-
-def _needs(config: Config, registry: Registry, need: Need) -> bool:
-    """Whether the routing replay wants something of the rollout."""
-    spec = config.moe.routing_replay
-    return spec.name != NONE and need in registry.component("routing_replays", spec.name).needs
 
 
 def rollout_temperature(config: Config) -> float:

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from miles.component import Need
 from miles.config.base import NONE, as_reward, as_spec, as_spec_list, as_weighted
 from miles.config.leaves import SETS, Leaf, Path, leaves
 from miles.config.schema import Config
 from miles.config.values import Text, from_text, item_type
 from miles.errors import MilesError
+from miles.kinds import KINDS
 from miles.options import options_of
 from miles.registry import Registry
 
@@ -44,6 +46,13 @@ def uses_in(nested: dict[str, Any]) -> Iterator[tuple[Use, dict[str, Any]]]:
         if leaf.kind is not None:
             for path, holder in _holders(nested, leaf):
                 yield from _uses(leaf, path, holder)
+
+
+def needs_of(config: Config, registry: Registry, section: str = "") -> set[Need]:
+    """What the components that a configuration names, or one section of it, need of the core."""
+    uses = [use for use in components_of(config) if use.key.startswith(section)]
+    named = [(use.kind, use.name) for use in uses if use.name not in KINDS[use.kind].words]
+    return {need for kind, name in named for need in registry.component(kind, name).needs}
 
 
 def learns_without_rewards(config: Config, registry: Registry) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from miles.component import Need
 from miles.config import NONE, Config, Spec
+from miles.config.components import needs_of
 from miles.errors import TrainError
 from miles.registry import Registry
 from miles.targets import defined_at, described
@@ -22,14 +23,7 @@ from miles.types import AdvantageInputs, Advantages, Correction, Metrics
 
 def component_needs(config: Config, registry: Registry) -> set[Need]:
     """Everything that the chosen estimator, terms, correction, loss and masks need of the core."""
-    algorithm = config.algorithm
-    chosen = [
-        *(("advantage_estimators", spec) for spec in (algorithm.advantage_estimator, *algorithm.advantage_terms)),
-        ("is_corrections", algorithm.is_correction),
-        ("policy_losses", algorithm.policy_loss),
-        *(("loss_masks", spec) for spec in algorithm.loss_masks),
-    ]
-    return {need for kind, spec in chosen if spec.name != NONE for need in registry.component(kind, spec.name).needs}
+    return needs_of(config, registry, "algorithm")
 
 
 def needs_reference(config: Config, registry: Registry) -> bool:
