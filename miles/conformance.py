@@ -130,7 +130,8 @@ def _arity(found: Callable, wanted: Callable, label: str) -> list[str]:
     try:
         inspect.signature(found).bind(*[None] * len(names))
     except TypeError as error:
-        return [f"`{label}` is called with ({', '.join(names)}) but {error} in {_name(found)}{_signature(found)}"]
+        called = label if label == "it" else f"`{label}`"
+        return [f"{called} is called with ({', '.join(names)}), but is {_name(found)}{_signature(found)}: {error}"]
     except ValueError:
         return []
     return []

@@ -22,7 +22,14 @@ class Kind:
 
     @property
     def singular(self) -> str:
-        return "policy loss" if self.name == "policy_losses" else self.name.removesuffix("s").replace("_", " ")
+        """As sentences say it."""
+        irregular = {"policy_losses": "policy loss", "is_corrections": "IS correction"}
+        return irregular.get(self.name, self.name.removesuffix("s").replace("_", " "))
+
+    @property
+    def word(self) -> str:
+        """As commands say it: `policy-loss`."""
+        return self.singular.lower().replace(" ", "-")
 
 
 KINDS: dict[str, Kind] = {

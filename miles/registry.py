@@ -121,11 +121,14 @@ class Registry:
         return offers[0]
 
     def _unknown(self, kind: Kind, name: str) -> str:
-        lines = [f"no installed plugin offers the {kind.singular} {name!r}"]
+        lines = [f"no installed plugin offers the {kind.singular} {name!r}" if name else "has options and no `name`"]
         bare = name.rpartition("/")[2]
         known = self.names(kind.name)
         distribution = provider(kind.name, bare)
-        close = get_close_matches(bare, known, n=2)
+        presets = (
+            self.names("presets") if kind.name == "advantage_estimators" else []
+        )  # a preset may be named there too
+        close = get_close_matches(bare, dict.fromkeys([*known, *presets]), n=2)
         if distribution in MADE:
             lines.append(f"{distribution} does: pip install {distribution}")
         elif distribution:
@@ -133,9 +136,9 @@ class Registry:
         module, _, attribute = bare.rpartition(".")
         if kind.protocol is not None and attribute.isidentifier() and all(p.isidentifier() for p in module.split(".")):
             lines.append(f"a function or class of a module is written with a colon: {module}:{attribute}")
-        if close:
-            lines.append(f"did you mean {' or '.join(map(repr, close))}?")
-        lines.append(f"installed: {', '.join(known) or 'none'}")
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        lines.append(f"{hint}installed: {', '.join(known) or 'none'}")
+        lines += [f"presets that go in its place: {', '.join(presets)}"] if presets else []
         return "; ".join(lines)
 
     def _conflict(self, kind: str, name: str, offers: list[Registration]) -> PluginConflictError:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from miles.errors import UnknownNameError
 from miles.kinds import KINDS, Kind
 
-NAMES = ", ".join(kind.singular.replace(" ", "-") for kind in KINDS.values())
+NAMES = ", ".join(kind.word for kind in KINDS.values())
 """As commands list them."""
 
 
@@ -19,7 +19,7 @@ def kind_called(word: str) -> Kind:
         UnknownNameError: there is none of that name.
     """
     called = {kind.name: kind for kind in KINDS.values()}
-    called |= {kind.singular.replace(" ", "_"): kind for kind in KINDS.values()}
+    called |= {kind.word.replace("-", "_"): kind for kind in KINDS.values()}
     for kind in KINDS.values():
         for key in kind.keys:
             called.setdefault(key, kind)
@@ -27,6 +27,6 @@ def kind_called(word: str) -> Kind:
     plain = word.replace("-", "_").replace(" ", "_").lower()
     if plain not in called:
         close = get_close_matches(plain, called, n=1)
-        hint = f"; did you mean {called[close[0]].singular.replace(' ', '-')!r}?" if close else ""
+        hint = f"; did you mean {called[close[0]].word!r}?" if close else ""
         raise UnknownNameError(f"{word!r} is no kind of component{hint}; kinds: {NAMES}")
     return called[plain]

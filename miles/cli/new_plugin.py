@@ -68,7 +68,7 @@ class Names:
         bare = re.sub(r"^miles[-_]", "", word).replace("-", "_")
         classname = "".join(part.capitalize() for part in bare.split("_"))
         if keyword.iskeyword(bare):
-            remedy = f"choose another name, such as '{bare}-{kind.singular.replace(' ', '-')}'"
+            remedy = f"choose another name, such as '{bare}-{kind.word}'"
             raise ConfigError(f"{word!r} is a word of the Python language and cannot name a plugin; {remedy}")
         if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", bare):
             raise ConfigError(

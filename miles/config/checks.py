@@ -102,6 +102,9 @@ def _losses(c: _Checked) -> Iterator[Fault]:
             f"policy loss {a.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
             "--advantage-estimator none, or another --policy-loss",
         )
+    if a.advantage_estimator.name in [term.name for term in a.advantage_terms]:
+        problem = f"{a.advantage_estimator.name!r} is the estimator and a term beside it too: it counts twice"
+        yield c.fault("algorithm.advantage_terms", problem, "leave it out, or name another --advantage-estimator")
     if a.aggregation_constant is not None and a.loss_aggregation != "constant":
         yield c.fault(
             "algorithm.aggregation_constant",
@@ -149,9 +152,8 @@ def _teacher(c: _Checked) -> Iterator[Fault]:
         return
     own_functions = any(s.generate.name not in KINDS["generate_functions"].words for s in c.config.data.sets)
     if not section.load and not section.urls and not own_functions:  # which may bring a teacher's log-probs themselves
-        yield c.fault(
-            "teacher.load", "who teaches?", "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls NAME=URL for a server"
-        )
+        problem = "who teaches? a chosen component learns from a teacher, and none is named"
+        yield c.fault("teacher.load", problem, "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls URL of a server")
     for name in sorted(set(section.load) & set(section.urls)):
         yield c.fault("teacher.urls", f"{name!r} is also in teacher.load", "give each teacher a name of its own")
     if "teacher_logits" in needs and section.urls:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from miles.config.base import Spec
 from miles.errors import ConfigError
 
 
@@ -70,5 +71,5 @@ def _together(faults: Sequence[Fault]) -> list[Fault]:
 
 
 def _short(value: Any) -> str:
-    text = repr(str(value) if isinstance(value, str) else value)
+    text = repr(str(value) if isinstance(value, str | Spec) else value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -53,7 +53,8 @@ class Resolved:
         found_leaf = leaf_above(tuple(parts))
         start = len(parts) - len(found_leaf[1]) if found_leaf else len(parts)
         for end in range(len(parts), start - 1, -1):
-            found = self.origins.get(".".join(parts[:end]))
+            at = ".".join(parts[:end])
+            found = self.origins.get(at) or self.origins.get(f"{at}.name")
             if found is not None:
                 return found
         return DEFAULT
@@ -264,7 +265,7 @@ class _Resolution:
             whose = " or ".join(
                 f"{kind.singular} {offer.name!r} of {offer.plugin.distribution}" for kind, offer in owners
             )
-            remedy = f"{how_to_select(owners[0][1])}, or leave the flag out"
+            remedy = f"{', or '.join(how_to_select(offer) for _, offer in owners)}, or leave the flag out"
             self.faults.append(Fault(flag, f"belongs to {whose}, which is not selected", remedy, origin=origin))
         elif engine:
             problem = f"goes to the rollout engine {engine[0]!r}, which is not selected"

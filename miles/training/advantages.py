@@ -117,7 +117,12 @@ class AdvantageStage:
         correction: Correction = self.correction(
             table.flat("old_log_probs"), table.flat("rollout_log_probs"), mask_T, table.bounds
         )
-        who = f"correction {self.algorithm.is_correction.name!r}{defined_at(self.correction)}"
+        who = f"IS correction {self.algorithm.is_correction.name!r}{defined_at(self.correction)}"
+        if not isinstance(correction, Correction):
+            came = type(correction).__name__
+            raise TrainError(
+                f"{who} returned {came}; a miles.api.Correction is expected, such as Correction(weights_T)"
+            )
         for column, values_T in (("is_weights", correction.weights_T), ("keep", correction.keep_T)):
             if values_T is not None:
                 values_T = values_T.float() if isinstance(values_T, Tensor) else values_T

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Objective(Loss):
 
         inputs = self._inputs(batch, outputs, old_T)
         policy = self.policy_loss(inputs)
+        self._require_one_a_token(policy, mask_T)
         loss_T = policy.loss_T
         sums: dict[str, Tensor] = {}
         for name, mask in self.masks:
@@ -103,6 +105,16 @@ class Objective(Loss):
             sums[f"train/{name}"] = self.token_mean(value_T, mask_T)
         sums.update(self._mismatch(new_T, batch))
         return LossResult(loss, sums)
+
+    def _require_one_a_token(self, policy: Any, mask_T: Tensor) -> None:
+        """Raises TrainError: the policy loss did not return a `PolicyLoss` with one number a token. Names its place."""
+        who = f"policy loss {self.algorithm.policy_loss.name!r}"
+        if not isinstance(policy, PolicyLoss):
+            wanted = f"{type(policy).__name__}; a miles.api.PolicyLoss is expected, such as PolicyLoss(loss_T)"
+            raise TrainError(f"{who}{defined_at(self.policy_loss)} returned {wanted}")
+        if (found := policy.loss_T.shape) != (shape := mask_T.shape):
+            wanted = f"shape {tuple(shape)}, one value a token: the core masks and averages"
+            raise TrainError(f"{who}{defined_at(self.policy_loss)} returned shape {tuple(found)} instead of {wanted}")
 
     def _inputs(self, batch: MicroBatch, outputs: Outputs, old_T: Tensor) -> LossInputs:
         columns = batch.columns

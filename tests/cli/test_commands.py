@@ -162,6 +162,11 @@ def test_plugins_are_listed(miles):
     assert {c["kind"] for c in table["components"]} == {"policy_losses"}
     assert any(p["name"] == "builtin" and p["distribution"] == "miles" for p in table["plugins"])
     assert miles("plugins", "--kind", "policy-loss", "--json")[1] == out
+    presets = miles("plugins", "--kind", "preset")[1].splitlines()
+    assert presets[0] == "presets (algorithm.preset):"
+    dapo = next(line for line in presets if line.startswith("  dapo "))
+    assert "algorithm.policy_loss=ppo_clip(eps=0.2, eps_high=0.28)" in dapo
+    assert 'rollout.filters=["agreeing_rewards"]' in dapo
     code, _, err = miles("plugins", "--kind", "rewrd")
     assert code == 2
     assert "did you mean 'reward'?" in err

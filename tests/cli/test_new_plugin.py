@@ -193,7 +193,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 def test_help_names_every_kind(capsys):
     assert main(["new-plugin", "--help"]) == 0
     out = capsys.readouterr().out
-    assert all(kind.singular.replace(" ", "-") in out for kind in KINDS.values())
+    assert all(kind.word in out for kind in KINDS.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------- slow

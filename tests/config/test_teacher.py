@@ -2,6 +2,7 @@
 
 import pytest
 
+from miles.config.faults import ConfigFaults
 from miles.config.teacher import as_named
 
 
@@ -34,3 +35,15 @@ def test_on_the_command_line(solve):
     assert solve((), *words).config.teacher.urls == {"default": "http://a:1,http://b:2"}
     words = ["--advantage-terms", "taught", "--opd-teacher-load", "/models/m"]
     assert solve((), *words).config.teacher.load == {"default": "/models/m"}
+
+
+def test_options_of_an_engine_that_nobody_named_are_answered(solve):
+    words = ["--advantage-terms", "taught", "--opd-teacher-urls", "http://y:1", "--teacher.engine.max_running=5"]
+    with pytest.raises(ConfigFaults, match="teacher.engine.*\n *has options and no `name`; installed:"):
+        solve((), *words)
+
+
+def test_an_estimator_is_no_term_beside_itself(solve):
+    words = ["--advantage-estimator", "taught", "--advantage-terms", "taught", "--opd-teacher-load", "m"]
+    with pytest.raises(ConfigFaults, match="'taught' is the estimator and a term beside it too: it counts twice"):
+        solve((), *words)

@@ -40,7 +40,7 @@ def test_the_page_is_not_stale(capsys):
 )
 def test_the_command_lists_the_names_of_the_table(kind, title, capsys):
     assert main(["plugins", "--kind", kind]) == 0
-    listing = capsys.readouterr().out.partition(f"\n{kind} (")[2]
+    listing = capsys.readouterr().out.partition(f"{kind} (")[2]
     ours = algorithms.packages()
     listed = [name for name, package in re.findall(r"^  (\S+) +(\S+) ", listing, re.M) if package in ours]
     assert rows(PAGE, title) == listed != []

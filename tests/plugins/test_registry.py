@@ -102,6 +102,8 @@ def test_unknown_names_are_answered_with_what_is_there(registry, monkeypatch):
         registry.component("rewards", "oracle")
     with pytest.raises(UnknownNameError, match="no kind of component"):
         registry.component("reward", "judge")
+    with pytest.raises(UnknownNameError, match=r"the IS correction 'tsi'; did you mean 'tis'\? installed: "):
+        registry.component("is_corrections", "tsi")
 
 
 def test_bad_options_are_all_reported_without_importing_the_target(registry):

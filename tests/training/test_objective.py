@@ -184,3 +184,24 @@ def test_the_loss_of_each_sample_is_the_mean_over_its_trainable_tokens():
     ((ids, loss_N),) = objective.losses
     assert ids == [0, 1, 2]
     assert loss_N.tolist() == [2.0, -1.0, 0.0]  # (1 + 3) / 2, -2 x 0.5, nothing trainable
+
+
+@pytest.mark.parametrize(
+    ("loss", "complaint"),
+    [
+        (
+            lambda inputs: -inputs.log_probs_T,
+            r"'mine' \(.*test_objective.py:\d+\) returned Tensor; a miles.api.PolicyLoss",
+        ),
+        (
+            lambda inputs: PolicyLoss(inputs.log_probs_T.mean()),
+            r"returned shape \(\) instead of shape \(3,\), one value a",
+        ),
+    ],
+)
+def test_a_policy_loss_that_is_none_is_named(loss, complaint):
+    _, tokens, columns, log_probs = table(count=1)
+    batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
+    objective = Objective(AlgorithmSection(policy_loss="mine"), loss)
+    with pytest.raises(TrainError, match=complaint):
+        objective(batch, Outputs(log_probs_T=log_probs))

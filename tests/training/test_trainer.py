@@ -326,6 +326,7 @@ def test_returns_that_are_not_finite_are_the_estimators():
         (lambda train_T, rollout_T, mask_T, bounds: Correction(weights_T=train_T / 0), "not finite on trainable"),
         (lambda train_T, rollout_T, mask_T, bounds: Correction(keep_T=mask_T[1:] > 0), "shape (23,)"),
         (lambda train_T, rollout_T, mask_T, bounds: Correction(weights_T=[1.0]), "(list)"),
+        (lambda train_T, rollout_T, mask_T, bounds: train_T, "Tensor; a miles.api.Correction is expected"),
     ],
 )
 def test_what_is_no_correction_is_said_before_anything_is_trained(correct, came):

@@ -10,6 +10,7 @@ from miles.api import Component, ConfigError, hookimpl
 
 MILES_API = 1
 Level = Literal["token", "sequence", "geometric"]
+LevelOrNone = Literal["token", "sequence", "geometric", "none"]  # one Literal: an error then lists all four words
 
 
 def bounds_of(low: float | None, high: float | None) -> tuple[float, float]:
@@ -78,7 +79,7 @@ class M2poOptions:
 class MisOptions:
     """Weights at one level, rejection at another, a veto, normalisation. Each may be left out."""
 
-    level: Level | Literal["none"] = "token"
+    level: LevelOrNone = "token"
     """What the weight is the ratio of: each token, a sample's product, its geometric mean; `none` for no weights."""
     mode: Literal["truncate", "clip", "mask"] = "truncate"
     """Weights outside the bounds: cut to `high` alone, cut to both, or left as they are and their tokens dropped."""
@@ -86,7 +87,7 @@ class MisOptions:
     """Lower bound of the weight's ratio; `1 / high` when null."""
     high: float = 2.0
     """Upper bound of the weight's ratio."""
-    reject_level: Level | Literal["none"] = "token"
+    reject_level: LevelOrNone = "token"
     """What is dropped by the ratio of: tokens, or whole samples by their product or geometric mean; `none`: nothing."""
     reject_low: float | None = None
     """Ratios below are dropped; `low` when null."""

@@ -5,15 +5,15 @@ import pytest
 from miles.config.faults import ConfigFaults
 from miles.config.load import resolve
 
-MODEL = {
-    "model": {"hf_checkpoint": "org/tiny"},
-    "rollout": {"num_rollout": 3},
-    "data": {"sets": [{"path": "train.jsonl", "reward": "exact_match"}]},
-}
+
+def own(inputs):
+    """An estimator, so that no other package must be installed."""
+    return inputs.mask_T
 
 
-def algorithm(*words, files=(), **given):
-    return resolve([MODEL, *files], words, overrides=given).config.algorithm
+def algorithm(*words, **given):
+    overrides = {"algorithm.advantage_estimator": own, **given}
+    return resolve(arguments=words, overrides=overrides, purpose="show").config.algorithm
 
 
 def test_the_flags_of_slime_and_miles():
@@ -24,6 +24,12 @@ def test_the_flags_of_slime_and_miles():
     assert algorithm(use_tis=True, tis_clip=None).is_correction.options == {"high": None}
     with pytest.raises(ConfigFaults, match=r"set algorithm.is_correction to tis \(--use-tis\), or leave the flag out"):
         algorithm("--tis-clip", "3")
+
+
+def test_a_level_that_is_none_is_told_all_four():
+    with pytest.raises(ConfigFaults, match="must be 'token', 'sequence', 'geometric' or 'none'") as caught:
+        algorithm("--is-correction", "mis", "--mis-level", "seq")
+    assert [fault.key for fault in caught.value.faults] == ["algorithm.is_correction.level"]
 
 
 def test_options_of_mis_by_flag():

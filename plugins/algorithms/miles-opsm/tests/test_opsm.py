@@ -66,7 +66,8 @@ def test_agrees_with_a_loop_over_samples(left, signs):
 
 
 def test_flags_of_slime_select_it():
-    config = resolve(arguments=["--use-opsm", "--opsm-delta", "0.01"], purpose="show").config
+    own = {"algorithm.advantage_estimator": lambda inputs: inputs.mask_T}  # so that no other package must be installed
+    config = resolve(arguments=["--use-opsm", "--opsm-delta", "0.01"], overrides=own, purpose="show").config
     assert [(mask.name, mask.options) for mask in config.algorithm.loss_masks] == [("opsm", {"delta": 0.01})]
 
 
