@@ -11,6 +11,8 @@ request's `sampling_params.temperature` says; no server flag changes it. A serve
 temperature other than 1 the field is sent, and an answer without that confirmation is an error: scores of another
 distribution than the one that was sampled from are not noticed later.
 
+Ids. SGLang calls the last token of the vocabulary 0 in its answers, though the log-prob is that of the token.
+
 It generates nothing and takes no weights: as a rollout engine it is of no use. `_T` tokens, `_K` likeliest tokens.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -144,7 +146,7 @@ class ScoringServer:
         }
         if temperature != 1:
             body["input_logprob_temperature"] = temperature
-        url, answer = await self._request("/generate", body, same_tokens)
+        url, answer = await self._request("/generate", body)
         told = answer.get("meta_info") if isinstance(answer, dict) else None
         if not isinstance(told, dict):
             raise EngineError(f"{_who(url)} does not answer as SGLang's /generate does: {str(answer)[:200]!r}")
@@ -160,7 +162,12 @@ class ScoringServer:
         return url, told
 
     def _selected(self, url: str, tokens: Sequence[int], told: dict[str, Any]) -> np.ndarray:
-        rows = told["input_token_logprobs"]
+        rows = told.get("input_token_logprobs") or []
+        said, asked = [row[1] for row in rows], [int(token) for token in tokens]
+        if said not in (asked, [token if token < self.vocabulary - 1 else 0 for token in asked]):
+            raise EngineError(
+                f"{_who(url)} was asked about {len(tokens)} tokens and spoke of {len(rows)} which are not the same"
+            )
         log_probs_T = np.array([0.0, *(row[0] for row in rows[1:])], np.float32)  # None becomes NaN
         if not np.isfinite(log_probs_T).all():
             place = int(np.flatnonzero(~np.isfinite(log_probs_T))[0])
@@ -210,11 +217,8 @@ class ScoringServer:
                 return found
         return {}
 
-    async def _request(
-        self, path: str, body: dict[str, Any], check: Callable[[str, dict[str, Any], Any], None]
-    ) -> tuple[str, Any]:
-        """Ask the least busy server; after a failure that may pass, or an answer that `check` finds to be one, wait and
-        ask again, another one where there is one.
+    async def _request(self, path: str, body: dict[str, Any]) -> tuple[str, Any]:
+        """Ask the least busy server; after a failure that may pass, wait and ask again, another one where there is one.
 
         Raises:
             EngineError: a server refused, or all attempts failed.
@@ -229,9 +233,6 @@ class ScoringServer:
                 self._in_flight[url] += 1
                 try:
                     reply = await self._call(url, path, body)
-                    answer = _parsed(reply)
-                    if reply.status_code == 200:
-                        check(url, body, answer)
                     break
                 except PassingError as error:
                     failed[url] = str(error)
@@ -246,7 +247,7 @@ class ScoringServer:
                 pause = min(2 * pause, LONGEST_PAUSE)
         if reply.status_code != 200:
             raise EngineError(f"{_who(url)} refused {path} ({reply.status_code}): {reply.text[:500]}")
-        return url, answer
+        return url, _parsed(reply)
 
     async def _call(self, url: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """One attempt; PassingError where another one may succeed."""
@@ -287,19 +288,6 @@ class ScoringServer:
     async def sleep(self, parts: frozenset[EnginePart]) -> None: ...
 
     async def wake(self, parts: frozenset[EnginePart]) -> None: ...
-
-
-def same_tokens(url: str, body: dict[str, Any], answer: Any) -> None:
-    """Raises PassingError when an answer is about other tokens than were asked about: SGLang 0.5.17 was seen to mix up
-    the log-probs of requests that it was computing at the same time."""
-    told = answer.get("meta_info") if isinstance(answer, dict) else None
-    if not isinstance(told, dict) or (told.get("finish_reason") or {}).get("type") == "abort":
-        return  # no answer of this kind at all
-    rows, tokens = told.get("input_token_logprobs") or [], body["input_ids"]
-    if [row[1] for row in rows] != tokens:
-        raise PassingError(
-            f"{url} was asked about {len(tokens)} tokens and spoke of {len(rows)} which are not the same"
-        )
 
 
 def _who(url: str) -> str:

@@ -91,6 +91,7 @@ class FakeSGLang(ThreadingHTTPServer):
         log_probs_TV = logits_TV.log_softmax(-1)[:-1]
         rows = [[None, tokens[0], None]]
         rows += [[float(log_probs_TV[t, token]), token, None] for t, token in enumerate(tokens[1:])]
+        rows = [[value, i if i < log_probs_TV.shape[1] - 1 else 0, None] for value, i, _ in rows]  # as SGLang does
         told = {"finish_reason": {"type": "length", "length": 0}, "prompt_tokens": len(tokens)}
         told |= {"input_token_logprobs": rows, "output_token_logprobs": [], "completion_tokens": 0}
         if top:

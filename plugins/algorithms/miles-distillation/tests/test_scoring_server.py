@@ -195,6 +195,11 @@ def test_an_answer_that_takes_too_long(server):
         score(server, timeout=0.1, retries=0)
 
 
+def test_the_last_token_of_the_vocabulary_is_called_0_by_sglang(server):
+    tokens = [5, 319, 319, 0, 8]
+    np.testing.assert_allclose(score(server, tokens), tiny.log_probs_of(server.lm, tokens).numpy(), atol=1e-5)
+
+
 def test_an_aborted_request(server):
     server.altered = lambda told: told | {"finish_reason": {"type": "abort", "message": "out of memory"}}
     with pytest.raises(EngineError, match="aborted the request: out of memory"):
@@ -214,19 +219,6 @@ def test_an_answer_about_something_else(server, altered, message):
     server.altered = lambda told: told | {"input_token_logprobs": altered(told["input_token_logprobs"])}
     with pytest.raises(EngineError, match=message):
         score(server)
-
-
-def test_an_answer_about_other_tokens_is_asked_for_again(server):
-    said = []
-
-    def mixed_up_once(told):
-        said.append(told)
-        rows = told["input_token_logprobs"]
-        return told | {"input_token_logprobs": [[None, 9, None], *rows[1:]]} if len(said) == 1 else told
-
-    server.altered = mixed_up_once
-    assert score(server).shape == (6,)
-    assert len(said) == 2
 
 
 @pytest.mark.parametrize(
