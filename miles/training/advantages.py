@@ -143,6 +143,13 @@ def _check_rewards(table: Table) -> None:
     bad = [i for i, finite in zip(table.ids, torch.isfinite(table.rewards_N).tolist(), strict=True) if not finite]
     if bad:
         raise TrainError(f"{len(bad)} rewards are not finite, the first that of sample {bad[0]}: look at the reward")
+    paid: dict[int, float] = {}
+    for i, rollout, reward in zip(table.ids, table.rollout_N.tolist(), table.rewards_N.tolist(), strict=True):
+        if paid.setdefault(rollout, reward) != reward:
+            raise TrainError(
+                f"samples cut from one trajectory share its reward, and of rollout {rollout} one has {paid[rollout]:g} "
+                f"and sample {i} {reward:g}: a reward with `score_group` can look at all of them and pay them alike"
+            )
 
 
 def penalised(inputs: AdvantageInputs) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from miles.checkpoint_io import write_checkpoint
 from miles.config import NONE, Config
 from miles.determinism import prepare_process
-from miles.errors import OutOfMemoryError
+from miles.errors import ConfigError, OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
 from miles.plugins import load_plugins
 from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
@@ -90,6 +90,13 @@ class TrainWorker:
             registry = Registry(plugins)
             prepare_process(config.run, rank)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
+        self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
+        if self.compares_logits and size > 1:  # a teacher's head is gathered by all ranks, and they ask at other times
+            raise ConfigError(
+                f"policy loss {config.algorithm.policy_loss.name!r} compares with the logits of teachers in the "
+                f"trainer, which works with one train rank, not {size}: --actor-num-gpus-per-node 1, teachers on servers "
+                "(--opd-teacher-urls), or --advantage-estimator distillation"
+            )
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
         self.contexts = {name: self._context(model) for name, model in setup.models.items()}
         build = partial(registry.build, "train_backends", config.train.train_backend)
@@ -100,7 +107,6 @@ class TrainWorker:
             "actor": Objective(config.algorithm, loss, masks),
             "critic": ValueObjective(config.critic.value_clip),
         }
-        self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
         self.wants: dict[str, frozenset[Want]] = {
             "actor": loss_wants(config, registry),
             "critic": frozenset({"values"}),

@@ -210,6 +210,16 @@ def test_a_reward_that_is_not_finite_is_an_error_before_anything_is_trained():
     assert not workers.steps()
 
 
+def test_samples_of_one_trajectory_share_its_reward():
+    trainer, _ = make()
+    batch = groups(rewards=((1, 0), (1, 1)))
+    batch[1].samples[1].rollout_id = batch[1].samples[0].rollout_id
+    step(trainer, batch)
+    batch[1].samples[1].reward = 0.5
+    with pytest.raises(TrainError, match="of rollout 2 one has 1 and sample 3 0.5"):
+        step(trainer, batch)
+
+
 def test_a_batch_with_nothing_to_train_is_skipped_and_too_many_stop_the_run():
     trainer, workers = make(max_nonfinite_steps=1)
     batch = groups()

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from miles.config import Config
-from miles.errors import OutOfMemoryError
+from miles.errors import ConfigError, OutOfMemoryError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.training.objective import StepScope
 from miles.training.table import Table
-from miles.training.worker import TrainWorker, loss_wants
+from miles.training.worker import TrainWorker, WorkerSetup, loss_wants
 from miles.types import Outputs, StepReport
 
 
@@ -95,6 +95,14 @@ def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
         worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))
+
+
+def test_teachers_logits_are_refused_where_ranks_would_wait_for_each_other():
+    section = {"advantage_estimator": "none", "policy_loss": "distill_full"}
+    config = Config.model_validate({"algorithm": section, "teacher": {"load": "t"}})
+    setup = WorkerSetup(config, {}, "cpu", 1.0)
+    with pytest.raises(ConfigError, match="works with one train rank, not 2"):
+        TrainWorker(0, 2, setup, Registry(load_plugins()))
 
 
 def test_an_entropy_that_is_paid_for_is_computed_without_advantages_too():

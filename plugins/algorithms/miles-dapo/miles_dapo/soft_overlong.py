@@ -6,12 +6,13 @@
 
 The policy is told that it runs out of room before it is cut off. `length` is that of the longest turn, because the
 limit of a task set, `L` unless one is given, holds for every turn by itself: a conversation is not penalised for having
-many turns. What others said (an environment's tokens) does not count; the token that ends a turn does.
+many turns. Samples that were cut from one trajectory share one reward, and so the penalty of the longest turn of any.
+What others said (an environment's tokens) does not count; the token that ends a turn does.
 """
 
 from __future__ import annotations
 
-from miles.api import ConfigError, Sample
+from miles.api import ConfigError, Group, Sample
 from miles_dapo.plugin import SoftOverlongOptions
 
 
@@ -21,7 +22,15 @@ class SoftOverlong:
     def __init__(self, options: SoftOverlongOptions):
         self.options = options
 
-    async def score(self, sample: Sample) -> dict[str, float]:
+    async def score_group(self, group: Group) -> list[dict[str, float]]:
+        """One answer a sample. Samples of one trajectory share its reward: see `miles.training.statistics`."""
+        worst: dict[int, dict[str, float]] = {}
+        for sample in group.samples:
+            score = self.score(sample)
+            worst[sample.rollout_id] = min(score, worst.get(sample.rollout_id, score), key=lambda said: said["reward"])
+        return [worst[sample.rollout_id] for sample in group.samples]
+
+    def score(self, sample: Sample) -> dict[str, float]:
         """Raises ConfigError when neither the options nor the sample say what the limit is."""
         limit = self.options.max_len or sample.max_new_tokens
         if limit is None:

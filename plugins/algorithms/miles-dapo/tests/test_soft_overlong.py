@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from miles_dapo.plugin import SoftOverlongOptions
 from miles_dapo.soft_overlong import SoftOverlong
 
-from miles.api import LOSS_MASK, ConfigError, Prompt, Sample, Turn
+from miles.api import LOSS_MASK, ConfigError, Group, Prompt, Sample, Turn
 
 
 def sample_of(*turns, limit=None, between=0):
@@ -24,7 +24,8 @@ def sample_of(*turns, limit=None, between=0):
 
 
 def score(sample, **options):
-    return asyncio.run(SoftOverlong(SoftOverlongOptions(**options)).score(sample))
+    group = Group(0, sample.prompt, [sample])
+    return asyncio.run(SoftOverlong(SoftOverlongOptions(**options)).score_group(group))[0]
 
 
 def penalty(*turns, limit=None, between=0, **options):
@@ -38,6 +39,15 @@ def penalty(*turns, limit=None, between=0, **options):
 def test_the_numbers_of_the_paper(length, expected):
     assert penalty(length, limit=20480) == expected
     assert penalty(length, buffer_len=4096, max_len=20480) == expected
+
+
+def test_samples_of_one_trajectory_get_the_penalty_of_its_longest_turn():
+    samples = [sample_of(length, limit=10) for length in (9, 10, 3)]
+    samples[2].rollout_id = 1
+    reward = SoftOverlong(SoftOverlongOptions(buffer_len=4))
+    scores = asyncio.run(reward.score_group(Group(0, samples[0].prompt, samples)))
+    assert [score["reward"] for score in scores] == [-1, -1, 0]
+    assert [score["overlong"] for score in scores] == [1, 1, 0]
 
 
 def test_the_factor_scales_it():
