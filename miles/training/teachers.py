@@ -84,19 +84,21 @@ class Teachers:
 
     async def teach(self, table: Table, samples: Mapping[int, Sample], forward: Forward) -> None:
         """Give each row its lesson, and attach `teacher_log_probs` and the top-k columns as far as they are wanted."""
-        table.lessons = [self.lesson(samples[i]) for i in table.ids]
+        table.lessons, lengths = [self.lesson(samples[i]) for i in table.ids], table.lengths
         rows: dict[tuple[str, str], list[int]] = {}
         for row, lesson in enumerate(table.lessons):
             rows.setdefault((lesson.model, lesson.teacher), []).append(row)
-        said: dict[str, list[np.ndarray]] = {}
+        said: dict[str, dict[int, np.ndarray]] = {}
         for (model, teacher), those in rows.items():
             read = _as_read(table.take(those))
             found = await (self._locally(model, read, forward) if model else self._by_server(teacher, read))
             for name, columns in found.items():
-                column = said.setdefault(name, _nothing(table, columns[0]))
-                for row, values in zip(those, columns, strict=True):
-                    _lay_beside(column[row], values, table, row)
-        table.columns.update(said)
+                for row, values, expected in zip(those, columns, read.lengths, strict=True):
+                    if len(values) != expected:
+                        what = f"{len(values)} things of the {expected} tokens of sample {table.ids[row]}"
+                        raise TrainError(f"teacher {teacher!r} said {what}")
+                    said.setdefault(name, {})[row] = _last(values, lengths[row])
+        table.columns.update({name: [of_row[row] for row in range(len(table))] for name, of_row in said.items()})
 
     async def _locally(self, model: str, read: Table, forward: Forward) -> dict[str, list[np.ndarray]]:
         return {TEACHER_LOG_PROBS.name: await forward(model, read)} if self.log_probs else {}
@@ -116,33 +118,19 @@ class Teachers:
 
 def _as_read(table: Table) -> Table:
     """The rows as their teacher reads them, with nothing but their mask."""
-    tokens = [
-        lesson.tokens if lesson.tokens is not None else t for lesson, t in zip(table.lessons, table.tokens, strict=True)
-    ]
-    masks = []
-    for read, mask in zip(tokens, table.columns["mask"], strict=True):
-        moved = np.zeros(len(read), mask.dtype)
-        shared = min(len(read), len(mask))
-        moved[len(read) - shared :] = mask[len(mask) - shared :]
-        masks.append(moved)
+    told = [lesson.tokens for lesson in table.lessons]
+    tokens = [own if read is None else read for read, own in zip(told, table.tokens, strict=True)]
+    masks = [_last(mask, len(read)) for mask, read in zip(table.columns["mask"], tokens, strict=True)]
     return replace(table, tokens=tokens, columns={"mask": masks}, present={})
 
 
-def _nothing(table: Table, like: np.ndarray) -> list[np.ndarray]:
-    """A column of zeros."""
-    return [np.zeros((length, *like.shape[1:]), like.dtype) for length in table.lengths]
-
-
-def _lay_beside(target: np.ndarray, values: np.ndarray, table: Table, row: int) -> None:
-    """Copy what was said of the last tokens, which both have read. Those before are the prompt's."""
-    lesson, count = table.lessons[row], len(target)
-    expected = count if lesson.tokens is None else len(lesson.tokens)
-    if len(values) != expected:
-        raise TrainError(
-            f"teacher {lesson.teacher!r} said {len(values)} things of the {expected} tokens of sample {table.ids[row]}"
-        )
-    shared = min(count, len(values))
-    target[count - shared :] = values[len(values) - shared :]
+def _last(values: np.ndarray, count: int) -> np.ndarray:
+    """What is said of the last `count` tokens, 0 before those of which nothing is said. Two readings of a sample end
+    alike: what they differ in is the prompt."""
+    missing = count - len(values)
+    if missing > 0:
+        return np.concatenate([np.zeros((missing, *values.shape[1:]), values.dtype), values])
+    return values[-missing:]
 
 
 # ---------------------------------------------------------------------------------------------------- in the worker
