@@ -1,15 +1,18 @@
 """docs/algorithms.md: its tables are what the plugins register, and what it shows is what the commands print."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from miles.api import Component
+from miles.api import Component, LossInputs
 from miles.cli import main
 from miles.kinds import KINDS
+from miles.testing.batches import rollout_batch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
@@ -106,3 +109,17 @@ def test_results_become_a_table_and_charts(folder, tmp_path, monkeypatch):
     for file, picture in charts.items():
         assert f"](images/{file})" in text
         assert picture.startswith("<svg")
+
+
+def test_the_functions_of_the_page_do_what_they_say():
+    [code] = re.findall(r"^```python my_algorithm.py\n(.*?)^```", PAGE, re.M | re.S)
+    mine: dict = {}
+    exec(code, mine)
+    batch = rollout_batch([0.2, 0.9, 0.9, -1.0], [4, 4, 4, 7], [1, 2, 1, 1])
+    assert mine["best_of"](batch)[batch.mask_T > 0].tolist() == [0, 1, 1, 1, 1]
+    new_T, old_T = torch.tensor([math.log(0.5), math.log(0.9)]), torch.tensor([math.log(0.5), math.log(0.3)])
+    mask_T, bounds = torch.ones(2), [0, 2]
+    loss = mine["squashed"](LossInputs(new_T, old_T, torch.tensor([1.0, -2.0]), mask_T, bounds))
+    torch.testing.assert_close(loss.loss_T, torch.tensor([-math.tanh(1), 2 * math.tanh(3)]))
+    torch.testing.assert_close(loss.metrics_T["ratio"], torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(mine["at_most_two"](new_T, old_T, mask_T, bounds).weights_T, torch.tensor([1.0, 2.0]))
