@@ -53,6 +53,7 @@ def miles_register_rewards() -> Mapping[str, Component]:
         SOFT_OVERLONG: Component(
             "miles_dapo.soft_overlong:SoftOverlong",
             options=SoftOverlongOptions,
+            provides=("data.reward_terms",),
             flags={
                 "--overlong-buffer-len": "buffer_len",
                 "--overlong-max-len": "max_len",
