@@ -51,8 +51,9 @@ class Component:
     all the others says `any`. Generate functions: `one turn`, `turns` (with an environment), `given responses` (no
     engine). An engine that generates says `responses`: task sets without a reward are then refused. An
     executor that starts a single train rank says `one rank`: more are then refused. A term of the advantages says
-    `algorithm.advantage_terms`, one of the rewards `data.reward_terms`: there a flag selects it, and errors say to. An estimator, a term or a loss
-    that looks at no reward says `without rewards`: task sets and samples then need none."""
+    `algorithm.advantage_terms`, one of the rewards `data.reward_terms`: there a flag selects it, and errors say to.
+    An estimator, a term or a loss that looks at no reward says `without rewards`: task sets and samples then need
+    none."""
     summary: str = ""
     paper: str = ""
 
