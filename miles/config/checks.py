@@ -102,8 +102,9 @@ def _losses(c: _Checked) -> Iterator[Fault]:
             f"policy loss {a.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
             "--advantage-estimator none, or another --policy-loss",
         )
-    if a.advantage_estimator.name in [term.name for term in a.advantage_terms]:
-        problem = f"{a.advantage_estimator.name!r} is the estimator and a term beside it too: it counts twice"
+    estimator, *terms = [spec.name.rpartition("/")[2] for spec in (a.advantage_estimator, *a.advantage_terms)]
+    if estimator in terms:
+        problem = f"{estimator!r} is the estimator and a term beside it too: it counts twice"
         yield c.fault("algorithm.advantage_terms", problem, "leave it out, or name another --advantage-estimator")
     if a.aggregation_constant is not None and a.loss_aggregation != "constant":
         yield c.fault(

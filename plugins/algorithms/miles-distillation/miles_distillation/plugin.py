@@ -106,16 +106,8 @@ class ScoringServerOptions:
 
 @hookimpl
 def miles_configure(config: Any) -> None:
-    """Raises ConfigError where the term would count twice, or a loss of this plugin is asked for what a server does not
-    say."""
-    algorithm = config.algorithm
-    named = [spec.name.rpartition("/")[2] for spec in (algorithm.advantage_estimator, *algorithm.advantage_terms)]
-    if named.count("distillation") > 1:
-        raise ConfigError(
-            "algorithm.advantage_terms: 'distillation' is the estimator, or a term, already, and would count twice: "
-            "leave --use-opd out, or name another --advantage-estimator; {name: distillation, coef: ...} says how much"
-        )
-    loss = algorithm.policy_loss
+    """Raises ConfigError where a loss of this plugin is asked for what a server does not say."""
+    loss = config.algorithm.policy_loss
     support = loss.options.get("support", "teacher").removeprefix("only-")
     if loss.name.rpartition("/")[2] in LOSSES and config.teacher.urls and support != "teacher":
         raise ConfigError(

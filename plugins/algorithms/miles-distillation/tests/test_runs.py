@@ -151,7 +151,7 @@ def test_a_loss_that_looks_at_no_advantages_wants_no_estimator(distil):
 
 def test_the_same_opinion_does_not_count_twice(distil):
     algorithm = {"advantage_estimator": "distillation", "advantage_terms": ["miles-distillation/distillation"]}
-    with pytest.raises(ConfigError, match="would count twice"):
+    with pytest.raises(ConfigError, match="it counts twice"):
         distil(algorithm, {"load": folder(TEACHER)})
 
 
