@@ -269,6 +269,23 @@ def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(config, tmp_path):
     assert miles.train(config, num_rollout=2).resumed_from == 1
 
 
+def test_where_a_teachers_server_stands_may_change(config, tmp_path):
+    from miles.config.load import resolve
+    from miles.errors import ConfigError
+    from miles.rundir import run_directory
+
+    for_teacher = {"advantage_terms": ["distillation"]}
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    for port in (1, 2):
+        teacher = {"urls": {"default": f"http://127.0.0.1:{port}"}}
+        resolved = resolve([{**config, "teacher": teacher, "algorithm": for_teacher}])
+        with run_directory(resolved.config, resolved.registry.plugins):
+            pass
+    other = resolve([{**config, "teacher": {**teacher, "key": "who"}, "algorithm": for_teacher}])
+    with pytest.raises(ConfigError, match=r"teacher\.key"), run_directory(other.config, other.registry.plugins):
+        pass
+
+
 def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config, tmp_path):
     import miles
     from miles.errors import ConfigError
