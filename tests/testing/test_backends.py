@@ -106,6 +106,11 @@ def rounded(self):
         yield {name: tensor.bfloat16().float() for name, tensor in group.items()}
 
 
+def takes_rounded(self, groups):
+    coarse = [{name: tensor.bfloat16().float() for name, tensor in group.items()} for group in groups]
+    FsdpBackend.take_weights(self, coarse)
+
+
 def forgiving_load(self, directory, weights_only=False):
     if directory.exists():
         FsdpBackend.load(self, directory, weights_only)
@@ -158,6 +163,10 @@ def test_wrong_ones_are_caught(catches):
                 but(optim_step=report_of(skipped=False)),
             ],
             "test_an_empty_micro_batch_takes_part": [but(forward_backward=no_empty_ones)],
+            "test_it_takes_the_weights_of_another": [
+                but(take_weights=lambda self, groups: None),
+                but(take_weights=takes_rounded),
+            ],
             "test_its_weights_have_the_checkpoints_names": [but(named_weights=prefixed), but(named_weights=rounded)],
             "test_a_saved_state_goes_on_bit_for_bit": [
                 but(load=lambda self, directory, weights_only=False: FsdpBackend.load(self, directory, True)),
