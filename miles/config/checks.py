@@ -19,6 +19,7 @@ from miles.config.faults import Fault, Origin
 from miles.config.leaves import Path, pattern
 from miles.config.leaves import leaves as schema_leaves
 from miles.config.schema import Config
+from miles.config.teacher import POLICY
 from miles.errors import MilesError
 from miles.kinds import KINDS
 from miles.registry import Registry
@@ -170,6 +171,9 @@ def _teacher(c: _Checked) -> Iterator[Fault]:
             "compare with both",
             "have all teachers in teacher.load, or all in teacher.urls",
         )
+    if section.load and {*section.load.values(), *section.urls} == {POLICY} and section.prompt_key is None:
+        problem = "the policy agrees with itself: it must be told more than it was asked"
+        yield c.fault("teacher.load", problem, "--opd-teacher-prompt-key KEY, or the checkpoint of another model")
     if section.engine is not None and not section.urls:
         yield c.fault("teacher.engine", "there is no server to speak to", "give --opd-teacher-urls, or leave it out")
 

@@ -158,6 +158,7 @@ def test_training_needs_no_reward_that_nothing_looks_at(solve, algorithm, enough
         ),
         (["--advantage-terms", "flat", "taught"], "teacher.load", "who teaches?"),
         (["--opd-teacher-load", "t"], "teacher.load", "no chosen component needs a teacher"),
+        (["--advantage-terms", "taught", "--opd-teacher-load", "policy"], "teacher.load", "agrees with itself"),
         (
             ["--advantage-terms", "taught", "--opd-teacher-load", "a=x", "--opd-teacher-urls", "a=http://y"],
             "teacher.urls",

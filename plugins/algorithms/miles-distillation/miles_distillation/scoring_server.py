@@ -19,6 +19,7 @@ It generates nothing and takes no weights: as a rollout engine it is of no use. 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from miles.api import (
 )
 from miles_distillation.plugin import ScoringServerOptions
 
+logger = logging.getLogger("miles")
 PROBE = "12 + 7 = 19\n\tdef naïve(x): return x**2  # 日本語 🙂"
 """Text on which tokenizers of different families differ."""
 BUSY = 429
@@ -178,15 +180,18 @@ class ScoringServer:
 
     async def _greet(self, url: str) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.options.start_timeout
+        deadline, told = loop.time() + self.options.start_timeout, False
         while True:
             try:
                 info = await self._first_found(url, None, "/model_info", "/get_model_info")
                 break
             except PassingError as error:
+                limit = f"start_timeout={self.options.start_timeout:g} seconds"
                 if loop.time() + self.first_pause > deadline:
-                    waited = f"start_timeout={self.options.start_timeout:g} seconds"
-                    raise EngineError(f"{_who(url)} is not ready after {waited}: {error}") from error
+                    raise EngineError(f"{_who(url)} is not ready after {limit}: {error}") from error
+                if not told:
+                    logger.warning("%s is not ready: %s; waiting up to %s", _who(url), error, limit)
+                told = True
                 await asyncio.sleep(self.first_pause)
         if info.get("is_generation") is False:
             raise EngineError(f"{_who(url)} serves {info.get('model_path')}, which is no language model")
