@@ -193,8 +193,10 @@ async def make_teachers(config: Config, registry: Registry, model: Model, stack:
     top_k = 0
     if section.urls and "teacher_top_k" in needs:
         loss = config.algorithm.policy_loss
-        default = options_of(registry.component("policy_losses", loss.name).options)["k"].default
-        top_k = loss.options.get("k", default)
+        options = options_of(registry.component("policy_losses", loss.name).options)
+        if "k" not in options:
+            raise ConfigError(f"policy loss {loss.name!r} needs teacher_top_k and has no option `k` that says how many")
+        top_k = loss.options.get("k", options["k"].default)
     return Teachers(section, engines, model.chat, rollout_temperature(config), "teacher" in needs, top_k)
 
 

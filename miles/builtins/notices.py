@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
 from typing import Any
 
-from miles.api import Group, Metrics
+from miles.api import Metrics
 
 logger = logging.getLogger("miles")
-AGREEING = "rollout/groups_agreeing"
+ADVANTAGE = "train/advantage_abs"
 
 
-def nothing_to_compare(run: Any, groups: Sequence[Group], metrics: Metrics) -> None:
-    """Say so when a batch begins to have the same reward for all samples of every prompt, as often as it begins.
-
-    An estimator that compares the samples of a prompt (GRPO and its kin) then gives every token the advantage 0. One
-    that compares them with a greedy rollout does not.
-    `run` is the `miles.run.Run`; its `metrics` are those of the step before.
-    """
-    judged = run.config.algorithm.advantage_estimator.name != "none" and any(
-        len(g.samples) > 1 and g.baseline_reward is None for g in groups
-    )
-    if judged and metrics.get(AGREEING) == 1 and run.metrics.get(AGREEING) != 1:
+def nothing_learned(run: Any, step: int, metrics: Metrics) -> None:
+    """Say so when batches begin to have no advantage but 0, as often as it begins. `run.metrics` are those of the step
+    before."""
+    if metrics.get(ADVANTAGE) == 0 and run.metrics.get(ADVANTAGE) != 0:
         logger.warning(
-            "step %d: the samples of each prompt all got the same reward (%g on average): there is nothing to learn "
-            "from by comparing them. Read rollouts/step_%06d.jsonl",
-            run.step + 1, metrics["rollout/reward"], run.step + 1,
+            "step %d: all advantages are 0, so that it taught nothing. The samples of each prompt got the same reward "
+            "(%g on average), or one sample a prompt (--n-samples-per-prompt) has nothing to be compared with. "
+            "Read rollouts/step_%06d.jsonl",
+            step + 1, metrics.get("rollout/reward", math.nan), step + 1,
         )  # fmt: skip

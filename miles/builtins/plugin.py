@@ -157,7 +157,7 @@ def miles_register_trackers():
 
 
 @hookimpl
-def miles_on_rollout_end(run, groups, metrics):
-    from miles.builtins.notices import nothing_to_compare
+def miles_on_train_step_end(run, step, metrics):
+    from miles.builtins.notices import nothing_learned
 
-    nothing_to_compare(run, groups, metrics)
+    nothing_learned(run, step, metrics)

@@ -11,7 +11,6 @@ from miles.component import Need
 from miles.config import NONE, Config, Spec
 from miles.config.components import needs_of
 from miles.errors import TrainError
-from miles.log import logger
 from miles.registry import Registry
 from miles.targets import defined_at, described
 from miles.training.aggregation import sum_per_sample
@@ -20,11 +19,6 @@ from miles.training.kl import kl_estimate
 from miles.training.statistics import whiten
 from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
-
-NOTHING_TO_LEARN = (
-    "all advantages are 0: this batch teaches nothing. Rewards agree within every group, or a group is one sample "
-    "(--n-samples-per-prompt), which leaves estimators that compare the samples of a prompt nothing to compare"
-)
 
 
 def component_needs(config: Config, registry: Registry) -> set[Need]:
@@ -66,8 +60,6 @@ class AdvantageStage:
                 advantages_T = whiten(advantages_T, inputs.mask_T)
             advantages_T = torch.where(inputs.mask_T > 0, advantages_T.float(), 0.0)
             table.put("advantages", advantages_T)
-            if not advantages_T.any():
-                logger.warning(NOTHING_TO_LEARN)
             metrics.update(self._returns(table, inputs, result))
             for said in (result, *terms):
                 metrics.update(said.metrics)

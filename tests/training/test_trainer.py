@@ -321,13 +321,6 @@ def test_terms_are_added_to_the_estimator():
     assert table.flat("advantages").tolist() == (3 * table.flat("mask")).tolist()
 
 
-def test_a_batch_that_teaches_nothing_is_said(caplog):
-    stage(fine=fine)(Table.from_groups(groups(), "train"))
-    assert caplog.messages == []
-    stage(zero=lambda inputs: 0 * inputs.mask_T)(Table.from_groups(groups(), "train"))
-    assert [message.partition(":")[0] for message in caplog.messages] == ["all advantages are 0"]
-
-
 def lost_returns(inputs):
     return Advantages(inputs.mask_T.clone(), inputs.mask_T * math.nan)
 

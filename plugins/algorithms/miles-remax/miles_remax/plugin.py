@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from miles.api import Component, hookimpl
+from miles.api import Component, ConfigError, hookimpl
 
 MILES_API = 1
+
+
+@hookimpl
+def miles_configure(config) -> None:
+    """Refuse a filter that drops what this estimator learns from."""
+    filters = [spec.name for spec in config.rollout.filters]
+    if config.algorithm.advantage_estimator.name.endswith("remax") and "agreeing_rewards" in filters:
+        raise ConfigError(
+            "rollout.filters: agreeing_rewards drops groups whose rewards agree, which teach `remax` as long as they "
+            "differ from the greedy one: leave the filter out (--preset dapo brings it), or use another estimator"
+        )
 
 
 @hookimpl

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miles_remax.plugin import miles_configure
 from miles_remax.remax import remax
 
-from miles.api import Group, Prompt, Sample, Status, TrainError
+from miles.api import ConfigError, Group, Prompt, Sample, Status, TrainError
 from miles.config import Config
 from miles.plugins import load_plugins
 from miles.registry import Registry
@@ -123,3 +124,14 @@ def test_one_group_without_a_baseline_is_an_error(stage):
 def test_a_baseline_that_is_no_number_is_an_error(stage):
     with pytest.raises(TrainError, match="not finite"):
         stage(table_of((float("nan"), [1.0])))
+
+
+def test_a_filter_that_drops_what_it_learns_from_is_refused():
+    def configured(estimator, *filters):
+        algorithm, rollout = {"advantage_estimator": estimator}, {"filters": filters}
+        miles_configure(Config.model_validate({"algorithm": algorithm, "rollout": rollout}))
+
+    configured("remax")
+    configured("grpo", "agreeing_rewards")
+    with pytest.raises(ConfigError, match=r"rollout\.filters: agreeing_rewards drops"):
+        configured("remax", "agreeing_rewards")
