@@ -162,7 +162,7 @@ def test_steps_without_samples_are_said(run, tmp_path, write_run, capsys):
 
 def test_kinds_of_components_read_as_words():
     kinds = {"policy_losses": ["a", "b"], "rewards": ["c"], "is_corrections": ["d"], "of_tomorrow": ["e"]}
-    assert offers(kinds) == ["policy losses: a, b", "reward: c", "importance-sampling correction: d", "of tomorrow: e"]
+    assert offers(kinds) == ["policy losses: a, b", "reward: c", "IS correction: d", "of tomorrow: e"]
 
 
 def test_settings_that_differ():

@@ -196,4 +196,5 @@ if __name__ == "__main__":
     facts = {case: run(case, rank, size, folder) for case in sys.argv[4:]}
     (folder / f"facts-{rank}-of-{size}.json").write_text(json.dumps(facts))
     if size > 1:
+        dist.barrier()  # gloo aborts now and then when its peer has gone before it
         dist.destroy_process_group()
