@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from miles import __version__
 from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
-from miles.component import Need
+from miles.component import TEACHER_NEEDS
 from miles.config import Config, Spec, TaskSet
 from miles.config.components import learns_without_rewards, needs_of
 from miles.config.derived import Derived, Numbers
@@ -56,7 +56,6 @@ from miles.training.trainer import Trainer
 from miles.training.worker import ModelSetup, WorkerSetup
 from miles.types import Prompt
 
-TEACHER_NEEDS: frozenset[Need] = frozenset({"teacher", "teacher_logits", "teacher_top_k"})
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
 

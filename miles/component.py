@@ -27,6 +27,10 @@ Need = Literal[
 ]
 
 
+TEACHER_NEEDS: frozenset[Need] = frozenset({"teacher", "teacher_logits", "teacher_top_k"})
+"""Log-probs of the sampled tokens, whole distributions, or the likeliest tokens (as many as the option `k` says)."""
+
+
 @dataclass(frozen=True)
 class Component:
     """A named, buildable part.

@@ -6,11 +6,11 @@ checked where those are opened.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from miles.component import Component
+from miles.component import TEACHER_NEEDS, Component, Need
 from miles.config.base import NONE
 from miles.config.components import WITHOUT_REWARDS, Use, learns_without_rewards
 from miles.config.data import TaskSet
@@ -127,16 +127,19 @@ def _chosen_needs(c: _Checked) -> set[str]:
     return {need for use in chosen for need in _component(c, use.kind, use.name).needs}
 
 
-def _idle(c: _Checked, section: str, what: str, remedy: str) -> Iterator[Fault]:
+def _idle(c: _Checked, section: str, needs: Collection[Need]) -> Iterator[Fault]:
     """Settings of a model that no chosen component needs."""
+    every = (offer for kind in KINDS.values() if kind.protocol is not None for offer in c.registry.offers(kind.name))
+    names = sorted({offer.name for offer in every if offer.value.needs & set(needs)})
+    remedy = f"choose one that does ({', '.join(names) or 'none is installed'}), or leave it out"
     for name in type(getattr(c.config, section)).model_fields:
         if not c.at_default((section, name)):
-            yield c.fault(f"{section}.{name}", f"no chosen component needs {what}", f"{remedy}, or leave it out")
+            yield c.fault(f"{section}.{name}", f"no chosen component needs a {section}", remedy)
 
 
 def _critic(c: _Checked) -> Iterator[Fault]:
     if "critic" not in _chosen_needs(c):
-        yield from _idle(c, "critic", "a critic", "--advantage-estimator ppo (or gae)")
+        yield from _idle(c, "critic", {"critic"})
         return
     only, steps = c.config.critic.only_steps, c.config.rollout.num_rollout
     if steps is not None and 0 < steps <= only:
@@ -149,8 +152,8 @@ def _critic(c: _Checked) -> Iterator[Fault]:
 
 def _teacher(c: _Checked) -> Iterator[Fault]:
     section, needs = c.config.teacher, _chosen_needs(c)
-    if not needs & {"teacher", "teacher_logits", "teacher_top_k"}:
-        yield from _idle(c, "teacher", "a teacher", "--advantage-terms distillation")
+    if not needs & TEACHER_NEEDS:
+        yield from _idle(c, "teacher", TEACHER_NEEDS)
         return
     own_functions = any(s.generate.name not in KINDS["generate_functions"].words for s in c.config.data.sets)
     if not section.load and not section.urls and not own_functions:  # which may bring a teacher's log-probs themselves

@@ -81,7 +81,7 @@ class Trainer:
         self.seconds = 0.0
         unsaid = self.compares_logits or not table.complete(TEACHER_LOG_PROBS.name)
         if unsaid and self.teachers is None and self.needs_teacher:
-            self._require(table, TEACHER_LOG_PROBS.name, "distillation without a teacher (--opd-teacher-load)")
+            self._require(table, TEACHER_LOG_PROBS.name, "learning from a teacher, without one (--opd-teacher-load),")
         elif unsaid and self.teachers is not None:
             samples = {sample.id: sample for group in groups for sample in group.samples}
             await self.teachers.teach(table, samples, self._forward)

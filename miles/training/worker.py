@@ -94,8 +94,7 @@ class TrainWorker:
         if self.compares_logits and size > 1:  # a teacher's head is gathered by all ranks, and they ask at other times
             raise ConfigError(
                 f"policy loss {config.algorithm.policy_loss.name!r} compares with the logits of teachers in the "
-                f"trainer, which works with one train rank, not {size}: --actor-num-gpus-per-node 1, or "
-                "--advantage-estimator distillation"
+                f"trainer, which works with one train rank, not {size}: --actor-num-gpus-per-node 1, or another loss"
             )
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
         self.contexts = {name: self._context(model) for name, model in setup.models.items()}

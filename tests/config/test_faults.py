@@ -1,5 +1,7 @@
 """Everything that is wrong, in one report, with key, value, origin and remedy."""
 
+import re
+
 import pytest
 
 from miles.config.faults import ConfigFaults
@@ -196,6 +198,12 @@ def test_contradictions(solve, arguments, key, words):
     faults = faults_of(solve, *arguments)
     assert words in faults[key].problem
     assert faults[key].remedy
+
+
+def test_who_would_need_an_idle_model_is_named(solve):
+    faults = faults_of(solve, "--critic-lr", "1e-5", "--opd-teacher-load", "t")
+    assert re.search(r"choose one that does \(.*\bvalued\b.*\), or leave it out", faults["critic.lr"].remedy)
+    assert re.search(r"choose one that does \(.*\bcopying\b.*\btaught\b.*\)", faults["teacher.load"].remedy)
 
 
 def test_evaluation_may_do_what_training_may_not(solve):

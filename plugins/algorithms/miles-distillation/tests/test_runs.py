@@ -7,6 +7,7 @@ import pytest
 import miles
 from miles.api import ConfigError, EngineError
 from miles.testing import tiny
+from miles.toolkit import per_token
 
 STUDENT, TEACHER, OTHER = 0, 1, 2
 METHODS = {
@@ -131,11 +132,16 @@ def test_a_policy_that_is_told_more_teaches_itself(distil, method):
     assert sum(divergences[-2:]) < 0.8 * sum(divergences[:2])
 
 
+def rewards_as_they_are(inputs):
+    return per_token(inputs.rewards_N, inputs)
+
+
 def test_as_a_term_it_is_added_to_an_estimator(distil):
     def words(sample):
         return float(len(set(sample.text)))
 
-    algorithm = {"advantage_estimator": "grpo", "advantage_terms": [{"name": "distillation", "coef": 0.5}]}
+    terms = [{"name": "distillation", "coef": 0.5}]
+    algorithm = {"advantage_estimator": rewards_as_they_are, "advantage_terms": terms}
     section = {"load": folder(TEACHER)}
     with_term = distil(algorithm, section, reward=words)
     assert with_term[0]["train/distill_sampled_kl"] > 0

@@ -12,8 +12,8 @@ MILES_API = 1
 @hookimpl
 def miles_configure(config) -> None:
     """Refuse a filter that drops what this estimator learns from."""
-    filters = [spec.name for spec in config.rollout.filters]
-    if config.algorithm.advantage_estimator.name.endswith("remax") and "agreeing_rewards" in filters:
+    names = [spec.name.rpartition("/")[2] for spec in (config.algorithm.advantage_estimator, *config.rollout.filters)]
+    if names[0] == "remax" and "agreeing_rewards" in names:
         raise ConfigError(
             "rollout.filters: agreeing_rewards drops groups whose rewards agree, which teach `remax` as long as they "
             "differ from the greedy one: leave the filter out (--preset dapo brings it), or use another estimator"
