@@ -39,7 +39,9 @@ from miles.protocols import (
     DataSource,
     EngineContext,
     Evaluator,
+    ExecutorContext,
     RolloutEngine,
+    Seats,
     WeightSync,
     WorkerGroup,
 )
@@ -333,10 +335,14 @@ async def launch_workers(
         temperature=rollout_temperature(config),
         provenance=registry.plugins.provenance(),
     )
-    executor = registry.build("executors", config.resources.executor)
+    seats = {
+        "train": Seats(size, gpus=1 if setup.device.startswith("cuda") else 0, nodes=config.resources.actor_num_nodes)
+    }
+    context = ExecutorContext(seats, config.run.dir)
+    executor = registry.build("executors", config.resources.executor, context=context)
     closing(stack, executor)
     shared = {"registry": registry} if executor.shares_process else {}
-    workers = await executor.launch("miles.training.worker:TrainWorker", size, setup, **shared)
+    workers = await executor.launch("train", "miles.training.worker:TrainWorker", setup, **shared)
     closing(stack, workers)
     return workers
 

@@ -23,6 +23,10 @@ from miles.contexts import DataContext as DataContext
 from miles.contexts import EngineContext as EngineContext
 from miles.contexts import GenerateContext, Role
 from miles.contexts import RunInfo as RunInfo
+from miles.execution import Executor as Executor
+from miles.execution import ExecutorContext as ExecutorContext
+from miles.execution import Seats as Seats
+from miles.execution import WorkerGroup as WorkerGroup
 from miles.parts import WHOLE, Part, Sharding
 from miles.types import (
     Action,
@@ -175,43 +179,6 @@ class RoutingReplay(Protocol):
 
     def replaying(self, batch: MicroBatch) -> AbstractContextManager:
         """Within it, forward and recomputation choose the recorded experts; probabilities stay differentiable."""
-
-
-# ---------------------------------------------------------------------------------------------------- where things run
-
-
-class WorkerGroup(Protocol):
-    """Some identical workers, one a rank."""
-
-    size: int
-
-    async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        """Run `method` on every rank with the same arguments; results in rank order. Never blocks the event loop.
-
-        Raises:
-            WorkerError: a rank failed; the first failing rank's traceback leads the message.
-        """
-
-    async def call_each(self, method: str, args: Sequence[tuple]) -> list[Any]:
-        """Like `call`, with one tuple of arguments for each rank."""
-
-    async def close(self) -> None: ...
-
-
-@runtime_checkable
-class Executor(Protocol):
-    """Where workers run: in this process, in processes of this machine, on a cluster.
-
-    What crosses to a worker is a target string (`package.module:Class`), names and data; never a pickled function.
-    """
-
-    shares_process: bool
-    """True when workers live in the driver's process, so that objects may be handed over as they are."""
-
-    async def launch(self, target: str, size: int, *args: Any, **kwargs: Any) -> WorkerGroup:
-        """Start `size` workers, each `Target(rank, size, *args, **kwargs)`."""
-
-    async def close(self) -> None: ...
 
 
 # --------------------------------------------------------------------------------------------------------------- data

@@ -7,6 +7,7 @@ from miles.config.optimizer import OptimizerSection
 from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
 from miles.data.screening import screen
+from miles.shipment import Shipment, opened
 from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample
 from miles.training.episodes import Episodes, discounted_sums, kl_cost
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
@@ -22,6 +23,10 @@ from miles.training.packing import (
 from miles.training.statistics import GroupStatistics, per_token, whiten
 from miles.training.surrogate import LOG_RATIO_BOUND, bounded_log_ratio, clipped_surrogate
 from miles.weights import COLUMN, ROW, Concat, Form, Inverse, Op, OpBridge, Stack, Weight, cut_shard, join_shards
+from miles.workers.compute import compute_thread
+from miles.workers.failure import Failure, WorkerFailure, raised
+from miles.workers.group import DirectLink, Link, Workers
+from miles.workers.host import WorkerHost, torchrun_environment
 
 __all__ = [
     "COLUMN",
@@ -29,22 +34,30 @@ __all__ = [
     "ROW",
     "Concat",
     "Config",
+    "DirectLink",
     "Episodes",
+    "Failure",
     "Form",
     "GroupStatistics",
     "Inverse",
     "Keys",
+    "Link",
     "Op",
     "OpBridge",
     "OptimizerSection",
+    "Shipment",
     "Stack",
     "TaskSet",
     "Weight",
+    "WorkerFailure",
+    "WorkerHost",
+    "Workers",
     "align_with_tokens",
     "bounded_log_ratio",
     "build_micro_batch",
     "chunk_micro_batches",
     "clipped_surrogate",
+    "compute_thread",
     "cut_shard",
     "discounted_sums",
     "join_shards",
@@ -54,8 +67,10 @@ __all__ = [
     "move_micro_batch",
     "next_tokens",
     "open_rows",
+    "opened",
     "per_token",
     "plan_micro_batches",
+    "raised",
     "read_prompt",
     "read_weights",
     "resolve_checkpoint",
@@ -67,5 +82,6 @@ __all__ = [
     "spread_over_samples",
     "sum_per_sample",
     "take_samples",
+    "torchrun_environment",
     "whiten",
 ]

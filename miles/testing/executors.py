@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from miles.errors import MilesError
+from miles.protocols import ExecutorContext, Seats
 from miles.testing.contract import ComponentContract
 
 WORKER = f"{__name__}:Worker"
@@ -52,7 +53,7 @@ class Worker:
 
 
 class ExecutorContract(ComponentContract):
-    """`launch(target, size, ...) -> WorkerGroup`, `close()`.
+    """`launch(name, target, ...) -> WorkerGroup`, `close()`.
 
     Example:
         class TestLocal(ExecutorContract):
@@ -64,6 +65,10 @@ class ExecutorContract(ComponentContract):
     sizes: ClassVar[Sequence[int]] = (1, 2)
     """Numbers of workers that must be launched."""
 
+    def context(self) -> ExecutorContext:
+        """Groups `workers-1`, `workers-2` ... of so many workers."""
+        return ExecutorContext({f"workers-{size}": Seats(size) for size in {*self.sizes, 2}})
+
     def each(self, use: Callable[[Any], Awaitable[None]], *arguments: Any, **keywords: Any) -> None:
         """Launch each number of workers, use the group, close everything."""
 
@@ -71,7 +76,7 @@ class ExecutorContract(ComponentContract):
             for size in self.sizes:
                 executor = self.build()
                 try:
-                    group = await executor.launch(WORKER, size, *arguments, **keywords)
+                    group = await executor.launch(f"workers-{size}", WORKER, *arguments, **keywords)
                     try:
                         await use(group)
                     finally:
@@ -158,7 +163,7 @@ class ExecutorContract(ComponentContract):
         async def main(size: int) -> None:
             executor = self.build()
             try:
-                await executor.launch(WORKER, size, fail=size - 1)
+                await executor.launch(f"workers-{size}", WORKER, fail=size - 1)
             finally:
                 await executor.close()
 
@@ -171,14 +176,14 @@ class ExecutorContract(ComponentContract):
         if 2 in self.sizes:
             pytest.skip("serves several workers")
         with pytest.raises(MilesError):
-            asyncio.run(self.build().launch(WORKER, 2))
+            asyncio.run(self.build().launch("workers-2", WORKER))
 
     def test_closing(self) -> None:
         """Twice, and without anything launched: it happens on every way out of a run."""
 
         async def main() -> None:
             executor = self.build()
-            group = await executor.launch(WORKER, self.sizes[0])
+            group = await executor.launch(f"workers-{self.sizes[0]}", WORKER)
             await group.close()
             await group.close()
             await executor.close()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miles.config import Spec
 from miles.errors import WeightSyncError
-from miles.protocols import WeightSync, WorkerGroup
+from miles.protocols import ExecutorContext, Seats, WeightSync, WorkerGroup
 from miles.targets import import_target
 from miles.testing import tiny
 from miles.testing.contract import ComponentContract, installed
@@ -78,9 +78,10 @@ class WeightSyncContract(ComponentContract):
         """Launch senders and engines, connect them, work, close everything."""
 
         async def main() -> None:
-            executor = installed().build("executors", Spec(name=self.executor))
+            context = ExecutorContext({"train": Seats(self.senders)})
+            executor = installed().build("executors", Spec(name=self.executor), context=context)
             folders = [str(tiny.saved(self.model_type, seed)) for seed in (0, 1)]
-            workers = await executor.launch(WORKER, self.senders, folders)
+            workers = await executor.launch("train", WORKER, folders)
             engines = [self.make_engine() for _ in range(self.receivers)]
             try:
                 for engine in engines:

@@ -25,6 +25,7 @@ LAYERS = [
         "modeling",
         "checkpoint",
         "interrupt",
+        "workers",
     },
     {"determinism", "checkpoint_io", "rundir"},
     {"config"},
@@ -32,7 +33,7 @@ LAYERS = [
     {"plugins", "conformance", "options"},
     {"api"},
     {"hookspecs", "kinds", "hermes"},
-    {"protocols", "contexts", "weights"},
+    {"protocols", "contexts", "execution", "weights", "shipment"},
     {"types"},
     {"component", "errors", "parts", "log", "targets", "catalog", "durable", "batches"},
 ]

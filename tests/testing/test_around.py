@@ -4,15 +4,18 @@ import asyncio
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from miles.api import ConfigError, WorkerError, import_target
+from miles.api import ConfigError, ExecutorContext, Seats, WorkerError, import_target
 from miles.builtins.inprocess import InProcessExecutor
 from miles.builtins.trackers import JsonlTracker
 from miles.evaluate import RolloutEvaluator
 from miles.testing import EvaluatorContract, ExecutorContract, PresetContract, TrackerContract, installed
+
+CONTEXT = ExecutorContext({f"workers-{size}": Seats(size) for size in (1, 2)})
 
 
 class Threads:
@@ -20,7 +23,8 @@ class Threads:
 
     shares_process = True
 
-    async def launch(self, target, size, *args, **kwargs):
+    async def launch(self, name, target, *args, **kwargs):
+        size = int(name.rpartition("-")[2])  # the contract names its groups so
         return Group([import_target(target)(rank, size, *args, **kwargs) for rank in range(size)])
 
     async def close(self):
@@ -56,8 +60,8 @@ def executor_with(executor=None, **methods):
     """`Threads` whose groups have these methods."""
 
     class Wrong(Threads):
-        async def launch(self, target, size, *args, **kwargs):
-            group = await super().launch(target, size, *args, **kwargs)
+        async def launch(self, name, target, *args, **kwargs):
+            group = await super().launch(name, target, *args, **kwargs)
             group.__class__ = type("WrongGroup", (Group,), methods)
             return group
 
@@ -66,7 +70,7 @@ def executor_with(executor=None, **methods):
 
 def test_right_executors_pass(passes):
     passes(ExecutorContract, Threads)
-    passes(ExecutorContract, InProcessExecutor, sizes=(1,))
+    passes(ExecutorContract, partial(InProcessExecutor, context=CONTEXT), sizes=(1,))
 
 
 def test_wrong_executors_are_caught(catches):
@@ -96,9 +100,9 @@ def test_wrong_executors_are_caught(catches):
     async def by_json(self, method, args, kwargs):
         return [str(value) for value in await Group.run(self, method, args, kwargs)]
 
-    async def lazily(self, target, size, *args, **kwargs):
+    async def lazily(self, name, target, *args, **kwargs):
         try:
-            return await Threads.launch(self, target, size, *args, **kwargs)
+            return await Threads.launch(self, name, target, *args, **kwargs)
         except ValueError:
             return Group([])
 

@@ -26,7 +26,6 @@ from miles.api import (
     WeightGroup,
     WeightSyncError,
 )
-from miles.builtins.compute import compute_thread
 from miles.builtins.parking import Parking
 from miles.builtins.torch_engine.budget import Budget
 from miles.builtins.torch_engine.decoder import Decoder, DecoderConfig
@@ -37,6 +36,7 @@ from miles.builtins.torch_engine.scoring import ScoreJob
 from miles.builtins.torch_engine.slots import Job
 from miles.builtins.torch_engine.stopping import StopStrings
 from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
+from miles.toolkit import compute_thread
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TURN = 8
