@@ -43,8 +43,8 @@ KINDS: dict[str, Kind] = {
         Kind("routing_replays", ("moe.routing_replay",), protocols.RoutingReplay, ("none",)),
         Kind("train_backends", ("train.train_backend",), protocols.TrainBackend),
         Kind("rollout_engines", ("rollout.engine", "teacher.engine"), protocols.RolloutEngine),
-        Kind("weight_syncs", ("weight_sync.transport",), protocols.WeightSync),
-        Kind("executors", ("resources.executor",), protocols.Executor),
+        Kind("weight_syncs", ("weight_sync.transport",), protocols.WeightSync, ("auto",)),
+        Kind("executors", ("resources.executor",), protocols.Executor, ("auto",)),
         Kind("data_sources", ("data.source",), protocols.DataSource),
         Kind("environments", ("data.sets.*.environment", "eval.sets.*.environment"), protocols.Environment),
         Kind(

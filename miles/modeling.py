@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from miles.config import Config, Spec, TaskSet
+from miles.config.base import AUTO
 from miles.errors import ConfigError
 from miles.kinds import KINDS
 from miles.protocols import Bridge, ChatContext, ChatFormat, GenerateFunction, ModelTransform, PrecisionScheme
 from miles.registry import Registry
 
-AUTO, ANY = "auto", "any"
+ANY = "any"
 
 
 def load_hf_config(checkpoint: Path, trust_remote_code: bool = False) -> Any:

@@ -65,7 +65,9 @@ def miles_register_rollout_engines():
 def miles_register_weight_syncs():
     return {
         "inprocess": Component(
-            "miles.builtins.inprocess_sync:InProcessSync", summary="Trainer and engine share one process"
+            "miles.builtins.inprocess_sync:InProcessSync",
+            provides=("beside",),
+            summary="Trainer and engine share one process",
         )
     }
 

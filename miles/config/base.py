@@ -29,8 +29,8 @@ class Flag:
         object.__setattr__(self, "names", names)
 
 
-NONE = "none"
-"""The name that stands for no component, in places where one is optional."""
+NONE, AUTO = "none", "auto"
+"""The names that stand for no component, where one is optional, and for the one that follows from all the rest."""
 
 
 class Spec(BaseModel):

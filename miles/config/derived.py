@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from miles.config.schema import Config
 from miles.errors import ConfigError
@@ -14,7 +15,7 @@ BATCH, STEPS = "train.global_batch_size", "train.num_steps_per_rollout"
 class Misfit(ConfigError):
     """Numbers of a config that do not fit together."""
 
-    def __init__(self, key: str, value: int, problem: str, remedy: str):
+    def __init__(self, key: str, value: Any, problem: str, remedy: str):
         self.key, self.problem, self.remedy = key, problem, remedy
         super().__init__(f"{key}={value} {problem}; {remedy}")
 

@@ -12,6 +12,9 @@ from miles.config.base import ComponentSpec, ComponentSpecs, Flag, Section, Spec
 class RolloutSection(Section):
     engine: Annotated[ComponentSpec, Flag("--rollout-engine")] = Spec(name="torch")
     """Generates tokens; `none` when nothing is generated (SFT)."""
+    num_engines: Annotated[int | None, Flag("--rollout-num-engines"), Field(gt=0)] = None
+    """Engines; follows from `resources` when not given. Without `--rollout-num-gpus` and `--colocate`, that many in
+    workers of their own."""
     mode: Annotated[Literal["sync", "one_step_off", "fully_async"], Flag("--rollout-mode")] = "sync"
     """Whether rollouts wait for training."""
     num_rollout: Annotated[int | None, Flag("--num-rollout"), Field(ge=0)] = None

@@ -43,12 +43,20 @@ class ResourcesSection(Section):
     """Machines that train."""
     actor_num_gpus_per_node: Annotated[int, Flag("--actor-num-gpus-per-node"), Field(gt=0)] = 1
     """Train ranks on each machine."""
+    rollout_num_gpus: Annotated[int | None, Flag("--rollout-num-gpus"), Field(gt=0)] = None
+    """GPUs that engines have to themselves; without it they share the trainer's devices."""
+    rollout_num_gpus_per_engine: Annotated[int, Flag("--rollout-num-gpus-per-engine"), Field(gt=0)] = 1
+    """GPUs of one engine."""
     colocate: Annotated[bool, Flag("--colocate")] = False
     """Trainer and engines share accelerators and take turns."""
     offload_train: Annotated[bool | None, Flag("--offload-train")] = None
     """Move the trainer off the accelerator during rollouts; follows `colocate` when not given."""
     offload_rollout: Annotated[bool | None, Flag("--offload-rollout")] = None
     """Put engines to sleep during training; follows `colocate` when not given."""
+    worker_timeout: Annotated[float, Flag("--worker-timeout"), Field(gt=0)] = 1800.0
+    """Seconds after which a worker that does not answer a call is taken to hang."""
+    max_restarts: Annotated[int, Flag("--max-restarts"), Field(ge=0)] = 0
+    """Times a run that lost a worker starts again from its last checkpoint by itself."""
 
 
 class CheckpointSection(Section):

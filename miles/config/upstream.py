@@ -99,6 +99,9 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "skip-actor-forward-only"),
     ("leave it out: rollout and trainer are compared in every run, by a real recomputation",
      "get-mismatch-metrics"),
+    ("leave it out: a worker is put wherever a node has a GPU for it (--executor ray)", "num-gpus-per-node"),
+    ("leave it out: it is NCCL on GPUs and gloo on CPUs", "distributed-backend"),
+    ("in seconds, for calls of workers: --worker-timeout", "distributed-timeout-minutes"),
     ("leave it out: the critic shares the policy's ranks", "critic-num-nodes critic-num-gpus-per-node"),
     ("leave it out: the critic is in every checkpoint, beside the policy", "critic-save"),
     ("leave it out: --opd-teacher-load gives a local teacher, --opd-teacher-urls one that is a server", "opd-type"),
@@ -240,13 +243,12 @@ LATER: tuple[tuple[str, str], ...] = (
     (
         "workers in several processes (miles-ray)",
         "object-store-backend mooncake-store-init-kwargs mooncake-replica-num rollout-data-transport "
-        "distributed-backend distributed-timeout-minutes use-distributed-post release-train "
-        "pin-rollout-manager-to-head delay-split-train-data-by-dp dp-replicate-size num-gpus-per-node",
+        "use-distributed-post release-train "
+        "pin-rollout-manager-to-head delay-split-train-data-by-dp dp-replicate-size",
     ),
     (
-        "SGLang as the rollout engine (miles-sglang); the engine of this version, `torch`, lives in the trainer's "
-        "process",
-        "rollout-num-gpus rollout-num-gpus-per-engine rollout-external rollout-external-engine-addrs "
+        "SGLang as the rollout engine (miles-sglang)",
+        "rollout-external rollout-external-engine-addrs "
         "prefill-num-servers use-miles-router miles-router-timeout miles-router-max-connections "
         "miles-router-health-check-failure-threshold rollout-health-check-interval rollout-health-check-timeout "
         "rollout-health-check-first-wait no-sglang-lora-use-virtual-experts",
@@ -278,7 +280,7 @@ LATER: tuple[tuple[str, str], ...] = (
         "load-debug-rollout-data load-debug-rollout-data-subsample load-forge-rollout-data",
     ),
     (
-        "replacing workers that died; a run that died goes on with the same command",
+        "replacing workers that died one by one; with --max-restarts a run starts again from its last checkpoint",
         "use-fault-tolerance ft-components control-server-port mini-ft-controller-enable "
         "mini-ft-controller-poll-interval mini-ft-controller-resume-delay indep-dp",
     ),
@@ -323,9 +325,12 @@ PREFIXES: dict[str, str] = {
 """Beginnings of flags that upstream hands through -> what they belong to. Not in this version."""
 
 ACCEPTED: dict[str, str] = {
-    "actor-num-nodes": "1 in this version: one process",
-    "actor-num-gpus-per-node": "1 in this version: one process",
-    "colocate": "engine and trainer share one device in any case; with it they take turns in its memory",
+    "actor-num-nodes": "several need the executor `ray` (miles-ray)",
+    "actor-num-gpus-per-node": "1 when not given: so many train ranks on a node, also where it has no GPU",
+    "rollout-num-gpus": "without it engines share the trainer's devices, one a rank. With --colocate it must be the "
+    "trainer's number, or be left out",
+    "rollout-num-gpus-per-engine": "1 with the engine `torch`",
+    "colocate": "engines that share the trainer's devices take turns in its memory with it, and do without it as well",
     "update-weight-transfer-mode": "`inprocess` is the only one in this version",
     "apply-chat-template": "for prompts that are text; a list of messages is rendered with or without it",
     "rm-type": "names differ, see below; `math` takes answers that are not boxed too, and instead of upstream's prefix "
