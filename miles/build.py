@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from miles import __version__
 from miles.checkpoint import Checkpoint
@@ -17,31 +17,27 @@ from miles.checkpoint_io import resolve_checkpoint
 from miles.component import TEACHER_NEEDS
 from miles.config import Config, Spec, TaskSet
 from miles.config.components import learns_without_rewards, needs_of
-from miles.config.derived import Derived, Numbers
+from miles.config.derived import Derived
 from miles.config.teacher import POLICY
+from miles.crew import engine_setup, launch_train, make_crew, make_engine, make_engines
 from miles.errors import ConfigError
 from miles.log import logger
 from miles.modeling import (
     AUTO,
     automatic,
-    bridge_for,
     chat_format_for,
     end_token_ids,
     load_hf_config,
     load_tokenizer,
     precision_for,
-    resolve_device,
 )
 from miles.options import options_of
 from miles.protocols import (
     ChatFormat,
     DataContext,
     DataSource,
-    EngineContext,
     Evaluator,
-    ExecutorContext,
     RolloutEngine,
-    Seats,
     WeightSync,
     WorkerGroup,
 )
@@ -55,14 +51,10 @@ from miles.training.advantages import component_needs, needs_reference
 from miles.training.probe import WeightProbe
 from miles.training.teachers import Teachers, model_name
 from miles.training.trainer import Trainer
-from miles.training.worker import ModelSetup, WorkerSetup
+from miles.training.worker import ModelSetup
 from miles.types import Prompt
 
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
-
-
-class Closable(Protocol):
-    async def close(self) -> None: ...
 
 
 @dataclass
@@ -155,32 +147,6 @@ def make_task(
     )  # fmt: skip
 
 
-async def make_engine(
-    config: Config,
-    registry: Registry,
-    model: Model,
-    stack: AsyncExitStack,
-    load_weights: bool,
-    spec: Spec | None = None,
-) -> RolloutEngine:
-    """Build and start an engine: that of the rollout, unless another one is named."""
-    context = EngineContext(
-        checkpoint=model.checkpoint,
-        hf_config=model.hf_config,
-        tokenizer=model.tokenizer,
-        bridge=bridge_for(registry, config, model.hf_config),
-        device=resolve_device(config.resources.device),
-        dtype=config.train.dtype,
-        load_weights=load_weights,
-        run_dir=config.run.dir,
-        precision=precision_for(registry, config),
-    )
-    engine = registry.build("rollout_engines", spec or config.rollout.engine, context=context)
-    closing(stack, engine)
-    await engine.start()
-    return engine
-
-
 async def make_teachers(config: Config, registry: Registry, model: Model, stack: AsyncExitStack) -> Teachers | None:
     """The driver's half of the teachers that the algorithm needs, speaking to those on servers; None without need."""
     needs, section = component_needs(config, registry), config.teacher
@@ -190,7 +156,8 @@ async def make_teachers(config: Config, registry: Registry, model: Model, stack:
     for name, url in section.urls.items():
         chosen = automatic(registry, section.engine or Spec(name=AUTO), "rollout_engines", "scores")
         spec = Spec(name=chosen.name, options={**chosen.options, "url": url})
-        engines[name] = await make_engine(config, registry, model, stack, load_weights=False, spec=spec)
+        setup = engine_setup(config, registry, model.checkpoint, load_weights=False, spec=spec)
+        engines[name] = await make_engine(setup, registry, stack)
     top_k = 0
     if section.urls and "teacher_top_k" in needs:
         loss = config.algorithm.policy_loss
@@ -199,18 +166,6 @@ async def make_teachers(config: Config, registry: Registry, model: Model, stack:
             raise ConfigError(f"policy loss {loss.name!r} needs teacher_top_k and has no option `k` that says how many")
         top_k = loss.options.get("k", options["k"].default)
     return Teachers(section, engines, model.chat, rollout_temperature(config), "teacher" in needs, top_k)
-
-
-def closing(stack: AsyncExitStack, part: Closable) -> None:
-    """Have `stack` close a part. One that cannot be closed is only logged: the first error stays the error."""
-
-    async def close() -> None:
-        try:
-            await part.close()
-        except Exception:
-            logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
-
-    stack.push_async_callback(close)
 
 
 async def build(config: Config, registry: Registry, tracking: Tracking, stack: AsyncExitStack) -> tuple[Derived, Parts]:
@@ -224,13 +179,14 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
     derived = Derived.of(config, prompts_per_epoch=len(source))
     models = train_models(config, derived, registry, model)
-    workers = await launch_workers(config, models, registry, stack, derived.world_size)
-    engines = [await make_engine(config, registry, model, stack, load_weights=False)]
+    crew = make_crew(config, registry, stack, trains=True)
+    workers = await launch_train(crew, models, rollout_temperature(config), stack)
+    engines = await make_engines(crew, model.checkpoint, stack)
     front = EngineFront(engines, config.rollout.concurrency)
     teachers = await make_teachers(config, registry, model, stack)
     task = partial(make_task, config, registry, model, front)
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
-    weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
+    weight_sync = registry.build("weight_syncs", crew.placement.transport)
     await weight_sync.connect(workers, engines)
     parts = Parts(
         config=config,
@@ -239,7 +195,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         workers=workers,
         engines=engines,
         front=front,
-        residency=Residency(workers, engines, derived.offload_train, derived.offload_rollout),
+        residency=Residency(workers, engines, crew.placement.offload_train, crew.placement.offload_rollout),
         weight_sync=weight_sync,
         producer=Producer(
             config,
@@ -278,17 +234,20 @@ class EvaluationParts:
 async def evaluation_parts(
     config: Config, registry: Registry, stack: AsyncExitStack, checkpoint: Checkpoint | None
 ) -> EvaluationParts:
-    """An engine with the weights of `model.hf_checkpoint`, or with those of a checkpoint of miles."""
+    """Engines with the weights of `model.hf_checkpoint`, or with those of a checkpoint of miles."""
     model = load_model(config, registry)
-    engine = await make_engine(config, registry, model, stack, load_weights=checkpoint is None)
-    if checkpoint is not None:
+    crew = make_crew(config, registry, stack, trains=checkpoint is not None)
+    if checkpoint is None:
+        engines = await make_engines(crew, model.checkpoint, stack, load_weights=True)
+    else:
         policy = {"actor": ModelSetup("actor", model.checkpoint)}
-        workers = await launch_workers(config, policy, registry, stack, Numbers.of(config).world_size)
+        workers = await launch_train(crew, policy, rollout_temperature(config), stack)
+        engines = await make_engines(crew, model.checkpoint, stack)
         await workers.call("load", checkpoint.path, weights_only=True)
-        weight_sync = registry.build("weight_syncs", config.weight_sync.transport)
-        await weight_sync.connect(workers, [engine])
+        weight_sync = registry.build("weight_syncs", crew.placement.transport)
+        await weight_sync.connect(workers, engines)
         await weight_sync.push(version=checkpoint.step)
-    front = EngineFront([engine], config.rollout.concurrency)
+    front = EngineFront(engines, config.rollout.concurrency)
     return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
 
 
@@ -322,29 +281,6 @@ def train_models(config: Config, derived: Derived, registry: Registry, model: Mo
         models["actor"] = ModelSetup("actor", model.checkpoint, max(steps - alone, 0))
         models["critic"] = ModelSetup("critic", checkpoint(config.critic.load), steps)
     return models
-
-
-async def launch_workers(
-    config: Config, models: Mapping[str, ModelSetup], registry: Registry, stack: AsyncExitStack, size: int
-) -> WorkerGroup:
-    """Start the train ranks."""
-    setup = WorkerSetup(
-        config=config,
-        models=models,
-        device=resolve_device(config.resources.device),
-        temperature=rollout_temperature(config),
-        provenance=registry.plugins.provenance(),
-    )
-    seats = {
-        "train": Seats(size, gpus=1 if setup.device.startswith("cuda") else 0, nodes=config.resources.actor_num_nodes)
-    }
-    context = ExecutorContext(seats, config.run.dir)
-    executor = registry.build("executors", config.resources.executor, context=context)
-    closing(stack, executor)
-    shared = {"registry": registry} if executor.shares_process else {}
-    workers = await executor.launch("train", "miles.training.worker:TrainWorker", setup, **shared)
-    closing(stack, workers)
-    return workers
 
 
 def rollout_temperature(config: Config) -> float:

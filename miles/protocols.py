@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 
 Want = Literal["log_probs", "entropy", "values", "logits"]
 TrainPart = Literal["parameters", "gradients", "optimizer"]
+RankPart = Literal["policy", "other models", "gradients", "optimizer"]
+"""Of a train rank: parameters of the policy, those of reference, critic and teachers, and the rest of all of them."""
 EnginePart = Literal["weights", "kv_cache", "graphs"]
 PauseMode = Literal["abort", "retract", "in_place"]
 LossFunction = Callable[[MicroBatch, Outputs], LossResult]

@@ -2,7 +2,8 @@
 
 Trainer and engines may share accelerators and take turns. Each phase of the loop asks for what it needs here, and the
 moves happen in an order that keeps the peak low: optimizer and gradients leave before engine weights come, and the
-KV cache comes last, when the trainer's parameters are gone too. Without offloading every phase is free.
+KV cache comes last, when the trainer's parameters are gone too. Of several models the policy alone is needed for a
+sync. Without offloading every phase is free.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from miles.protocols import EnginePart, RolloutEngine, TrainPart, WorkerGroup
+from miles.protocols import EnginePart, RankPart, RolloutEngine, WorkerGroup
 from miles.types import Metrics
 
 WEIGHTS: frozenset[EnginePart] = frozenset({"weights"})
 CACHE: frozenset[EnginePart] = frozenset({"kv_cache", "graphs"})
-PARAMETERS: frozenset[TrainPart] = frozenset({"parameters"})
-OPTIMIZER: frozenset[TrainPart] = frozenset({"gradients", "optimizer"})
+POLICY: frozenset[RankPart] = frozenset({"policy"})
+TRAINING: frozenset[RankPart] = POLICY | {"other models", "gradients", "optimizer"}
 
 
 class Residency:
@@ -30,7 +31,7 @@ class Residency:
     ):
         self.workers, self.engines = workers, engines
         self.offload_train, self.offload_rollout = offload_train, offload_rollout
-        self.trainer_here: frozenset[TrainPart] = PARAMETERS | OPTIMIZER
+        self.trainer_here = TRAINING
         self.engine_here: frozenset[EnginePart] = WEIGHTS | CACHE
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -48,7 +49,7 @@ class Residency:
         """The trainer computes and saves."""
         with _timed(self.seconds, "move"):
             await self._engine(frozenset())
-            await self._trainer(PARAMETERS | OPTIMIZER)
+            await self._trainer(TRAINING)
         with _timed(self.seconds, "train"):
             yield
 
@@ -56,7 +57,7 @@ class Residency:
     async def syncing(self) -> AsyncIterator[None]:
         """Weights go from trainer to engines; afterwards the engines are ready to generate."""
         with _timed(self.seconds, "move"):
-            await self._trainer(PARAMETERS)
+            await self._trainer(POLICY)
             await self._engine(WEIGHTS)
         with _timed(self.seconds, "sync"):
             yield
@@ -66,7 +67,7 @@ class Residency:
         taken, self.seconds = self.seconds, defaultdict(float)
         return {f"perf/{phase}_time": seconds for phase, seconds in taken.items()}
 
-    async def _trainer(self, wanted: frozenset[TrainPart]) -> None:
+    async def _trainer(self, wanted: frozenset[RankPart]) -> None:
         if not self.offload_train:
             return
         leaving, coming = self.trainer_here - wanted, wanted - self.trainer_here

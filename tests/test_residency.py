@@ -35,12 +35,12 @@ def test_colocated_order():
     assert recorder.log[first_rollout:] == [
         "rollout",
         ("sleep", "graphs", "kv_cache", "weights"),
-        ("onload", "gradients", "optimizer", "parameters"),
+        ("onload", "gradients", "optimizer", "other models", "policy"),
         "training",
-        ("offload", "gradients", "optimizer"),
+        ("offload", "gradients", "optimizer", "other models"),
         ("wake", "weights"),
         "syncing",
-        ("offload", "parameters"),
+        ("offload", "policy"),
         ("wake", "graphs", "kv_cache"),
         "rollout",
     ]

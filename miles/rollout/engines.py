@@ -23,7 +23,11 @@ class Traffic:
 
 
 class EngineFront:
-    """Generates through whichever engine has the fewest requests in flight; at most `concurrency` at once."""
+    """Generates through one of several engines; at most `concurrency` requests at once.
+
+    Requests of one affinity go to one engine: siblings of a prompt find what they have in common in its cache. Which
+    engine, their number decides and not the traffic, so that a run repeats itself.
+    """
 
     def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
         self.engines = list(engines)
@@ -36,9 +40,9 @@ class EngineFront:
     def generates(self) -> bool:
         return all(engine.generates for engine in self.engines)
 
-    async def generate(self, request: GenerateRequest) -> GenerateResult:
+    async def generate(self, request: GenerateRequest, affinity: int = 0) -> GenerateResult:
         async with self._slots:
-            index = self._enter()
+            index = self._enter(affinity % len(self.engines))
             try:
                 result = await self.engines[index].generate(request)
             finally:
@@ -49,10 +53,9 @@ class EngineFront:
         traffic.generated_tokens += len(result.tokens)
         return result
 
-    def _enter(self) -> int:
+    def _enter(self, index: int) -> int:
         if not any(self._in_flight):
             self._busy_since = time.perf_counter()
-        index = self._in_flight.index(min(self._in_flight))
         self._in_flight[index] += 1
         return index
 

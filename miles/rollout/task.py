@@ -12,7 +12,7 @@ from typing import Any
 
 from miles.config import Config, TaskSet
 from miles.conformance import judgement
-from miles.errors import HookError
+from miles.errors import HookError, WorkerError
 from miles.log import logger
 from miles.modeling import generate_function_for
 from miles.protocols import ChatFormat, GenerateContext, Score
@@ -37,7 +37,7 @@ class Task:
     def __init__(
         self, task_set: TaskSet, config: Config, registry: Registry, front: EngineFront, chat: ChatFormat, **limits: Any
     ):
-        self.set = task_set
+        self.set, self.front = task_set, front
         self.generate = generate_function_for(registry, task_set, front.generates)
         terms = () if limits.get("evaluation") else config.data.reward_terms
         self.rewards, self.terms = (
@@ -76,6 +76,7 @@ class Task:
     ) -> list[Sample]:
         """Generate one sample, again with another seed when it failed."""
         finished = [sample]
+        context = replace(context, generate=partial(self.front.generate, affinity=sample.group_id))
         for attempt in range(attempts):
             if attempt:
                 fresh = Sample.begin(sample.prompt, id=sample.id, group_id=sample.group_id)
@@ -84,7 +85,7 @@ class Task:
             try:
                 result = await self.generate(context, sample)
                 finished = result if isinstance(result, list) else [result]
-            except HookError:  # a component is not what its kind asks for: no sample can do better
+            except (HookError, WorkerError):  # no component, or no engine, as it should be: no sample can do better
                 raise
             except Exception as error:
                 logger.debug("sample %s failed", sample.id, exc_info=True)

@@ -18,11 +18,9 @@ from torch import Tensor
 
 from miles.checkpoint_io import write_checkpoint
 from miles.config import NONE, Config
-from miles.determinism import prepare_process
 from miles.errors import ConfigError, OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
-from miles.plugins import load_plugins
-from miles.protocols import BackendContext, Role, TrainBackend, TrainPart, Want
+from miles.protocols import BackendContext, RankPart, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
 from miles.training.advantages import component_needs
@@ -32,6 +30,7 @@ from miles.training.packing import build_micro_batch, split_micro_batch
 from miles.training.table import Table
 from miles.training.teachers import TeacherLogits
 from miles.types import Metrics, MicroBatch, StepReport
+from miles.workers.entry import enter, join_process_group
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,9 @@ class TrainWorker:
 
     def __init__(self, rank: int, size: int, setup: WorkerSetup, registry: Registry | None = None):
         config = setup.config
-        if registry is None:
-            plugins = load_plugins(block=config.plugins.block, require=config.plugins.require)
-            plugins.verify(setup.provenance)
-            registry = Registry(plugins)
-            prepare_process(config.run, rank)
+        registry = registry or enter(config, rank, setup.provenance)
+        if size > 1:
+            join_process_group(setup.device, config.resources.worker_timeout)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
         if self.compares_logits and size > 1:  # a teacher's head is gathered by all ranks, and they ask at other times
@@ -228,8 +225,9 @@ class TrainWorker:
                 self.models[name].take_weights(self.models["actor"].named_weights())
             else:
                 self.models[name].load(directory / name, weights_only)
-        if not weights_only:
-            _set_random_state(torch.load(directory / self._random_file, weights_only=True))
+        random = directory / self._random_file  # nothing in training draws from it, so a rank may come without
+        if not weights_only and random.exists():
+            _set_random_state(torch.load(random, weights_only=True))
 
     @property
     def _learning(self) -> list[str]:
@@ -245,13 +243,20 @@ class TrainWorker:
             directory, self.models["actor"].named_weights(), self.contexts["actor"].checkpoint, write=self.rank == 0
         )
 
-    def offload(self, parts: frozenset[TrainPart]) -> None:
-        for model in self.models.values():
-            model.offload(parts)
+    def offload(self, parts: frozenset[RankPart]) -> None:
+        for name, model in self.models.items():
+            model.offload(_parts_of(name, parts))
 
-    def onload(self, parts: frozenset[TrainPart]) -> None:
-        for model in self.models.values():
-            model.onload(parts)
+    def onload(self, parts: frozenset[RankPart]) -> None:
+        for name, model in self.models.items():
+            model.onload(_parts_of(name, parts))
+
+
+def _parts_of(model: str, parts: frozenset[RankPart]) -> frozenset[TrainPart]:
+    """What of one model belongs to these parts of the rank."""
+    own: RankPart = "policy" if model == "actor" else "other models"
+    found: list[TrainPart] = ["parameters"] if own in parts else []
+    return frozenset([*found, *(part for part in ("gradients", "optimizer") if part in parts)])
 
 
 def _random_state() -> dict[str, Any]:

@@ -13,6 +13,7 @@ LAYERS = [
     {"bench"},
     {"jobs", "diagnosis"},
     {"loop", "run", "build"},
+    {"crew"},
     {
         "toolkit",
         "rollout",
@@ -39,7 +40,19 @@ LAYERS = [
 ]
 """Top-level modules of miles, from the command line down: each imports its own layer and those below it."""
 
-ABOVE_COMPONENTS = {"cli", "jobs", "loop", "run", "build", "registry", "plugins", "report", "residency", "rollout"}
+ABOVE_COMPONENTS = {
+    "cli",
+    "jobs",
+    "loop",
+    "run",
+    "build",
+    "crew",
+    "registry",
+    "plugins",
+    "report",
+    "residency",
+    "rollout",
+}
 """What no component may import: what it needs of them arrives as an argument."""
 
 

@@ -1,0 +1,115 @@
+"""Who works, and where: the executor, the train ranks and the engines that it started."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from miles.config import Config, Spec
+from miles.config.placement import Placement
+from miles.log import logger
+from miles.modeling import resolve_device
+from miles.protocols import Executor, ExecutorContext, RolloutEngine, Seats, WorkerGroup
+from miles.registry import Registry
+from miles.rollout.engine_worker import WORKER as ENGINE_WORKER
+from miles.rollout.engine_worker import EngineSetup, remote_engines
+from miles.training.worker import ModelSetup, WorkerSetup
+
+
+@dataclass
+class Crew:
+    """Who works, and where: the executor and the train ranks that it started."""
+
+    config: Config
+    registry: Registry
+    placement: Placement
+    executor: Executor
+    device: str
+    """As a worker sees it: a process has one accelerator."""
+    train: WorkerGroup | None = None
+
+
+def make_crew(config: Config, registry: Registry, stack: AsyncExitStack, trains: bool) -> Crew:
+    """The executor with its seats; workers are launched later."""
+    placement, device = Placement.of(config, registry), resolve_device(config.resources.device)
+    on_gpu = int(device.startswith("cuda"))
+    seats = {}
+    if trains:
+        seats["train"] = Seats(placement.train_ranks, on_gpu, config.resources.actor_num_nodes)
+    if placement.engines == "apart" or (placement.engines == "beside" and not trains):
+        seats["rollout"] = Seats(placement.num_engines, on_gpu * placement.gpus_per_engine)
+    context = ExecutorContext(seats, config.run.dir, config.resources.worker_timeout)
+    executor = registry.build("executors", placement.executor, context=context)
+    closing(stack, executor)
+    alone = executor.shares_process
+    return Crew(config, registry, placement, executor, device if alone else device.partition(":")[0])
+
+
+async def launch_train(
+    crew: Crew, models: Mapping[str, ModelSetup], temperature: float, stack: AsyncExitStack
+) -> WorkerGroup:
+    """Start the train ranks."""
+    config, registry = crew.config, crew.registry
+    setup = WorkerSetup(
+        config=config,
+        models=models,
+        device=crew.device,
+        temperature=temperature,
+        provenance=registry.plugins.provenance(),
+    )
+    shared = {"registry": registry} if crew.executor.shares_process else {}
+    crew.train = await crew.executor.launch("train", "miles.training.worker:TrainWorker", setup, **shared)
+    closing(stack, crew.train)
+    return crew.train
+
+
+def engine_setup(config: Config, registry: Registry, checkpoint: Path, load_weights: bool, spec: Spec) -> EngineSetup:
+    device, provenance = resolve_device(config.resources.device), registry.plugins.provenance()
+    return EngineSetup(config, spec, checkpoint, device, load_weights, provenance)
+
+
+async def make_engine(setup: EngineSetup, registry: Registry, stack: AsyncExitStack) -> RolloutEngine:
+    """Build and start an engine in this process."""
+    engine = registry.build("rollout_engines", setup.spec, context=setup.context(registry))
+    closing(stack, engine)
+    await engine.start()
+    return engine
+
+
+async def make_engines(crew: Crew, checkpoint: Path, stack: AsyncExitStack, load_weights: bool = False) -> list[Any]:
+    """The rollout's engines, where the placement puts them."""
+    config, registry, placement = crew.config, crew.registry, crew.placement
+    setup = engine_setup(config, registry, checkpoint, load_weights, config.rollout.engine)
+    if placement.engines == "driver":
+        return [await make_engine(setup, registry, stack)]
+    setup = replace(setup, device=crew.device)
+    if placement.engines == "beside" and crew.train is not None:
+        workers = await crew.train.beside("rollout", ENGINE_WORKER, setup)
+    else:
+        workers = await crew.executor.launch("rollout", ENGINE_WORKER, setup)
+    closing(stack, workers)
+    engines = await remote_engines(workers)
+    for engine in engines:
+        closing(stack, engine)
+    await asyncio.gather(*(engine.start() for engine in engines))
+    return engines
+
+
+class Closable(Protocol):
+    async def close(self) -> None: ...
+
+
+def closing(stack: AsyncExitStack, part: Closable) -> None:
+    """Have `stack` close a part. One that cannot be closed is only logged: the first error stays the error."""
+
+    async def close() -> None:
+        try:
+            await part.close()
+        except Exception:
+            logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
+
+    stack.push_async_callback(close)
