@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import miles
 from miles.api import Component, ConfigError, TrainError, hookimpl
@@ -50,7 +51,9 @@ def train(config, tmp_path, monkeypatch):
 
 
 def state(run_dir, model, step):
-    return load_file(run_dir / "checkpoints" / f"step_{step:06d}" / model / "rank-00000.safetensors")
+    file = run_dir / f"{model}-{step}.pt"
+    dcp_to_torch_save(run_dir / "checkpoints" / f"step_{step:06d}" / model, file)
+    return torch.load(file)
 
 
 def test_both_learn_and_a_run_that_stopped_goes_on_bit_for_bit(train, tmp_path):

@@ -1,13 +1,15 @@
-"""One rank of the seam test: trains a tiny model, writes what it ended with to a folder.
+"""The ranks of the seam test: they train tiny models and write what they ended with to a folder.
 
-    python fsdp2_rank.py RANK SIZE FOLDER CASE
+    python fsdp2_rank.py FOLDER CASE ...
 
-With SIZE 1 the model is a plain module and sees the samples of all ranks.
+Groups of 1, 2 and 4 ranks train, side by side; then each group reads what the others saved. In a group of 1 the model
+is a plain module and sees the samples of all ranks. The ranks are forks of one process, which imports for all of them.
 """
 
 import json
 import os
 import sys
+import traceback
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from miles.builtins.fsdp.backend import FsdpBackend
+from miles.builtins.fsdp.model import whole
 from miles.config import Config
 from miles.protocols import BackendContext
 from miles.training.packing import build_micro_batch
@@ -43,8 +46,9 @@ CASES = {
     "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16"}, "actor"),
     "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {}, "critic"),
 }
-SHARES = [[[0, 1], [2]], [[3], [4, 5]]]
-"""Rank -> micro-batches -> samples."""
+SIZES = (1, 2, 4)
+PLAN = [[0, 1], [2], [3], [4, 5]]
+"""Micro-batches -> samples; each rank takes its part of them."""
 
 
 def make_backend(case: str, rank: int, size: int) -> FsdpBackend:
@@ -77,8 +81,8 @@ def make_batches(rank: int, size: int):
     generator = np.random.default_rng(1)
     samples = [generator.integers(0, 37, length) for length in (9, 4, 12, 5, 7, 11)]
     columns = {"weights": [generator.random(len(s), dtype=np.float32) / 10 for s in samples]}
-    plans = SHARES[rank] if size > 1 else [rows for share in SHARES for rows in share]
-    return [build_micro_batch(rows, samples, columns) for rows in plans]
+    count = len(PLAN) // size
+    return [build_micro_batch(rows, samples, columns) for rows in PLAN[rank * count : (rank + 1) * count]]
 
 
 def loss(batch, outputs):
@@ -102,16 +106,22 @@ def weights(backend) -> dict[str, torch.Tensor]:
 
 
 def whole_value_head(backend) -> torch.Tensor:
-    weight = backend.scorer.value_head.weight.detach()
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.clone()
+    return whole(backend.scorer.value_head.weight.detach()).clone()
+
+
+def whole_state(backend) -> dict[str, torch.Tensor]:
+    return {name: whole(tensor.detach()).clone() for name, tensor in backend._state().items()}
 
 
 def run(case: str, rank: int, size: int, folder: Path) -> dict:
     backend, batches = make_backend(case, rank, size), make_batches(rank, size)
     reports = [step(backend, batches) for _ in range(3)]
     trained = weights(backend)
+    backend.save(folder / f"{case}-state-{size}")
+    state = whole_state(backend)
     if rank == 0:
         save_file(trained, folder / f"{case}-{size}.safetensors")
+        torch.save(state, folder / f"{case}-{size}.pt")
     wanted = frozenset(
         {"values", "log_probs", "entropy", "logits"} if backend.context.role == "critic" else {"log_probs"}
     )
@@ -121,14 +131,24 @@ def run(case: str, rank: int, size: int, folder: Path) -> dict:
         "aux": sum(float(sums.get("train/router_balance", 0.0)) for _, sums in reports),
         "scores": [float(outputs.log_probs_T.sum()) for outputs in scored],
     }
-    if size > 1:
-        facts |= after_training(backend, batches, trained, folder / f"{case}-state")
+    if size == 2:
+        facts |= after_training(backend, batches, trained, folder / f"{case}-state-2")
+    return facts
+
+
+def read(case: str, rank: int, size: int, folder: Path) -> dict:
+    """Whether the state that each group saved is what a group of this size loads, bit for bit."""
+    backend = make_backend(case, rank, size)
+    facts = {}
+    for saver in SIZES:
+        backend.load(folder / f"{case}-state-{saver}")
+        expected = torch.load(folder / f"{case}-{saver}.pt", weights_only=True)
+        facts[f"reads_{saver}"] = same(whole_state(backend), expected)
     return facts
 
 
 def after_training(backend, batches, trained, state: Path) -> dict:
     """What must hold on sharded weights as on whole ones: resuming, offloading, skipping, retrying."""
-    backend.save(state)
     step(backend, batches)
     once = weights(backend)
     backend.load(state)
@@ -187,15 +207,39 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-if __name__ == "__main__":
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
+def one_rank(work, rank: int, size: int, folder: Path, cases: list[str]) -> None:
     if size > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{folder}/{work.__name__}-{size}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=60),
         )
-    facts = {case: run(case, rank, size, folder) for case in sys.argv[4:]}
-    (folder / f"facts-{rank}-of-{size}.json").write_text(json.dumps(facts))
+    facts = {case: work(case, rank, size, folder) for case in cases}
+    (folder / f"{work.__name__}-{rank}-of-{size}.json").write_text(json.dumps(facts))
     if size > 1:
         dist.barrier()
-        os._exit(0)  # threads of gloo now and then abort a process that ends otherwise, when all is written
+
+
+def fork(work, rank: int, size: int, folder: Path, cases: list[str]) -> int:
+    """A rank in a process of its own, which says what went wrong and ends."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        one_rank(work, rank, size, folder, cases)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)  # threads of gloo now and then abort a process that ends otherwise, when all is written
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for work in (run, read):
+        ranks = [fork(work, rank, size, Path(sys.argv[1]), sys.argv[2:]) for size in SIZES for rank in range(size)]
+        ends = [os.waitpid(rank, 0)[1] for rank in ranks]
+        if any(ends):
+            sys.exit(1)

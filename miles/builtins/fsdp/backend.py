@@ -33,13 +33,14 @@ from miles.api import (
     WeightGroup,
 )
 from miles.builtins.fsdp.attention import PackedLayout
+from miles.builtins.fsdp.checkpoint import read_state, write_state
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, forget_iteration, initial_weights, whole
 from miles.builtins.fsdp.optimizer import Optimizer
-from miles.builtins.fsdp.state import Placement, read_state, write_state
+from miles.builtins.fsdp.state import Placement
 from miles.toolkit import move_micro_batch
 
-WEIGHTS = ("parameter/", "buffer/", "master/")
+WEIGHTS = ("parameter/", "buffer/")
 """What the names of a model's own numbers begin with, among those of its state."""
 LOG_PROBS: frozenset[Want] = frozenset({"log_probs"})
 
@@ -218,27 +219,26 @@ class FsdpBackend:
     # -------------------------------------------------------------------------------------------------------- state
 
     def save(self, directory: Path) -> None:
-        """`rank-00000.safetensors` ... in `directory`: parameters (or their masters), moments, steps taken."""
+        """Parameters (their masters, where they have some), buffers, moments, steps taken: see `checkpoint`."""
+        self.placement.need("parameters", "optimizer")
         directory.mkdir(parents=True, exist_ok=True)
-        steps = {"steps": self.optimizer.steps} if self.optimizer else {}
-        write_state(self._file(directory), self._state(), {"world_size": self.data_size, **steps})
+        write_state(directory, self._state(), alone=self.context.world_size == 1)
 
     def load(self, directory: Path, weights_only: bool = False) -> None:
-        """Raises CheckpointError when it was saved by another number of ranks or another model."""
-        prefixes = WEIGHTS if weights_only else ("",)
-        state = {name: tensor for name, tensor in self._state().items() if name.startswith(prefixes)}
-        numbers = read_state(self._file(directory), state, {"world_size": self.data_size}, prefixes)
+        """Any number of ranks may have saved it. Raises CheckpointError when it is another model's, or damaged."""
+        self.placement.need("parameters", "optimizer")
+        prefix = WEIGHTS if weights_only else ("",)
+        state = {name: tensor for name, tensor in self._state().items() if name.startswith(prefix)}
+        # What is not trained is bf16 in a model of one rank, and float32 in a sharded one, which rounds as it gathers.
+        frozen = {f"parameter/{name}" for name, p in self.scorer.named_parameters() if not p.requires_grad}
+        read_state(directory, state, alone=self.context.world_size == 1, prefix=prefix, rounded=frozen)
         if self.optimizer:
             self.optimizer.round_masters()
-            if not weights_only:
-                self.optimizer.steps = numbers["steps"]
-
-    def _file(self, directory: Path) -> Path:
-        return directory / f"rank-{self.data_rank:05d}.safetensors"
 
     def _state(self) -> dict[str, Tensor]:
+        """By names, in dtypes and shapes that do not depend on the number of ranks."""
         kept = self.optimizer.tensors() if self.optimizer else {}
-        held = {f"parameter/{n}": p for n, p in self.scorer.named_parameters() if f"master/{n}" not in kept}
+        held = {f"parameter/{name}": parameter for name, parameter in self.scorer.named_parameters()}
         names = set(self.scorer.state_dict())
         buffers = {f"buffer/{n}": b for n, b in self.scorer.named_buffers() if n in names}
         return {**held, **buffers, **kept}

@@ -34,8 +34,8 @@ class Optimizer:
     def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int):
         self.section = section
         self.total_steps = total_steps
-        self.steps = 0
-        """Steps taken; skipped ones do not count."""
+        self.taken = torch.zeros((), dtype=torch.int64)
+        """Steps taken, on the CPU; skipped ones do not count."""
         self.parameters = dict(parameters)
         self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
         self._master_of = {id(parameter): self.masters[name] for name, parameter in parameters.items()}
@@ -53,6 +53,10 @@ class Optimizer:
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{moment: torch.zeros_like(master) for moment in MOMENTS},
             }
+
+    @property
+    def steps(self) -> int:
+        return int(self.taken)
 
     def write(self, tensor: Tensor, full: Tensor) -> None:
         """Fill a tensor of the model, and its master with what rounding would lose."""
@@ -84,7 +88,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
-        self.steps += 1
+        self.taken += 1
         self.round_masters()
         return StepReport(grad_norm, skipped=False, learning_rate=rate)
 
@@ -97,14 +101,15 @@ class Optimizer:
             torch._foreach_copy_(list(parameters), list(masters))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by name, `<kind>/<parameter>`: what a checkpoint holds besides `steps`."""
+        """Masters and moments by name, `<kind>/<parameter>`, and `steps`: what a checkpoint holds of it. A master is
+        called `parameter/<name>`, since it is what the parameter is in float32."""
         state = {
             f"{key}/{name}": self.adamw.state[master][key]
             for name, master in self.masters.items()
             for key in ("step", *MOMENTS)
         }
-        masters = {f"master/{name}": m for name, m in self.masters.items() if m is not self.parameters[name]}
-        return {**state, **masters}
+        masters = {f"parameter/{name}": m for name, m in self.masters.items() if m is not self.parameters[name]}
+        return {**state, **masters, "steps": self.taken}
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

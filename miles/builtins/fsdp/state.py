@@ -1,18 +1,15 @@
-"""A backend's state: as files, one a rank, and on or off its device."""
+"""A backend's state on or off its device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from miles.api import CheckpointError, TrainError, TrainPart
+from miles.api import TrainError, TrainPart
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.parking import Parking
 
@@ -23,44 +20,6 @@ ORDER: tuple[TrainPart, ...] = ("parameters", "optimizer", "gradients")
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def write_state(file: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> None:
-    """This rank's parts of `tensors`, and some numbers, as safetensors."""
-    parts = {name: local(tensor.detach()) for name, tensor in tensors.items()}
-    held = {name: part.cpu().contiguous() for name, part in parts.items() if part.numel()}
-    save_file(held, file, {key: str(value) for key, value in numbers.items()})
-
-
-@torch.no_grad()
-def read_state(
-    file: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, int], prefixes: tuple[str, ...] = ("",)
-) -> dict[str, int]:
-    """Fill `tensors` in place, bit for bit; returns the numbers. Names without one of `prefixes` are passed over.
-
-    Raises:
-        CheckpointError: the file is not there, or was written by another layout or another model.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing: the checkpoint was written with fewer ranks, or is damaged")
-    with safe_open(file, framework="pt") as saved:
-        numbers = {key: int(value) for key, value in (saved.metadata() or {}).items()}
-        for key, value in expect.items():
-            if numbers.get(key) != value:
-                raise CheckpointError(f"{file} was written with {key}={numbers.get(key)}, this run has {key}={value}")
-        held = {name for name, tensor in tensors.items() if local(tensor).numel()}
-        there = [name for name in saved.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is no mapping
-        if differing := held.symmetric_difference(there):
-            names = ", ".join(sorted(differing)[:5])
-            raise CheckpointError(f"{file} is of another model or optimizer: {len(differing)} names differ ({names})")
-        for name in sorted(held):
-            target, value = local(tensors[name]), saved.get_tensor(name)
-            if target.shape != value.shape or target.dtype != value.dtype:
-                raise CheckpointError(
-                    f"{file}: {name!r} is {value.dtype} {tuple(value.shape)}, here {target.dtype} {tuple(target.shape)}"
-                )
-            target.copy_(value)
-    return numbers
 
 
 class Placement:

@@ -115,9 +115,8 @@ def test_what_is_not_finite_skips_the_step_and_nothing_else(bad, where):
 def test_the_state_exists_before_the_first_step():
     optimizer, _ = make()
     state = optimizer.tensors()
-    assert set(state) == {
-        f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in ("matrix", "vector")
-    }
+    moments = {f"{kind}/{name}" for kind in ("step", "exp_avg", "exp_avg_sq") for name in ("matrix", "vector")}
+    assert set(state) == {"steps", *moments}
     addresses = {name: tensor.data_ptr() for name, tensor in state.items()}
     backward(optimizer.parameters)
     optimizer.step(torch.zeros(()))
