@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from miles.durable import put_in_place, sync_tree
-from miles.errors import CheckpointError
+from miles.errors import CheckpointError, WorkerError
 from miles.log import logger
 
 MANIFEST = "manifest.json"
@@ -57,6 +57,8 @@ class CheckpointStore:
             await write(partial)
             await asyncio.to_thread(_seal, partial, step)
             put_in_place(partial, final)
+        except WorkerError:
+            raise  # it is the worker that failed, and not the disk
         except Exception as error:
             good = [path for path in self.newest_names() if path != final]
             raise CheckpointError(

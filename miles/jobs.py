@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 
 from miles.build import build, evaluation_parts
 from miles.checkpoint import MANIFEST, find_checkpoint
+from miles.config import Config
 from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepared_process
 from miles.diagnosis.preflight import require_ready
-from miles.errors import RunInterrupted
+from miles.errors import RunInterrupted, WorkerError
 from miles.log import counted, logger, speak
 from miles.loop import train as train_loop
 from miles.plugins import load_plugins
+from miles.registry import Registry
 from miles.report.page import leave_report
 from miles.run import Run
 from miles.rundir import note_failure, run_directory
@@ -71,32 +73,49 @@ def run_evaluation(resolved: Resolved, checkpoint: Path | None = None) -> dict[s
 
 
 async def run_job(resolved: Resolved) -> Run:
-    """Build, restore, train, and leave a run directory that says how it went.
+    """Build, restore, train, and leave a run directory that says how it went. A run that lost a worker starts again
+    from its last checkpoint, as often as `resources.max_restarts` says.
 
     Raises:
         RunInterrupted: a signal asked to stop; the state is saved.
+        WorkerError: a worker failed, died or hangs, once too often.
     """
     config, registry = resolved.config, resolved.registry
-    hook = registry.plugins.hook
-    hook.miles_configure(config=config)
-    with prepared_process(config.run), run_directory(config, registry.plugins):
+    registry.plugins.hook.miles_configure(config=config)
+    with run_directory(config, registry.plugins):
         try:
-            async with AsyncExitStack() as stack:
-                tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
-                derived, parts = await build(config, registry, tracking, stack)
-                run = Run(config, derived, parts)
-                for line in run.header:
-                    logger.info("%s", line)
-                _settle_garbage()
-                stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
-                await _drive(run)
-                return run
+            restarts = 0
+            while True:
+                try:
+                    return await _attempt(config, registry, restarts)
+                except WorkerError as error:
+                    if restarts == config.resources.max_restarts:
+                        raise
+                    restarts += 1
+                    logger.error("%s\nrestart %d of %d", error, restarts, config.resources.max_restarts)
+                    if config.run.resume == "never":  # what is in the directory now is this run's own
+                        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
         except BaseException as error:
             note_failure(config.run.dir, error)
             raise
         finally:
             if config.run.report:
                 leave_report(config.run.dir)
+
+
+async def _attempt(config: Config, registry: Registry, restarts: int) -> Run:
+    """The run from its last checkpoint, or its beginning, to its end. Nothing that it started is left behind."""
+    with prepared_process(config.run):
+        async with AsyncExitStack() as stack:
+            tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
+            derived, parts = await build(config, registry, tracking, stack)
+            run = Run(config, derived, parts, restarts=restarts)
+            for line in run.header:
+                logger.info("%s", line)
+            _settle_garbage()
+            stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
+            await _drive(run)
+            return run
 
 
 async def _drive(run: Run) -> None:

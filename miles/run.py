@@ -73,6 +73,8 @@ class Run:
     totals: Totals = field(default_factory=Totals)
     status: str = "running"
     resumed_from: int | None = None
+    restarts: int = 0
+    """Times that this process started it again, having lost a worker."""
 
     def __post_init__(self) -> None:
         self.directory: Path = self.config.run.dir
@@ -340,6 +342,7 @@ class Run:
             },
             "evaluation": self.evaluation,
             "resumed_from": self.resumed_from,
+            "restarts": self.restarts,
             "versions": versions(),
         }
 

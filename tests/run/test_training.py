@@ -58,7 +58,7 @@ def test_a_run_leaves_a_complete_directory(config, run_dir, caplog):
 
 def test_what_a_run_was_made_of_goes_with_it(config):
     run = miles.train(config, num_rollout=1)
-    model = weakref.ref(run.parts.workers.worker.models["actor"].scorer)
+    model = weakref.ref(run.parts.workers.links[0].host.objects["0"].models["actor"].scorer)
     engine = weakref.ref(run.parts.engines[0].scheduler.decoder)
     assert model() is not None
     run.parts.workers.owner = run.parts.engines[0].owner = run  # a cycle, as a plugin makes one
