@@ -32,8 +32,10 @@ class TrainSection(Section):
     """Recompute activations in the backward pass."""
     dtype: Annotated[Literal["fp32", "bf16"], Flag("--train-dtype")] = "fp32"
     """Of forward and backward; with bf16 the optimizer keeps fp32 master weights."""
-    attention: Annotated[Literal["sdpa", "flex", "flash"], Flag("--attention")] = "sdpa"
-    """Attention kernel of the trainer."""
+    attention: Annotated[Literal["auto", "sdpa", "varlen", "flex", "flash"], Flag("--attention")] = "auto"
+    """Attention kernel of the trainer; `auto` is varlen for bf16 on CUDA, else sdpa."""
+    compile: Annotated[bool | None, Flag("--compile")] = None
+    """Compile the model's layers with torch.compile; on CUDA unless `run.deterministic`, when not given."""
     max_nonfinite_steps: Annotated[int, Flag("--max-nonfinite-steps"), Field(ge=0)] = 3
     """Skipped optimizer steps in a row after which the run stops."""
     max_oom_retries: Annotated[int, Flag("--max-oom-retries"), Field(ge=0)] = 4

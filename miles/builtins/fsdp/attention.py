@@ -1,15 +1,17 @@
 """Attention over packed samples: each token sees its own sample and nothing of its neighbours.
 
 The model runs on one row of `T` tokens, samples end to end, so that only attention has to know where a sample starts.
-It is told by a `PackedLayout`, which travels to every layer as the keyword `packed`. Three kernels:
+It is told by a `PackedLayout`, which travels to every layer as the keyword `packed`. Four kernels:
 
     sdpa    samples of similar length are laid side by side, padded to the longest of them, and attended with
             torch's causal SDPA. Padding on the right is invisible to causal attention: no mask is built, let alone
             one of `[T, T]`. Where all lengths agree (groups of one prompt often do) nothing is copied at all.
             What continues a shared prompt gets the prompt's keys and values in front of its own, and
             one mask `[length, prompt + length]` for each block.
+    varlen  torch's varlen_attn, for bf16 on CUDA (miles.builtins.fsdp.varlen). The only one that a compiled layer
+            takes in whole; the others interrupt it.
     flex    torch's flex_attention with a block mask per sample; compiled, so for CUDA.
-    flash   `flash_attn_varlen_func` of the flash-attn package.
+    flash   `flash_attn_varlen_func` of the flash-attn packages.
 
 `T` tokens, `A` attention heads, `D` their size, `S` slots of the padded layout.
 """
@@ -19,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,11 +31,18 @@ from transformers import AttentionInterface
 
 from miles.api import ConfigError
 from miles.builtins.fsdp.prefixes import Stretch, TokenTree
+from miles.builtins.fsdp.varlen import (
+    LARGEST_HEAD,
+    Spans,
+    flash_kernel,
+    flash_packed,
+    refuse,
+    suits_varlen,
+    varlen_packed,
+)
 
 SIMILAR = 0.8
 """Samples down to this share of the longest one's length are padded to it."""
-UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of models whose attention is of another form; dropping one would be silently wrong."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class PackedLayout:
         self.tree = TokenTree.of(bounds, shared, device)
         stretches = self.tree.stretches
         self.lengths = [stretch.length for stretch in stretches]
+        self.spans = Spans.of(stretches, device)
         self.blocks: list[Block] = []
         self.slots = 0
         self._first_slot = [0] * len(stretches)
@@ -96,11 +105,6 @@ class PackedLayout:
             return None
         slots = torch.cat([torch.arange(first, first + length) for first, length in pairs])
         return slots.to(self.device)
-
-    @cached_property
-    def cumulative(self) -> Tensor:
-        """int32 bounds, as flash-attn wants them."""
-        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     def mask(self, block: Block, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """Additive, `[length, context + length]`: causal, and at most `window` tokens back, the token itself included.
@@ -181,7 +185,7 @@ def sdpa_packed(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: `[1, A, T, D]` queries and keys, returns `[1, T, A, D]`."""
-    _refuse(module, kwargs)
+    refuse(module, kwargs)
     per_token = [x[0].transpose(0, 1) for x in (query, key, value)]
     padded = [_to_slots(x, packed) for x in per_token]
     repeats = query.shape[1] // key.shape[1]
@@ -212,38 +216,6 @@ def _shares_keys(query: Tensor, mask: Tensor | None) -> bool:
     return not query.is_cuda or (mask is None and query.dtype in (torch.bfloat16, torch.float16))
 
 
-def flash_packed(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    packed: PackedLayout,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The same through flash-attn; its backward is deterministic here."""
-    _refuse(module, kwargs)
-    longest = max(packed.lengths)
-    query_TAD, key_TAD, value_TAD = (x[0].transpose(0, 1) for x in (query, key, value))
-    out_TAD = _flash_kernel()(
-        query_TAD,
-        key_TAD,
-        value_TAD,
-        packed.cumulative,
-        packed.cumulative,
-        longest,
-        longest,
-        softmax_scale=scaling,
-        causal=True,
-        window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
-        deterministic=True,
-    )
-    return out_TAD.unsqueeze(0), None
-
-
 def flex_packed(
     module: nn.Module,
     query: Tensor,
@@ -257,7 +229,7 @@ def flex_packed(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The same through flex_attention, compiled on CUDA."""
-    _refuse(module, kwargs)
+    refuse(module, kwargs)
     out = _flex_kernel(query.is_cuda)(
         query,
         key,
@@ -270,45 +242,40 @@ def flex_packed(
 
 
 KERNELS: dict[str, Callable[..., tuple[Tensor, None]]] = {
-    "sdpa": sdpa_packed,
-    "flex": flex_packed,
-    "flash": flash_packed,
+    "sdpa": torch.compiler.disable(sdpa_packed),
+    "varlen": varlen_packed,
+    "flex": torch.compiler.disable(flex_packed),
+    "flash": torch.compiler.disable(flash_packed),
 }
+WITHOUT_MASK = ("varlen", "flash")
+"""Kernels that a shared prompt costs no mask."""
 
 
-def register(attention: str, device: str) -> str:
-    """Make one of `KERNELS` known to transformers; returns the name for `attn_implementation`.
+def choose(attention: str, device: str, dtype: torch.dtype, head_size: int) -> str:
+    """One of `KERNELS` for `train.attention`, where `auto` is varlen if it can be and sdpa if not.
 
     Raises:
         ConfigError: the kernel cannot run here.
     """
-    on_cuda = torch.device(device).type == "cuda"
+    where = torch.device(device)
+    if attention == "auto":
+        return "varlen" if suits_varlen(where, dtype, head_size) else "sdpa"
     if attention == "flash":
-        _flash_kernel()
-    if attention != "sdpa" and not on_cuda:
+        flash_kernel()
+    if attention != "sdpa" and where.type != "cuda":
         raise ConfigError(f"train.attention={attention!r} needs a CUDA device, not {device!r}; use --attention sdpa")
+    if attention == "varlen" and not suits_varlen(where, dtype, head_size):
+        raise ConfigError(
+            f"train.attention='varlen' needs --train-dtype bf16, heads of a multiple of 8 up to {LARGEST_HEAD} (here "
+            f"{head_size}) and a GPU of compute capability 8.0 or later; use --attention sdpa"
+        )
+    return attention
+
+
+def register(attention: str) -> str:
+    """Make one of `KERNELS` known to transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(f"miles_{attention}", KERNELS[attention])
     return f"miles_{attention}"
-
-
-def _refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    odd = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-    if not getattr(module, "is_causal", True):
-        odd.append("is_causal=False")
-    if odd:
-        raise ConfigError(f"the attention of {type(module).__name__} uses {', '.join(odd)}; backend `fsdp` does not")
-
-
-@cache
-def _flash_kernel() -> Any:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError as error:
-        raise ConfigError(
-            f"train.attention='flash' needs the flash-attn package ({error}); install it (`pip install flash-attn "
-            "--no-build-isolation`, CUDA only) or use --attention sdpa"
-        ) from error
-    return flash_attn_varlen_func
 
 
 @cache

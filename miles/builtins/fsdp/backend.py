@@ -32,7 +32,7 @@ from miles.api import (
     Want,
     WeightGroup,
 )
-from miles.builtins.fsdp.attention import PackedLayout
+from miles.builtins.fsdp.attention import WITHOUT_MASK, PackedLayout
 from miles.builtins.fsdp.checkpoint import read_state, write_state
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, forget_iteration, initial_weights, whole
@@ -61,8 +61,7 @@ class FsdpBackend:
             self.scorer = self.built.scorer
             self.optimizer = self._make_optimizer()
             self._fill(initial_weights(context, self.scorer))
-        # A balance loss counts tokens, so all of them are computed; flash-attn knows no continued prompts.
-        self.shares_prompts = context.config.train.attention != "flash" and not self.scorer.routes
+        self.shares_prompts = not self.scorer.routes  # a balance loss counts tokens, so all of them are computed
         self.placement = Placement(self.scorer, self.optimizer, self.device)
 
     def _make_optimizer(self) -> Optimizer | None:
@@ -78,7 +77,8 @@ class FsdpBackend:
         weights change."""
         self.placement.need("parameters")
         with self._recovering(), torch.no_grad():
-            return [self._to_cpu(self._score(move_micro_batch(batch, self.device), want)) for batch in batches]
+            moved = [move_micro_batch(batch, self.device) for batch in batches]
+            return [self._to_cpu(self._score(batch, self._layout(batch), want)) for batch in moved]
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = LOG_PROBS
@@ -89,9 +89,10 @@ class FsdpBackend:
         sums: dict[str, Tensor] = {}
         with self._recovering():
             tokens = self._all_tokens(batches)
-            for batch in batches:
-                moved = move_micro_batch(batch, self.device)
-                outputs = self._score(moved, want, share=moved.bounds[-1] / tokens if tokens else 0.0)
+            # Copying waits for the device: all that there is to copy is copied before it has work.
+            ready = [(moved, self._layout(moved)) for moved in (move_micro_batch(b, self.device) for b in batches)]
+            for moved, layout in ready:
+                outputs = self._score(moved, layout, want, share=moved.bounds[-1] / tokens if tokens else 0.0)
                 result = loss(moved, outputs)
                 total = sum(outputs.aux_losses.values(), start=result.loss)
                 total.backward()
@@ -102,15 +103,21 @@ class FsdpBackend:
                 del outputs, result, total
         return sums
 
-    def _score(self, batch: MicroBatch, want: frozenset[Want], share: float = 0.0) -> Outputs:
-        """One micro-batch through the model. An empty one becomes a token of padding, so that ranks keep step."""
+    def _layout(self, batch: MicroBatch) -> PackedLayout:
+        """An empty micro-batch becomes a token of padding, so that ranks keep step."""
+        tokens = batch.bounds[-1]
+        # On CUDA the mask that some kernels need for a continued prompt rules the fastest out: it must be worth it.
+        masks = self.device.type == "cuda" and self.built.attention not in WITHOUT_MASK
+        worth = not masks or 2 * sum(batch.shared) > tokens
+        return PackedLayout(
+            batch.bounds if tokens else [0, 1], self.device, batch.shared if self.shares_prompts and worth else ()
+        )
+
+    def _score(self, batch: MicroBatch, layout: PackedLayout, want: frozenset[Want], share: float = 0.0) -> Outputs:
+        """One micro-batch through the model."""
         tokens = batch.bounds[-1]
         padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
         tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
-        # On CUDA the mask that a continued prompt needs rules the fastest kernels out: it must be worth it.
-        worth = self.device.type == "cpu" or 2 * sum(batch.shared) > tokens
-        shared = batch.shared if self.shares_prompts and worth else ()
-        layout = PackedLayout(batch.bounds if tokens else [0, 1], self.device, shared)
         precision = self.context.precision
         if precision is None:
             found = self.scorer(tokens_T, positions_T, layout, want)

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from miles.api import BackendContext, ConfigError, TrainError, WeightGroup
-from miles.builtins.fsdp.attention import register
+from miles.builtins.fsdp.attention import choose, register
+from miles.builtins.fsdp.compiled import compile_layers, compiles, decoder_layers
 from miles.builtins.fsdp.norms import fuse_norms
 from miles.builtins.fsdp.scorer import TokenScorer
 from miles.toolkit import read_weights
@@ -50,6 +51,8 @@ class Built:
     """A module ready for work, and its tensors under the names that transformers gave them."""
 
     scorer: TokenScorer
+    attention: str
+    """Its kernel."""
     slots: dict[str, Slot]
     tied: frozenset[str]
     """Second names of tensors in `slots`; a checkpoint may or may not repeat them."""
@@ -63,10 +66,11 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
     hf_config = quiet_config(context.hf_config)
     if context.precision is not None:
         context.precision.configure(train.train_backend.name, {**hf_config.to_dict(), "dtype": train.dtype})
+    attention = choose(train.attention, context.device, compute_dtype, head_size(hf_config))
     with parameters_on_meta():
         lm: Any = AutoModelForCausalLM.from_config(
             hf_config,
-            attn_implementation=register(train.attention, context.device),
+            attn_implementation=register(attention),
             dtype=torch.float32 if trains and mesh is not None else compute_dtype,
             trust_remote_code=context.config.model.trust_remote_code,
         )
@@ -83,6 +87,8 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
             chunk_size=train.log_probs_chunk_size,
             critic=context.role == "critic",
         )
+    if compiles(context):
+        compile_layers(scorer.lm)
     choose_trainable(scorer, context, slots)
     scorer.train(train.gradient_checkpointing)  # nothing else depends on the mode: dropout is off
     if train.gradient_checkpointing:
@@ -92,7 +98,7 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
     scorer._apply(lambda t: torch.empty_like(t, device=context.device) if t.is_meta else t.to(context.device))
     for place, source in ties.values():
         setattr(place.module, place.attribute, source.tensor)
-    return Built(scorer, slots, frozenset(ties))
+    return Built(scorer, attention, slots, frozenset(ties))
 
 
 def quiet_config(hf_config: Any) -> Any:
@@ -114,6 +120,11 @@ def quiet_config(hf_config: Any) -> Any:
             if noise and isinstance(value, int | float) and value:
                 setattr(part, key, 0.0)
     return config
+
+
+def head_size(hf_config: Any) -> int:
+    text = hf_config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 @contextmanager
@@ -172,10 +183,8 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
     """
     lowered = compute_dtype if compute_dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=lowered, reduce_dtype=torch.float32 if lowered else None)
-    layers = set(getattr(scorer.lm, "_no_split_modules", None) or ())
-    for module in list(scorer.lm.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for layer in decoder_layers(scorer.lm):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     if scorer.value_head is not None:
         fully_shard(scorer.value_head, mesh=mesh)
     fully_shard(scorer, mesh=mesh, mp_policy=policy)

@@ -6,7 +6,6 @@ computes the same function, so the two also agree more closely.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +14,22 @@ from torch.nn.functional import rms_norm
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Give every norm that computes what `torch.rms_norm` does that function as its forward; returns how many."""
-    plain = {kind for kind in {type(module) for module in model.modules()} if _is_plain(kind)}
-    found = [module for module in model.modules() if type(module) in plain]
+    """Give every norm that computes what `torch.rms_norm` does that function as its forward; returns how many.
+
+    Norms of a kind become one subclass, so that a compiled layer serves all layers.
+    """
+    kinds = {kind: _fused(kind) for kind in {type(module) for module in model.modules()} if _is_plain(kind)}
+    found = [module for module in model.modules() if type(module) in kinds]
     for module in found:
-        module.forward = partial(_fused, module)
+        module.__class__ = kinds[type(module)]
     return len(found)
 
 
-def _fused(module: nn.Module, hidden: Tensor) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return rms_norm(hidden, weight.shape, weight, module.variance_epsilon)  # type: ignore[arg-type]
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _is_plain(kind: Any) -> bool:

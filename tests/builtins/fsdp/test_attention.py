@@ -1,16 +1,14 @@
 """Each kernel over packed samples against plain softmax attention, one sample at a time."""
 
-import sys
 from itertools import accumulate, pairwise
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miles.builtins.fsdp import attention
-from miles.builtins.fsdp.attention import SIMILAR, PackedLayout, flash_packed, flex_packed, sdpa_packed
+from miles.builtins.fsdp.attention import SIMILAR, PackedLayout, flex_packed, sdpa_packed
 from miles.errors import ConfigError
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -68,43 +66,6 @@ def test_flex(window):
     layout = PackedLayout(bounds, "cpu")
     out, _ = flex_packed(MODULE, *inputs.values(), None, packed=layout, scaling=0.3, sliding_window=window)
     torch.testing.assert_close(out, textbook(bounds, inputs, 0.3, window), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_flash_is_asked_for_the_right_thing(window, monkeypatch):
-    """flash-attn needs a GPU; a stand-in with its signature computes what its arguments say."""
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        *,
-        softmax_scale,
-        causal,
-        window_size,
-        deterministic,
-    ):
-        assert causal
-        assert deterministic
-        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-        assert max_seqlen_q == max_seqlen_k == 9
-        left, right = window_size
-        assert right == (0 if left >= 0 else -1)
-        inputs = {name: x.transpose(0, 1)[None] for name, x in (("query", q), ("key", k), ("value", v))}
-        return textbook(cu_seqlens_q.tolist(), inputs, softmax_scale, left + 1 if left >= 0 else None)[0]
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_varlen_func = flash_attn_varlen_func
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    attention._flash_kernel.cache_clear()
-    try:
-        check(flash_packed, [5, 2, 9], window)
-    finally:
-        attention._flash_kernel.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------------- layouts
