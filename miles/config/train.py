@@ -36,6 +36,11 @@ class TrainSection(Section):
     """Attention kernel of the trainer; `auto` is varlen for bf16 on CUDA, else sdpa."""
     compile: Annotated[bool | None, Flag("--compile")] = None
     """Compile the model's layers with torch.compile; on CUDA unless `run.deterministic`, when not given."""
+    fsdp_reshard: Annotated[Literal["auto", "layer", "step"], Flag("--fsdp-reshard")] = "auto"
+    """When sharded parameters are gathered and gradients reduced: around each layer, or once an optimizer step, which
+    takes the memory of the whole model; `auto` where that is at most a quarter of the device's."""
+    context_parallel_size: Annotated[int, Flag("--context-parallel-size"), Field(gt=0)] = 1
+    """Train ranks that divide the tokens of each sample among them."""
     max_nonfinite_steps: Annotated[int, Flag("--max-nonfinite-steps"), Field(ge=0)] = 3
     """Skipped optimizer steps in a row after which the run stops."""
     max_oom_retries: Annotated[int, Flag("--max-oom-retries"), Field(ge=0)] = 4

@@ -230,7 +230,7 @@ LATER: tuple[tuple[str, str], ...] = (
      "extra-high-precision-layers-hf extra-high-precision-layers-megatron"),
     (
         "the train backend Megatron and what it divides a model by (miles-megatron)",
-        "tensor-model-parallel-size pipeline-model-parallel-size context-parallel-size expert-model-parallel-size "
+        "tensor-model-parallel-size pipeline-model-parallel-size expert-model-parallel-size "
         "expert-tensor-parallel-size sequence-parallel decoder-first-pipeline-num-layers "
         "decoder-last-pipeline-num-layers use-distributed-optimizer optimizer-cpu-offload "
         "overlap-cpu-optimizer-d2h-h2d use-precision-aware-optimizer linear-attention-backend "

@@ -41,10 +41,14 @@ SHAPE = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
 CASES = {
-    "dense": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {}, "actor"),
-    "moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False), {"gradient_checkpointing": True}, "actor"),
-    "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16"}, "actor"),
-    "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {}, "critic"),
+    "dense": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "layer"}, "actor"),
+    "moe": (
+        Qwen3MoeConfig(**SHAPE, **EXPERTS, tie_word_embeddings=False),
+        {"gradient_checkpointing": True, "fsdp_reshard": "layer"},
+        "actor",
+    ),
+    "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16", "fsdp_reshard": "step"}, "actor"),
+    "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "step"}, "critic"),
 }
 SIZES = (1, 2, 4)
 PLAN = [[0, 1], [2], [3], [4, 5]]

@@ -5,14 +5,16 @@ initialised. The rest of the package is what this file is made of: `model` (buil
 (from tokens to log-probabilities), `attention` (samples end to end that do not see each other), `optimizer`, `state`
 (files, offloading), `memory`.
 
-Several ranks must call every method together, with equally many micro-batches (one may be empty). A rank that runs out
-of memory alone leaves the others waiting in a collective; only one rank, or all at once, can retry.
+Several ranks must call every method together, with equally many micro-batches (one may be empty). Where one of them
+runs out of memory all raise (`keeping_step`), when they are through with their micro-batches, and can try again with
+smaller ones. `accumulation` says when they communicate, `ulysses` how several share the tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,17 +34,30 @@ from miles.api import (
     Want,
     WeightGroup,
 )
+from miles.builtins.fsdp.accumulation import Accumulation
 from miles.builtins.fsdp.attention import WITHOUT_MASK, PackedLayout
 from miles.builtins.fsdp.checkpoint import read_state, write_state
+from miles.builtins.fsdp.keeping_step import Ranks
 from miles.builtins.fsdp.memory import one_out_of_memory_error
-from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, forget_iteration, initial_weights, whole
+from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.fsdp.state import Placement
-from miles.toolkit import move_micro_batch
+from miles.builtins.fsdp.ulysses import ContextGroup, TokenSlice, check_context
+from miles.toolkit import move_micro_batch, take_samples
 
 WEIGHTS = ("parameter/", "buffer/")
 """What the names of a model's own numbers begin with, among those of its state."""
 LOG_PROBS: frozenset[Want] = frozenset({"log_probs"})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A micro-batch on its device."""
+
+    batch: MicroBatch
+    layout: PackedLayout
+    part: TokenSlice | None
+    """What of it this rank computes; None for all."""
 
 
 class FsdpBackend:
@@ -53,9 +68,11 @@ class FsdpBackend:
     def __init__(self, *, context: BackendContext):
         self.context = context
         self.device = torch.device(context.device)
-        self.data_rank, self.data_size = context.rank, context.world_size
+        together = context.config.train.context_parallel_size
+        self.data_rank, self.data_size = context.rank // together, context.world_size // together
         self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
         self.loss_total = torch.zeros((), device=self.device)
+        check_context(together, context.world_size, context.hf_config)
         with one_out_of_memory_error():
             self.built = build(context, _mesh(context))
             self.scorer = self.built.scorer
@@ -63,6 +80,9 @@ class FsdpBackend:
             self._fill(initial_weights(context, self.scorer))
         self.shares_prompts = not self.scorer.routes  # a balance loss counts tokens, so all of them are computed
         self.placement = Placement(self.scorer, self.optimizer, self.device)
+        self.ranks = Ranks(self.scorer, self.device)
+        self.accumulation = Accumulation(self.ranks, context.config.train.fsdp_reshard, self.dtype, self.device)
+        self.context_group = None if together == 1 else ContextGroup(together, self.ranks.collectives)
 
     def _make_optimizer(self) -> Optimizer | None:
         trainable = {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
@@ -76,9 +96,11 @@ class FsdpBackend:
         """Without gradient; outputs on the CPU, but for `logits`, which all ranks together may ask for until the
         weights change."""
         self.placement.need("parameters")
-        with self._recovering(), torch.no_grad():
-            moved = [move_micro_batch(batch, self.device) for batch in batches]
-            return [self._to_cpu(self._score(batch, self._layout(batch), want)) for batch in moved]
+        with self._resharding(), torch.no_grad():
+            ready = self._ready(batches)
+            return self.ranks.work_through(
+                ready, lambda r: self._to_cpu(self._score(r, want)), lambda r: self._accompany(r, want)
+            )
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = LOG_PROBS
@@ -87,43 +109,53 @@ class FsdpBackend:
         config asks for them, are weighted by the micro-batch's share of the step's tokens."""
         self.placement.need("parameters", "gradients")
         sums: dict[str, Tensor] = {}
-        with self._recovering():
+
+        def learn(ready: Ready) -> None:
+            outputs = self._score(ready, want, share=ready.batch.bounds[-1] / tokens if tokens else 0.0)
+            result = loss(ready.batch, outputs)
+            total = sum(outputs.aux_losses.values(), start=result.loss)
+            total.backward()
+            self.loss_total += total.detach()
+            reported = {f"train/{name}": value.detach() for name, value in outputs.aux_losses.items()}
+            for name, value in {**result.sums, **reported}.items():
+                sums[name] = sums[name] + value if name in sums else value
+
+        with self._resharding():
             tokens = self._all_tokens(batches)
-            # Copying waits for the device: all that there is to copy is copied before it has work.
-            ready = [(moved, self._layout(moved)) for moved in (move_micro_batch(b, self.device) for b in batches)]
-            for moved, layout in ready:
-                outputs = self._score(moved, layout, want, share=moved.bounds[-1] / tokens if tokens else 0.0)
-                result = loss(moved, outputs)
-                total = sum(outputs.aux_losses.values(), start=result.loss)
-                total.backward()
-                self.loss_total += total.detach()
-                reported = {f"train/{name}": value.detach() for name, value in outputs.aux_losses.items()}
-                for name, value in {**result.sums, **reported}.items():
-                    sums[name] = sums[name] + value if name in sums else value
-                del outputs, result, total
+            ready = self.accumulation.over(self._ready(batches))
+            self.ranks.work_through(ready, learn, lambda r: self._accompany(r, want))
         return sums
 
+    def _ready(self, batches: Sequence[MicroBatch]) -> list[Ready]:
+        """Copying waits for the device: all that there is to copy is copied before it has work."""
+        with self.ranks.agreeing():
+            moved = [move_micro_batch(batch, self.device) for batch in batches]
+            return [Ready(batch, self._layout(batch), self._slice(batch)) for batch in moved]
+
     def _layout(self, batch: MicroBatch) -> PackedLayout:
-        """An empty micro-batch becomes a token of padding, so that ranks keep step."""
+        bounds, shared = self._computed(batch)
+        return PackedLayout(bounds, self.device, shared)
+
+    def _slice(self, batch: MicroBatch) -> TokenSlice | None:
+        return self.context_group.slice_of(*self._computed(batch), self.device) if self.context_group else None
+
+    def _computed(self, batch: MicroBatch) -> tuple[Sequence[int], Sequence[int]]:
+        """Bounds of the samples, and what they share. An empty micro-batch becomes a token of padding, so that ranks
+        keep step."""
         tokens = batch.bounds[-1]
         # On CUDA the mask that some kernels need for a continued prompt rules the fastest out: it must be worth it.
         masks = self.device.type == "cuda" and self.built.attention not in WITHOUT_MASK
         worth = not masks or 2 * sum(batch.shared) > tokens
-        return PackedLayout(
-            batch.bounds if tokens else [0, 1], self.device, batch.shared if self.shares_prompts and worth else ()
-        )
+        return (batch.bounds if tokens else [0, 1], batch.shared if self.shares_prompts and worth else ())
 
-    def _score(self, batch: MicroBatch, layout: PackedLayout, want: frozenset[Want], share: float = 0.0) -> Outputs:
+    def _score(self, ready: Ready, want: frozenset[Want], share: float = 0.0) -> Outputs:
         """One micro-batch through the model."""
+        batch, layout = ready.batch, ready.layout
         tokens = batch.bounds[-1]
         padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
         tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
-        precision = self.context.precision
-        if precision is None:
-            found = self.scorer(tokens_T, positions_T, layout, want)
-        else:
-            with precision.autocast():
-                found = self.scorer(tokens_T, positions_T, layout, want)
+        with self.context.precision.autocast() if self.context.precision else nullcontext():
+            found = self.scorer(tokens_T, positions_T, layout, want, ready.part)
         before_UH = found.pop("before")
         outputs = Outputs(**{f"{name}_T": found[name][:tokens] for name in want if name in found})
         if "logits" in want:
@@ -132,6 +164,18 @@ class FsdpBackend:
             coefficient = self.scorer.lm.config.router_aux_loss_coef
             outputs.aux_losses["router_balance"] = found["router_balance"] * (coefficient * share)
         return outputs
+
+    def _accompany(self, ready: Ready, want: frozenset[Want]) -> None:
+        """A token of padding in the place of a micro-batch that does not fit: see `keeping_step`."""
+        batch = take_samples(ready.batch, 0, 0)
+        part = self._slice(batch)
+        if part is not None:
+            part.stands_for = ready.part
+        outputs = self._score(Ready(batch, self._layout(batch), part), want)
+        if torch.is_grad_enabled():
+            parts = [outputs.log_probs_T, outputs.entropy_T, outputs.values_T, *outputs.aux_losses.values()]
+            parts += [outputs.logits(0, 0)] if outputs.logits else []
+            torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
 
     def _to_cpu(self, outputs: Outputs) -> Outputs:
         logits = outputs.logits
@@ -166,35 +210,30 @@ class FsdpBackend:
         """Tokens of all ranks' micro-batches; 0 where nobody needs to know."""
         if not self.scorer.routes:
             return 0
-        tokens = torch.tensor(sum(batch.bounds[-1] for batch in batches), device=self.device)
-        if self.data_size > 1:
-            dist.all_reduce(tokens)
-        return int(tokens)
+        return self.ranks.sum(sum(batch.bounds[-1] for batch in batches)) * self.data_size // self.context.world_size
 
     @contextmanager
-    def _recovering(self) -> Iterator[None]:
-        """Memory failures as one exception, the module ready for the next forward whatever happened."""
+    def _resharding(self) -> Iterator[None]:
         try:
-            with one_out_of_memory_error():
-                yield
+            yield
         except torch.OutOfMemoryError:
-            if isinstance(self.scorer, FSDPModule):
-                forget_iteration(self.scorer)
+            self.accumulation.spare()
             raise
         finally:
-            if isinstance(self.scorer, FSDPModule):
-                self.scorer.reshard()  # the root stays gathered after a forward without backward
+            self.ranks.reshard()
 
     # ---------------------------------------------------------------------------------------------------- optimizer
 
     def optim_step(self) -> StepReport:
         """See the protocol. The gradient is clipped in place: after a failure, start again from `zero_grad`."""
         self.placement.need("parameters", "gradients", "optimizer")
-        with self._recovering():
-            return self._learning().step(self.loss_total)
+        optimizer = self._learning()
+        with self.ranks.agreeing():
+            norm = optimizer.measure()
+        return optimizer.step(self.loss_total, norm)
 
     def zero_grad(self) -> None:
-        self.loss_total = torch.zeros((), device=self.device)
+        self.loss_total.zero_()
         self._learning().zero_grad()
 
     def _learning(self) -> Optimizer:

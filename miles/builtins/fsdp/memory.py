@@ -12,6 +12,20 @@ SIGNS = ("DefaultCPUAllocator", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED
 """What torch's other errors say when they mean that memory ran out."""
 
 
+class OutOfMemoryOnRank(torch.OutOfMemoryError):
+    """Raised by all ranks.
+
+    Attributes:
+        rank: which ran out of memory.
+        alone: it worked on one sample, so that no smaller micro-batch can help.
+        tokens: of its micro-batch; 0 where it was not at one.
+    """
+
+    def __init__(self, rank: int, alone: bool, tokens: int):
+        super().__init__(f"out of memory on rank {rank}, at a micro-batch of {tokens} tokens")
+        self.rank, self.alone, self.tokens = rank, alone, tokens
+
+
 @contextmanager
 def one_out_of_memory_error() -> Iterator[None]:
     """Turns every kind of memory failure into `torch.OutOfMemoryError`.

@@ -25,6 +25,7 @@ from miles.builtins.fsdp.attention import choose, register
 from miles.builtins.fsdp.compiled import compile_layers, compiles, decoder_layers
 from miles.builtins.fsdp.norms import fuse_norms
 from miles.builtins.fsdp.scorer import TokenScorer
+from miles.builtins.fsdp.ulysses import register as register_slices
 from miles.toolkit import read_weights
 
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -70,7 +71,7 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
     with parameters_on_meta():
         lm: Any = AutoModelForCausalLM.from_config(
             hf_config,
-            attn_implementation=register(attention),
+            attn_implementation=(register if train.context_parallel_size == 1 else register_slices)(attention),
             dtype=torch.float32 if trains and mesh is not None else compute_dtype,
             trust_remote_code=context.config.model.trust_remote_code,
         )
@@ -192,20 +193,6 @@ def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> 
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-
-
-def forget_iteration(scorer: FSDPModule) -> None:
-    """Make the module usable after an exception in the middle of forward or backward.
-
-    Gathered parameters may hold gradients that never were reduced; `reset_iter_state` leaves them, and the next
-    backward would add to them. Where torch has no such method yet, resharding is all that is done.
-    """
-    assert isinstance(scorer, nn.Module)
-    for parameter in scorer.parameters():
-        if not isinstance(parameter, DTensor):
-            parameter.grad = None
-    if hasattr(scorer, "reset_iter_state"):
-        scorer.reset_iter_state()
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -69,15 +69,20 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             parameter.grad = self.masters[name].grad = None
 
-    def step(self, loss_total: Tensor) -> StepReport:
+    def measure(self) -> Tensor:
+        """Norm of the gradient, not yet that of all ranks. Changes nothing, communicates nothing, needs memory."""
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def step(self, loss_total: Tensor, norm: Tensor | None = None) -> StepReport:
         """Clip and step, unless the gradient or a loss is not finite on any rank.
 
         Args:
             loss_total: sum of this rank's losses since `zero_grad`, to see whether they were finite.
+            norm: what `measure` says, where it was asked already.
         """
         rate = learning_rate(self.steps, self.section, self.total_steps)
-        grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(grads)).double() if grads else loss_total.double() * 0
+        norm = whole(self.measure() if norm is None else norm).to(loss_total.device).double()
         if any(isinstance(parameter, DTensor) for parameter in self.parameters.values()):
             dist.all_reduce(loss_total)
         grad_norm, loss = torch.stack([norm, loss_total.to(norm)]).tolist()

@@ -7,7 +7,7 @@ its root, before forward and frees them after backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.nn import functional
 from miles.api import Want
 from miles.builtins.fsdp.attention import PackedLayout
 from miles.toolkit import selected_log_probs
+
+if TYPE_CHECKING:
+    from miles.builtins.fsdp.ulysses import TokenSlice
 
 
 class TokenScorer(nn.Module):
@@ -41,14 +44,23 @@ class TokenScorer(nn.Module):
         return bool(getattr(self.lm.config, "output_router_logits", False))
 
     def forward(
-        self, tokens_T: Tensor, positions_T: Tensor, packed: PackedLayout, want: frozenset[Want]
+        self,
+        tokens_T: Tensor,
+        positions_T: Tensor,
+        packed: PackedLayout,
+        want: frozenset[Want],
+        part: TokenSlice | None = None,
     ) -> dict[str, Tensor]:
         """`log_probs`, `entropy`, `values` as wanted, each `[T]` and aligned with the tokens, 0 where a sample starts;
         `before` `[U, H]`, the hidden state that predicts each computed token; `router_balance`, before its coefficient,
-        when the config asks for it."""
+        when the config asks for it. With a `part` this rank computes that of `U` alone, and `before` is of it."""
         tree = packed.tree
         tokens_U, positions_U = tree.computed(tokens_T), tree.computed(positions_T)
-        asked = {"output_router_logits": True} if self.routes else {}
+        predicted_U = positions_U > 0
+        asked: dict[str, Any] = {"output_router_logits": True} if self.routes else {}
+        if part is not None:
+            tokens_U, positions_U = part.cut(tokens_U), part.cut(positions_U)
+            asked["part"] = part
         decoded = self.lm.base_model(
             input_ids=tokens_U.unsqueeze(0),
             position_ids=positions_U.unsqueeze(0),
@@ -56,7 +68,7 @@ class TokenScorer(nn.Module):
             packed=packed,
             **asked,
         )
-        before_UH = tree.predecessors(decoded.last_hidden_state[0])
+        before_UH = (part or tree).predecessors(decoded.last_hidden_state[0])
         columns: dict[str, Tensor | None] = {}
         if want & {"log_probs", "entropy"}:
             columns["log_probs"], columns["entropy"] = selected_log_probs(
@@ -70,13 +82,14 @@ class TokenScorer(nn.Module):
         if self.value_head is not None and "values" in want:
             columns["values"] = self.value_head(before_UH.to(self.value_head.weight.dtype)).squeeze(-1)
         found = {
-            name: tree.spread(torch.where(positions_U > 0, values_U, 0.0))
+            name: tree.spread(torch.where(predicted_U, part.gather(values_U) if part else values_U, 0.0))
             for name, values_U in columns.items()
             if values_U is not None
         }
         found["before"] = before_UH
         if self.routes:
-            found["router_balance"] = router_balance(decoded.router_logits, self.lm.config)
+            logits = [part.gather(logits_UE) for logits_UE in decoded.router_logits] if part else decoded.router_logits
+            found["router_balance"] = router_balance(logits, self.lm.config)
         return found
 
     def logits(self, before_XH: Tensor) -> Tensor:
