@@ -48,6 +48,7 @@ from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
 from miles.training.advantages import component_needs, needs_reference
+from miles.training.flops import ForwardCost
 from miles.training.probe import WeightProbe
 from miles.training.teachers import Teachers, model_name
 from miles.training.trainer import Trainer
@@ -188,6 +189,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
     weight_sync = registry.build("weight_syncs", crew.placement.transport)
     await weight_sync.connect(workers, engines)
+    shares = await workers.call("data_share")
     parts = Parts(
         config=config,
         registry=registry,
@@ -205,7 +207,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
             greedy="greedy_rollout" in needs_of(config, registry),
             unjudged=learns_without_rewards(config, registry),
         ),
-        trainer=Trainer(config, derived, registry, workers, await workers.call("data_share"), teachers),
+        trainer=Trainer(config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config)),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
         probe=make_probe(config, registry, model, engines) if engines[0].generates else None,

@@ -21,7 +21,7 @@ from typing import Any, get_args
 from miles.config import Spec
 from miles.config.leaves import flag_table
 from miles.config.selection import SELECTS
-from miles.config.upstream import ACCEPTED, PREFIXES, FateOfFlag, answer_to, answers, known_name
+from miles.config.upstream import ACCEPTED, PREFIXES, SWITCHES, FateOfFlag, answer_to, answers, known_name
 from miles.kinds import KINDS
 from miles.options import options_of
 from miles.plugins import load_plugins
@@ -111,6 +111,8 @@ class Fates:
         if ours is not MISSING:
             differs = _differs(parsed(flag.default), ours)
             return Fate("same", ACCEPTED.get(flag.name, ""), ours if differs else UNKNOWN)
+        if flag.name in SWITCHES:
+            return Fate("same", f"`{' '.join(SWITCHES[flag.name])}`")
         answer = answer_to(f"--{flag.name}")
         if answer is None:
             raise KeyError(f"--{flag.name}: neither accepted nor answered in miles/config/upstream.py")

@@ -18,9 +18,11 @@ from miles.bench.workbench import SEED, Workbench
 from miles.config import Spec
 from miles.plugins import load_plugins
 from miles.toolkit import build_micro_batch, plan_micro_batches
+from miles.training.schedule import rank_micro_batches
 from miles.types import AdvantageInputs
 
 PACK_TOKENS = 8192
+PLAN_RANKS = 64
 GROUP = 8
 RESPONSE = 128
 HOOK_CALLS = 10_000
@@ -39,6 +41,15 @@ async def packing(bench: Workbench) -> Round:
             build_micro_batch(rows, tokens, columns)
 
     return _mean_seconds(bench, work)
+
+
+async def schedule(bench: Workbench) -> Round:
+    """Plan the same number of samples, of lengths as responses have them, for many ranks: no sample is touched."""
+    draw = np.random.default_rng(SEED)
+    lengths = np.minimum(draw.lognormal(6.5, 1.0, bench.size.packed_samples).astype(int) + 1, PACK_TOKENS).tolist()
+    return _mean_seconds(
+        bench, lambda: rank_micro_batches(lengths, PLAN_RANKS, PACK_TOKENS, micro_batch_size=1, costs=lengths)
+    )
 
 
 async def advantages(bench: Workbench) -> Round:
@@ -158,6 +169,7 @@ CLI = ("-c", "import miles.cli")
 PLUGINS = ("-m", "miles", "plugins")
 BENCHMARKS = {
     "packing": Benchmark("100,000 samples into micro-batches of 8,192 tokens", _lower("s"), packing),
+    "schedule": Benchmark("100,000 samples of up to 8,192 tokens, planned for 64 ranks", _lower("s"), schedule),
     "advantages": Benchmark("GRPO over 16,384 samples of 128 tokens", _lower("ms"), advantages, ("miles-grpo",)),
     "reward": Benchmark("exact_match", {OWN: Quantity("samples/s", "higher")}, reward, ("miles-math",)),
     "hook": Benchmark("a lifecycle hook with one listener", _lower("us"), hook_call),

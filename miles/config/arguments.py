@@ -12,7 +12,7 @@ from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.selection import SELECTS, selecting
 from miles.config.settings import Flattener, Setting, fixed_origin
-from miles.config.upstream import answer_to
+from miles.config.upstream import SWITCHES, answer_to
 from miles.config.values import Text, from_text
 from miles.kinds import KINDS
 from miles.options import options_of
@@ -67,6 +67,9 @@ class _Reader:
             self._dotted(flag, text)
         elif leaf is not None:
             self._leaf(flag, leaf, text)
+        elif flag[2:] in SWITCHES and text is None:
+            named, value = SWITCHES[flag[2:]]
+            self._set(flag, flag_table()[named], value, yields=value == flag_table()[named].default)
         elif positive in flag_table() and flag_table()[positive].is_bool:
             self._set(flag, flag_table()[positive], False)
         elif flag in self._component_flags:
@@ -93,9 +96,10 @@ class _Reader:
         else:
             self._set(flag, leaf, [word if leaf.shape == "value" else from_text(word, Spec) for word in words])
 
-    def _set(self, flag: str, leaf: Leaf, value: Any) -> None:
-        origin = Origin("flag", flag)
-        self._out.settings += self._flattener.value(leaf.flat, value, fixed_origin(origin), origin)
+    def _set(self, flag: str, leaf: Leaf, value: Any, yields: bool = False) -> None:
+        """`yields`: to whatever else is said of the setting, before or after."""
+        origin, at = Origin("flag", flag), 0 if yields else len(self._out.settings)
+        self._out.settings[at:at] = self._flattener.value(leaf.flat, value, fixed_origin(origin), origin)
 
     def _dotted(self, flag: str, text: str | None) -> None:
         parts = flag[2:].split(".")

@@ -54,6 +54,12 @@ RENAMED: dict[str, str] = {
 }
 """Flag -> the words that mean the same."""
 
+SWITCHES: dict[str, tuple[str, str]] = {
+    "balance-data": ("--balance", "tokens"),
+    "balance-by-flops": ("--balance", "flops"),
+}
+"""Switch that is taken as it is -> the flag and the value that it stands for."""
+
 REPLACED: tuple[tuple[str, str], ...] = (
     # ------------------------------------------------------------------------------------------- functions of one's own
     ("--rm-type my_module:my_reward; see docs/migrating.md for what it gets and returns", "custom-rm-path"),
@@ -152,7 +158,6 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "no-masked-softmax-fusion no-gradient-accumulation-fusion moe-token-dispatcher-type moe-enable-deepep "
      "moe-grouped-gemm moe-permute-fusion moe-token-drop-policy enable-experimental"),
     ("leave it out: samples are packed end to end, without padding", "qkv-format data-pad-size-multiplier"),
-    ("leave it out: micro-batches are packed by tokens (--max-tokens-per-gpu)", "balance-data balance-by-flops"),
     ("--max-nonfinite-steps says how many steps with NaN are skipped before the run stops",
      "no-check-for-nan-in-loss-and-grad"),
     # ------------------------------------------------------------------------------------------------- rollout, batches

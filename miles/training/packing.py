@@ -32,17 +32,48 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, shared: Sequence
     micro-batch of its own: whether it fits is for the memory to say.
     `shared` is as in `MicroBatch.shared`, of all samples.
     """
-    plans, room = list[list[int]](), list[int]()
-    stay = 10 * sum(shared) > sum(lengths)
-    for index in range(len(lengths)) if stay else sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fit = next((b for b in range(len(room))[-1 if stay else 0 :] if lengths[index] <= room[b]), None)
-        if fit is None:
-            plans.append([index])
-            room.append(max_tokens - lengths[index])
-        else:
-            plans[fit].append(index)
-            room[fit] -= lengths[index]
-    return [sorted(plan) for plan in plans]
+    if stay_together(lengths, shared):
+        return _in_order(lengths, max_tokens)
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    plans = [[index] for index in order if lengths[index] > max_tokens]
+    fitting = order[len(plans) :]
+    # Room of the micro-batches as a tournament: node n knows the most room below nodes 2n and 2n + 1, so that the
+    # first leaf with enough is found by going down. Any two micro-batches together are more than full: so few do.
+    most = min(len(fitting), 2 * sum(lengths[index] for index in fitting) // max_tokens + 1)
+    size = 1 << max(most - 1, 0).bit_length()
+    room = [max_tokens] * (2 * size)
+    filled: list[list[int]] = [[] for _ in range(size)]
+    for index in fitting:
+        length, node = lengths[index], 1
+        while node < size:
+            node *= 2
+            if room[node] < length:
+                node += 1
+        filled[node - size].append(index)
+        room[node] -= length
+        left = room[node]
+        while node > 1 and room[node // 2] > left:
+            left = max(left, room[node ^ 1])
+            node //= 2
+            room[node] = left
+    return [sorted(plan) for plan in [*plans, *filled] if plan]
+
+
+def stay_together(lengths: Sequence[int], shared: Sequence[int]) -> bool:
+    """Whether so many tokens are shared that samples stay beside those they share a prompt with."""
+    return 10 * sum(shared) > sum(lengths)
+
+
+def _in_order(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """One micro-batch is filled after the other."""
+    plans, room = list[list[int]](), 0
+    for index, length in enumerate(lengths):
+        if length > room:
+            plans.append([])
+            room = max_tokens
+        plans[-1].append(index)
+        room -= length
+    return plans
 
 
 def chunk_micro_batches(count: int, micro_batch_size: int) -> list[list[int]]:

@@ -23,6 +23,7 @@ from miles.protocols import Want, WorkerGroup
 from miles.registry import Registry
 from miles.training.advantages import AdvantageStage, component_needs, needs_reference
 from miles.training.aggregation import token_weights
+from miles.training.flops import ForwardCost
 from miles.training.mismatch import mismatch_metrics, mismatch_terms
 from miles.training.objective import StepScope
 from miles.training.packing import shared_prompts
@@ -44,11 +45,13 @@ class Trainer:
         workers: WorkerGroup,
         shares: Sequence[DataShare],
         teachers: Teachers | None = None,
+        forward_cost: ForwardCost | None = None,
     ):
-        """`shares` of the ranks; `teachers` where a component needs one."""
+        """`shares` of the ranks; `teachers` where a component needs one; `forward_cost` where it is known."""
         self.config, self.derived, self.workers = config, derived, workers
         self.shares = [share.part for share in shares]
         self.together = all(share.together for share in shares)
+        self.forward_cost = forward_cost
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.teachers = teachers
@@ -216,7 +219,11 @@ class Trainer:
         shared: Sequence[int] = ()
         if self.together:
             shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)
-        return rank_micro_batches(table.lengths, len(set(self.shares)), cap, train.micro_batch_size, shared)
+        costs: Sequence[float] | None = None if train.balance == "none" else table.lengths
+        if train.balance == "flops" and self.forward_cost is not None:
+            costs = self.forward_cost(table.lengths)
+        size = len(set(self.shares))
+        return rank_micro_batches(table.lengths, size, cap, train.micro_batch_size, shared, costs=costs)
 
     def _watch_skips(self, what: str, skipped: bool, why: str) -> None:
         limit = self.config.train.max_nonfinite_steps

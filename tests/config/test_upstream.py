@@ -19,6 +19,7 @@ from miles.config.upstream import (
     PREFIXES,
     RENAMED,
     REPLACED,
+    SWITCHES,
     UNSUPPORTED,
     VALUES,
     answer_to,
@@ -94,7 +95,8 @@ def test_no_flag_is_answered_twice_and_none_that_the_core_accepts():
     tables = (REPLACED, LATER, UNSUPPORTED)
     every = Counter([*RENAMED, *(name for table in tables for _, names in table for name in names.split())])
     assert [name for name, count in every.items() if count > 1] == []
-    assert [name for name in every if f"--{name}" in flag_table()] == []
+    assert [name for name in every if f"--{name}" in flag_table() or name in SWITCHES] == []
+    assert set(SWITCHES) <= set(NAMES)
     assert [name for name in ACCEPTED if f"--{name}" not in flag_table()] == []
 
 
@@ -140,6 +142,27 @@ def test_families_that_are_handed_through_are_answered_and_options_of_the_engine
     assert read("--torch-max-running", "5") == []
     assert read("--sglang-server-concurrency", "5") == []
     assert answer_to("--router-policy").fate == "not in this version"
+
+
+@pytest.mark.parametrize(
+    ("words", "balance"),
+    [
+        ("--balance-data", "tokens"),
+        ("--balance-by-flops", "flops"),
+        ("--balance-data --balance-by-flops", "flops"),
+        ("--balance-by-flops --balance-data", "flops"),
+        ("--balance none --balance-data", "none"),
+        ("--balance-by-flops --balance none", "none"),
+    ],
+)
+def test_switches_that_stand_for_a_value(solve, words, balance):
+    """Miles balances by FLOPs when both are given, in any order."""
+    assert solve((), *words.split()).config.train.balance == balance
+
+
+def test_a_switch_outdoes_a_file(solve):
+    resolved = solve([{"train": {"balance": "none"}}], "--balance-data")
+    assert (resolved.config.train.balance, str(resolved.origin("train.balance"))) == ("tokens", "--balance-data")
 
 
 def test_a_flag_of_nobody_stays_unknown(read):

@@ -82,8 +82,9 @@ def test_only_what_the_report_names_was_changed():
     """Flags that the first script has and the second has not are those the report and the text speak of."""
     before, after = (set(re.findall(r"(?<!\S)--[\w-]+", text)) for text in blocks("bash")[:2])
     spoken = set(re.findall(r"--[\w-]+", blocks("text")[0])) | {"--ref-load", "--save"}
-    one_process = {"--actor-num-nodes", "--actor-num-gpus-per-node", "--rollout-num-gpus-per-engine"}
-    assert before - after <= spoken | one_process
+    default = {"--actor-num-nodes", "--actor-num-gpus-per-node", "--rollout-num-gpus-per-engine"}
+    default |= {"--context-parallel-size", "--balance-data"}
+    assert before - after <= spoken | default
 
 
 def test_the_page_s_functions_train(folder, monkeypatch):
