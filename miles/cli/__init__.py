@@ -15,6 +15,10 @@ COMMANDS = {
     "train": ("miles.cli.train", "train a model: [CONFIG.yaml ...] [--flag value] [--section.key=value] [--dry-run]"),
     "eval": ("miles.cli.evaluate", "evaluate a checkpoint: the same arguments, and --checkpoint PATH"),
     "report": ("miles.cli.report", "write one HTML file with curves and samples: RUN [RUN2 ...] [--out FILE]"),
+    "compare": (
+        "miles.cli.compare",
+        "say where two runs part: the first token, metrics, weights: RUN RUN2 [--tolerance X]",
+    ),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
     "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
