@@ -1,0 +1,485 @@
+"""How fast the train backend `fsdp` learns, at shapes of Qwen3 with random weights: MFU, memory, where the time goes.
+
+    python scripts/gpu/training.py --models 0.6B 4B --tokens 8192 16384 --variants default attention=sdpa,compile=false
+    torchrun --nproc-per-node 2 scripts/gpu/training.py --models 4B --baseline one-gpu.json
+    python scripts/gpu/training.py --models 4B --profile
+    python scripts/gpu/training.py --device cpu --models tiny --tokens 256 --step-tokens 1024
+
+Every model, number of tokens in a micro-batch and variant is one case, measured in turn and printed at once; with $OUT
+set, all of them so far are also in $OUT/training.json. A variant is `default` or settings of the section `train`,
+separated by commas; `checkpointing`, `chunk` and `reshard` stand for their longer names. On a GPU bf16 is the default.
+
+An optimizer step learns from `--step-tokens` tokens on each rank, in samples of 512 to 4,096 tokens with the GRPO
+objective (clipped surrogate, entropy watched), through FsdpBackend. One step is taken to warm up, then `--steps` are
+timed; the time of a step is that of zero_grad, forward_backward and optim_step. FLOPs are those that the algorithm asks
+for: 6 a token for each weight of a matrix product, and causal attention; nothing for what is computed again. MFU is
+against a product of 8192 x 8192 bf16 matrices measured in the same process (`mfu`) and against the 989 TFLOP/s of the
+data sheet of an H100 or H200 (`mfu_of_989`). With several ranks the lengths are the same on each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from miles_qwen.bridge import QwenBridge
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from miles.api import BackendContext, MicroBatch
+from miles.builtins.fsdp import backend as fsdp
+from miles.builtins.fsdp.backend import FsdpBackend
+from miles.builtins.losses import ppo_clip
+from miles.builtins.options import PpoClipOptions
+from miles.config import Config
+from miles.toolkit import build_micro_batch
+from miles.training.objective import Objective, StepScope
+from miles.training.packing import plan_micro_batches
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
+    },
+    "0.6B": {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "4B": {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960}
+SHORT = {"checkpointing": "gradient_checkpointing", "chunk": "log_probs_chunk_size", "reshard": "fsdp_reshard"}
+DATA_SHEET = 989e12
+GIB = 2**30
+WANT = frozenset({"log_probs", "entropy"})
+CLASSES = (
+    ("communication", r"nccl|all_?gather|reduce_?scatter|all_?reduce|gloo"),
+    ("attention", r"flash|fmha|attention|varlen"),
+    ("optimizer", r"adam|multi_tensor|lpnorm|foreach|addcdiv"),
+    ("matmul", r"gemm|cublas|cutlass|nvjet|xmma|splitk|\bmm\b|matmul|addmm"),
+    ("softmax and logits", r"softmax|logsumexp|online|argmax|triton.*(gather|scatter|amax)"),
+    ("norm", r"norm|rms|triton.*rsqrt"),
+    ("memcpy", r"memcpy|memset"),
+    ("elementwise, compiled", r"triton"),
+    ("elementwise", r"elementwise|vectorized|reduce|index|embedding|fill|cat|copy|scatter|gather"),
+)
+"""Kernels by their names, the first that fits."""
+
+
+# --------------------------------------------------------------------------------------------------------------- cases
+
+
+def make_backend(shape: dict[str, Any], train: dict[str, Any], device: str) -> FsdpBackend:
+    """With random weights drawn on the device."""
+    hf_config = Qwen3Config(**{**COMMON, **shape})
+    config = Config.model_validate({"train": train, "optimizer": {"lr": 1e-6}})
+    context = BackendContext(
+        config=config,
+        role="actor",
+        checkpoint=Path("unused"),
+        hf_config=hf_config,
+        bridge=QwenBridge(),
+        precision=None,
+        transforms=(),
+        rank=rank(),
+        world_size=ranks(),
+        device=device,
+        total_steps=100,
+        temperature=1.0,
+    )
+    fsdp.initial_weights = partial(drawn_weights, device)
+    return FsdpBackend(context=context)
+
+
+def drawn_weights(device: str, context: BackendContext, scorer: Any = None) -> Iterator[dict[str, torch.Tensor]]:
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(context.hf_config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in lm.named_parameters():
+        if parameter.ndim == 1:
+            yield {name: torch.ones(parameter.shape, device=device)}
+        else:
+            yield {name: torch.randn(parameter.shape, device=device, generator=generator) * 0.02}
+
+
+def draw_lengths(total: int, longest: int, draw: np.random.Generator) -> list[int]:
+    """Samples of 512 to 4,096 tokens (less where a micro-batch is small), long ones rarer, `total` in all."""
+    low, high = min(512, longest // 8), min(4096, longest // 2)
+    lengths: list[int] = []
+    while (room := total - sum(lengths)) > 0:
+        lengths.append(min(room, int(np.exp(draw.uniform(np.log(low), np.log(high + 1))))))
+    return lengths
+
+
+def make_batches(lengths: list[int], tokens: int, vocabulary: int, seed: int, device: str) -> list[MicroBatch]:
+    """Prompts of an eighth of each sample, none shared; advantages as whitened rewards are."""
+    draw = np.random.default_rng(seed)
+    samples = [draw.integers(0, vocabulary, n) for n in lengths]
+    masks = [(np.arange(n) >= n // 8).astype(np.float32) for n in lengths]
+    columns = {
+        "mask": masks,
+        "weights": [mask / mask.sum() / len(lengths) for mask in masks],
+        "advantages": [np.full(n, draw.normal(), np.float32) for n in lengths],
+        "rollout_log_probs": [np.full(n, -np.log(vocabulary), np.float32) for n in lengths],
+    }
+    plans = plan_micro_batches(lengths, tokens)
+    return [build_micro_batch(plan, samples, columns, device=device) for plan in plans]
+
+
+def flops(shape: dict[str, Any], lengths: list[int]) -> float:
+    """Of the matrix products of a forward pass over samples of these lengths."""
+    shape = {**COMMON, **shape}
+    hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
+    kv = 2 * shape["num_key_value_heads"] * shape["head_dim"]
+    layer = hidden * (2 * heads + kv) + 3 * hidden * shape["intermediate_size"]
+    weights = shape["num_hidden_layers"] * layer + shape["vocab_size"] * hidden
+    pairs = sum(n * n for n in lengths) / 2  # causal
+    return 2 * weights * sum(lengths) + 4 * pairs * heads * shape["num_hidden_layers"]
+
+
+def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[str, Any]) -> dict[str, Any]:
+    """One case."""
+    shape = {**SHAPES[model], **arguments.shape}
+    vocabulary = {**COMMON, **shape}["vocab_size"]
+    lengths = draw_lengths(arguments.step_tokens, tokens, np.random.default_rng(0))
+    torch._dynamo.reset()
+    counters.clear()
+    reset_peak()
+    started = time.perf_counter()
+    backend = make_backend(shape, train, arguments.device)
+    objective = Objective(Config().algorithm, partial(ppo_clip, options=PpoClipOptions()))
+    objective.scope = StepScope(tokens=float(sum(lengths)))
+    steps = [
+        make_batches(lengths, tokens, vocabulary, 1000 * step + rank(), arguments.device)
+        for step in range(arguments.steps + 1)
+    ]
+    held = allocated()
+    seconds: dict[str, list[float]] = defaultdict(list)
+    built = time.perf_counter() - started
+
+    def one_step(batches: list[MicroBatch]) -> float:
+        """Returns the gradient norm."""
+        objective.losses = []
+        clock = Clock(seconds, arguments.device)
+        backend.zero_grad()
+        clock("zero_grad")
+        backend.forward_backward(batches, objective, WANT)
+        clock("forward_backward")
+        report = backend.optim_step()
+        clock("optimizer")
+        return report.grad_norm
+
+    norm = one_step(steps[0])
+    warm_up = {name: values.pop() for name, values in seconds.items()}
+    compilations = [counters["stats"]["unique_graphs"]]
+    for batches in steps[1:]:
+        one_step(batches)
+    compilations.append(counters["stats"]["unique_graphs"] - compilations[0])
+    clock = Clock(seconds, arguments.device)
+    for _ in range(3):  # the first compiles
+        backend.forward(steps[-1], frozenset({"log_probs"}))
+        clock("log_probs")
+    phases = {name: median(values[1:] if name == "log_probs" else values) for name, values in seconds.items()}
+    step = sum(phases[name] for name in ("zero_grad", "forward_backward", "optimizer"))
+    found = {
+        "parameters": sum(p.numel() for p in backend.scorer.parameters()),
+        "attention": backend.built.attention,
+        "samples": len(lengths),
+        "micro_batches": len(steps[0]),
+        "seconds_to_build": built,
+        "seconds_of_first_step": sum(warm_up.values()),
+        "seconds": phases,
+        "seconds_of_each_forward_backward": seconds["forward_backward"],
+        "step_seconds": step,
+        "tokens_per_second": sum(lengths) / step,
+        "tflops": 3 * flops(shape, lengths) / step / 1e12,
+        "tflops_log_probs": flops(shape, lengths) / phases["log_probs"] / 1e12,
+        "grad_norm": norm,
+        "held_gib": held / GIB,
+        "peak_gib": peak() / GIB,
+        "compilations": dict(zip(("first_step", "later_steps"), compilations, strict=True)),
+    }
+    if arguments.profile:
+        found["profile"] = profiled(lambda: one_step(steps[0]), arguments)
+    return found
+
+
+class Clock:
+    """Seconds since the last call, under a name, when the device is done."""
+
+    def __init__(self, seconds: dict[str, list[float]], device: str):
+        self.seconds, self.device = seconds, device
+        synchronize(device)
+        self.since = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[name].append(now - self.since)
+        self.since = now
+
+
+# ------------------------------------------------------------------------------------------------------------- profile
+
+
+def profiled(step: Callable[[], object], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time of each kernel and class of kernels in one step, and the share of it in which the device did nothing."""
+    on_cuda = arguments.device == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
+    with torch.profiler.profile(activities=kinds) as profile:
+        synchronize(arguments.device)
+        started = time.perf_counter()
+        step()
+        synchronize(arguments.device)
+        wall = time.perf_counter() - started
+    kernels: dict[str, list[float]] = defaultdict(list)
+    spans = []
+    for event in profile.events() or []:
+        if on_cuda and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kernels[event.name].append(event.time_range.elapsed_us())
+            spans.append((event.time_range.start, event.time_range.end))
+        elif not on_cuda and event.self_cpu_time_total:
+            kernels[event.name].append(event.self_cpu_time_total)
+    total = sum(map(sum, kernels.values()))
+    classes: dict[str, float] = defaultdict(float)
+    for name, times in kernels.items():
+        classes[kind_of(name)] += sum(times) / total
+    top = sorted(kernels, key=lambda name: -sum(kernels[name]))[: arguments.top]
+    found: dict[str, Any] = {
+        "wall_seconds": wall,
+        "classes": dict(sorted(classes.items(), key=lambda item: -item[1])),
+        "kernels": [
+            {
+                "name": name[:140],
+                "class": kind_of(name),
+                "share": sum(kernels[name]) / total,
+                "ms": sum(kernels[name]) / 1e3,
+                "calls": len(kernels[name]),
+            }
+            for name in top
+        ],
+    }
+    if spans:
+        whole = max(end for _, end in spans) - min(start for start, _ in spans)
+        found["idle_share"] = 1 - covered(spans) / whole
+    return found
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in CLASSES if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the axis intervals cover together."""
+    total, reached = 0.0, -np.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def tell_profile(found: dict[str, Any]) -> None:
+    print(f"  one step of {found['wall_seconds']:.2f} s; idle {found.get('idle_share', 0):.1%} of the device's time")
+    for name, share in found["classes"].items():
+        print(f"    {share:6.1%}  {name}")
+    for row in found["kernels"]:
+        print(f"    {row['share']:6.1%} {row['ms']:9.1f} ms {row['calls']:6d} x  [{row['class']}] {row['name']}")
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+
+def matmul_flops(device: str) -> float:
+    """A second, of a large bf16 product of random matrices: the median of 20."""
+    size = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, device, 20)
+
+
+def median_seconds(function: Callable[[], object], device: str, times: int) -> float:
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(3):
+        function()
+    clock = Clock(seconds, device)
+    for _ in range(times):
+        function()
+        clock("it")
+    return median(seconds["it"])
+
+
+def collectives(shape: dict[str, Any], device: str) -> dict[str, float]:
+    """GB that a rank receives a second (size (n - 1) / n), for what FSDP2 communicates of one layer: its parameters in
+    bf16, its gradients in float32."""
+    shape = {**COMMON, **shape}
+    heads = (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]) * shape["head_dim"]
+    numel = shape["hidden_size"] * (heads + 3 * shape["intermediate_size"]) // ranks() * ranks()
+    whole = torch.zeros(numel, device=device, dtype=torch.bfloat16)
+    part = torch.zeros(numel // ranks(), device=device, dtype=torch.bfloat16)
+    share = (ranks() - 1) / ranks() * numel / 1e9
+    gather = median_seconds(lambda: dist.all_gather_into_tensor(whole, part), device, 20)
+    grads, mine = whole.float(), part.float()
+    scatter = median_seconds(lambda: dist.reduce_scatter_tensor(mine, grads), device, 20)
+    return {
+        "layer_mb_bf16": 2 * numel / 1e6,
+        "all_gather_gb_per_second": 2 * share / gather,
+        "reduce_scatter_gb_per_second": 4 * share / scatter,
+    }
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def reset_peak() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parsed(variant: str, device: str) -> dict[str, Any]:
+    """Settings of the section `train`, their values as YAML has them."""
+    given = {"dtype": "bf16"} if device == "cuda" else {}
+    for setting in [] if variant == "default" else variant.split(","):
+        key, _, value = setting.partition("=")
+        try:
+            given[SHORT.get(key, key)] = json.loads(value)
+        except ValueError:
+            given[SHORT.get(key, key)] = value
+    return given
+
+
+def baseline_of(file: Path | None, case: dict[str, Any]) -> dict[str, Any] | None:
+    """The same case on one rank, from an earlier run; there is nothing to reshard there."""
+
+    def key(case: dict[str, Any]) -> list[Any]:
+        settings = [s for s in case["variant"].split(",") if not s.startswith(("reshard=", "default"))]
+        return [case["model"], case["tokens"], settings]
+
+    earlier = json.loads(file.read_text())["cases"] if file else []
+    return next((c for c in earlier if key(c) == key(case) and "error" not in c), None)
+
+
+def one_case(arguments: argparse.Namespace, model: str, tokens: int, variant: str, ceiling: float) -> dict[str, Any]:
+    case: dict[str, Any] = {"model": model, "tokens": tokens, "variant": variant, "ranks": ranks()}
+    try:
+        case |= measure(arguments, model, tokens, parsed(variant, arguments.device))
+    except torch.OutOfMemoryError as error:
+        return case | {"error": f"out of memory: {str(error).splitlines()[0][:200]}"}
+    case |= {"mfu": case["tflops"] * 1e12 / ceiling, "mfu_of_989": case["tflops"] * 1e12 / DATA_SHEET}
+    case["mfu_log_probs"] = case["tflops_log_probs"] * 1e12 / ceiling
+    if ranks() > 1:
+        case["collectives"] = collectives({**SHAPES[model], **arguments.shape}, arguments.device)
+    if alone := baseline_of(arguments.baseline, case):
+        case["weak_scaling"] = case["tokens_per_second"] / alone["tokens_per_second"]
+    return case
+
+
+def tell(case: dict[str, Any]) -> None:
+    """One line, and the profile."""
+    name = f"{case['model']} {case['tokens']} {case['variant']}"
+    if "error" in case:
+        print(f"{name}: {case['error']}", flush=True)
+        return
+    phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in case["seconds"].items())
+    more = "".join(f"; {key} {case[key]}" for key in ("collectives", "weak_scaling") if key in case)
+    print(
+        f"{name}: MFU {case['mfu']:.1%} ({case['mfu_of_989']:.1%} of 989), {case['tflops']:.0f} TFLOP/s, "
+        f"{case['tokens_per_second']:.0f} tokens/s a rank, peak {case['peak_gib']:.1f} GiB "
+        f"({case['held_gib']:.1f} held); seconds: {phases}; first step {case['seconds_of_first_step']:.1f}; "
+        f"compiled {case['compilations']}; log-probs MFU {case['mfu_log_probs']:.1%}; grad norm {case['grad_norm']:.4g}{more}",
+        flush=True,
+    )
+    if "profile" in case:
+        tell_profile(case["profile"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["0.6B"], choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192], help="in a micro-batch")
+    parser.add_argument("--variants", nargs="+", default=["default"])
+    parser.add_argument("--steps", type=int, default=3, help="that are timed")
+    parser.add_argument("--step-tokens", type=int, default=65_536, help="of a rank in an optimizer step")
+    parser.add_argument("--shape", type=json.loads, default={}, help="changes to the models' configs, as JSON")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--profile", action="store_true", help="one more step, under torch's profiler")
+    parser.add_argument("--top", type=int, default=25, help="kernels to list")
+    parser.add_argument("--baseline", type=Path, help="what a run on one rank wrote, for weak scaling")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if ranks() > 1:
+        dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    ceiling = matmul_flops(arguments.device)
+    figures: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "matmul_tflops": ceiling / 1e12,
+        "cases": [],
+    }
+    out = Path(os.environ["OUT"]) / "training.json" if "OUT" in os.environ else None
+    silent = contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext()
+    with silent:
+        print(
+            f"{figures['device']}, torch {torch.__version__}: {ceiling / 1e12:.0f} TFLOP/s in bf16 products", flush=True
+        )
+        for model in arguments.models:
+            for tokens in arguments.tokens:
+                for variant in arguments.variants:
+                    figures["cases"].append(one_case(arguments, model, tokens, variant, ceiling))
+                    tell(figures["cases"][-1])
+                    if out and rank() == 0:
+                        out.write_text(json.dumps(figures, indent=1))
+        if out is None:
+            print(json.dumps(figures))
+    if ranks() > 1:
+        dist.barrier()
+        os._exit(0)  # threads of gloo now and then abort a process that ends otherwise
+
+
+if __name__ == "__main__":
+    main()
