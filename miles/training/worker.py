@@ -6,11 +6,12 @@ The driver talks to it through a `WorkerGroup`: method names, plain data and tar
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,11 +27,13 @@ from miles.targets import import_target
 from miles.training.advantages import component_needs
 from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
-from miles.training.packing import build_micro_batch, split_micro_batch
+from miles.training.packing import build_micro_batch, split_micro_batch, take_samples
 from miles.training.table import Table
 from miles.training.teachers import TeacherLogits
 from miles.types import Metrics, MicroBatch, StepReport
 from miles.workers.entry import enter, join_process_group
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,6 @@ class TrainWorker:
     def __init__(self, rank: int, size: int, setup: WorkerSetup, registry: Registry | None = None):
         config = setup.config
         registry = registry or enter(config, rank, setup.provenance)
-        if size > 1:
-            join_process_group(setup.device, config.resources.worker_timeout)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
         if self.compares_logits and size > 1:  # a teacher's head is gathered by all ranks, and they ask at other times
@@ -93,6 +94,17 @@ class TrainWorker:
                 f"policy loss {config.algorithm.policy_loss.name!r} compares with the logits of teachers in the "
                 f"trainer, which works with one train rank, not {size}: --actor-num-gpus-per-node 1, or another loss"
             )
+        self.wants: dict[str, frozenset[Want]] = {
+            "actor": loss_wants(config, registry),
+            "critic": frozenset({"values"}),
+        }
+        if "logits" in self.wants["actor"] and config.train.context_parallel_size > 1:
+            raise ConfigError(
+                f"policy loss {config.algorithm.policy_loss.name!r} needs the logits of whole samples, of which each "
+                "rank has a part: --context-parallel-size 1, or another loss"
+            )
+        if size > 1:
+            join_process_group(setup.device, config.resources.worker_timeout)
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)
         self.contexts = {name: self._context(model) for name, model in setup.models.items()}
         build = partial(registry.build, "train_backends", config.train.train_backend)
@@ -102,10 +114,6 @@ class TrainWorker:
         self.losses: dict[str, Objective | ValueObjective] = {
             "actor": Objective(config.algorithm, loss, masks),
             "critic": ValueObjective(config.critic.value_clip),
-        }
-        self.wants: dict[str, frozenset[Want]] = {
-            "actor": loss_wants(config, registry),
-            "critic": frozenset({"values"}),
         }
 
     def _context(self, model: ModelSetup) -> BackendContext:
@@ -133,69 +141,77 @@ class TrainWorker:
         return DataShare(self.models["actor"].data_rank, together)
 
     def forward(self, name: str, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
-        """What a model says: per table, per wanted quantity, one array a sample. Micro-batches that do not fit are
-        halved."""
-        wanted = frozenset(want)
-        return [self._forward_one(self.models[name], self._pack(table), wanted) for table in tables]
-
-    def _forward_one(
-        self, model: TrainBackend, batch: MicroBatch, want: frozenset[Want], retries: int = 0
-    ) -> dict[str, list[np.ndarray]]:
-        try:
-            (outputs,) = model.forward([batch], want)
-        except torch.OutOfMemoryError as error:
-            halves = self._smaller([batch], retries, error)
-            parts = [self._forward_one(model, half, want, retries + 1) for half in halves]
-            return {name: [array for part in parts for array in part[name]] for name in want}
-        return {name: _per_sample(getattr(outputs, f"{name}_T"), batch) for name in want}
+        """What a model says: per table, per wanted quantity, one array a sample."""
+        model, wanted = self.models[name], frozenset(want)
+        batches, outputs, _ = self._fitting(model, tables, lambda batches: model.forward(batches, wanted))
+        pairs = list(zip(outputs, batches, strict=True))
+        columns = {key: [row for o, b in pairs for row in _per_sample(getattr(o, f"{key}_T"), b)] for key in want}
+        bounds = [0, *accumulate(len(table) for table in tables)]
+        return [{key: rows[start:end] for key, rows in columns.items()} for start, end in pairwise(bounds)]
 
     def train_step(self, name: str, tables: Sequence[Table], scope: StepScope) -> StepOutcome:
-        """One optimizer step of a model on these micro-batches. Out of memory starts it again with halves: nothing is
-        lost, since the weight of each token does not depend on the micro-batch it is in."""
+        """One optimizer step of a model on these micro-batches."""
         model, objective = self.models[name], self.losses[name]
         objective.scope = scope
         if isinstance(objective, Objective) and self.compares_logits:
             lessons = {i: lesson for t in tables for i, lesson in zip(t.ids, t.lessons, strict=True) if lesson.model}
             objective.teacher_logits = partial(TeacherLogits.of, lessons=lessons, models=self.models)
-        batches = [self._pack(table) for table in tables]
-        retries = 0
-        while True:
-            try:
-                model.zero_grad()
-                objective.losses = []
-                sums = model.forward_backward(batches, objective, self.wants[name])
-                report = model.optim_step()
-                break
-            except torch.OutOfMemoryError as error:
-                batches = self._smaller(batches, retries, error)
-                retries += 1
+
+        def step(batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], StepReport]:
+            model.zero_grad()
+            objective.losses = []
+            sums = model.forward_backward(batches, objective, self.wants[name])
+            return sums, model.optim_step()
+
+        _, (sums, report), retries = self._fitting(model, tables, step)
         model.zero_grad()
         losses = {i: loss for ids, loss_N in objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)}
         return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries, losses)
+
+    def _fitting(
+        self, model: TrainBackend, tables: Sequence[Table], act: Callable[[Sequence[MicroBatch]], T]
+    ) -> tuple[list[MicroBatch], T, int]:
+        """Does something with a micro-batch a table; also returns these, and how often it began again. Out of memory,
+        on whichever rank, starts it again with halves: nothing is lost, since the weight of each token does not depend
+        on the micro-batch it is in."""
+        batches, retries = [self._pack(table) for table in tables], 0
+        while True:
+            try:
+                return batches, act(batches), retries
+            except torch.OutOfMemoryError as error:
+                if self.size > 1 and not hasattr(error, "rank"):
+                    raise  # of this rank alone: the others know nothing of it and go on
+                batches = self._smaller(batches, retries, error, alike=model.data_size > 1)
+                retries += 1
 
     def _pack(self, table: Table) -> MicroBatch:
         rows, device = list(range(len(table))), self.setup.device
         batch = build_micro_batch(rows, table.tokens, table.columns, multimodal=table.multimodal, device=device)
         return replace(batch, sample_ids=table.ids)
 
-    def _smaller(self, batches: list[MicroBatch], retries: int, error: Exception) -> list[MicroBatch]:
-        """The same samples in micro-batches of half the tokens, or an error that says what would help."""
+    def _smaller(self, batches: list[MicroBatch], retries: int, error: Any, alike: bool) -> list[MicroBatch]:
+        """The same samples in micro-batches of half the tokens, or an error that says what would help. `alike`: twice
+        as many on all ranks, so that what cannot be halved gets an empty one for its other half."""
         train = self.setup.config.train
-        largest = max(len(batch) for batch in batches)
-        if largest == 1 or retries >= train.max_oom_retries:
-            tokens = max(batch.bounds[-1] for batch in batches)
-            reason = "one sample alone" if largest == 1 else f"after {retries} retries a micro-batch"
+        alone = getattr(error, "alone", max(len(batch) for batch in batches) == 1)
+        if alone or retries >= train.max_oom_retries:
+            tokens = getattr(error, "tokens", 0) or max(batch.bounds[-1] for batch in batches)
+            reason = "one sample alone" if alone else f"after {retries} retries a micro-batch"
             raise OutOfMemoryError(
-                f"out of memory on rank {self.rank}: {reason} of {tokens} tokens does not fit. Lower "
-                "--rollout-max-response-len or --rollout-max-context-len, turn on --gradient-checkpointing, lower "
-                f"--log-probs-chunk-size (now {train.log_probs_chunk_size}) or --max-tokens-per-gpu (now "
+                f"out of memory on rank {getattr(error, 'rank', self.rank)}: {reason} of {tokens} tokens does not fit. "
+                "Lower --rollout-max-response-len or --rollout-max-context-len, turn on --gradient-checkpointing, "
+                f"lower --log-probs-chunk-size (now {train.log_probs_chunk_size}) or --max-tokens-per-gpu (now "
                 f"{train.max_tokens_per_gpu}), or use --train-dtype bf16."
             ) from error
         error.__traceback__ = None  # it holds the activations that did not fit
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return [half for batch in batches for half in (split_micro_batch(batch) if len(batch) > 1 else [batch])]
+        smaller: list[MicroBatch] = []
+        for batch in batches:
+            smaller += split_micro_batch(batch) if len(batch) > 1 else [batch]
+            smaller += [take_samples(batch, 0, 0)] if alike and len(batch) < 2 else []
+        return smaller
 
     # ------------------------------------------------------------------------------------------------------- weights
 

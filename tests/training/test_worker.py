@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from miles.builtins.fsdp.memory import OutOfMemoryOnRank
 from miles.config import Config
 from miles.errors import ConfigError, OutOfMemoryError
 from miles.plugins import load_plugins
@@ -19,14 +20,15 @@ from miles.types import Outputs, StepReport
 class Backend:
     """Runs out of memory on micro-batches of more than `room` tokens, after having accumulated part of the step."""
 
-    def __init__(self, room, fails_in="forward_backward"):
-        self.room, self.fails_in = room, fails_in
+    def __init__(self, room, fails_in="forward_backward", data_size=1):
+        self.room, self.fails_in, self.data_size = room, fails_in, data_size
         self.gradient, self.seen = 0.0, []
 
     def zero_grad(self):
         self.gradient, self.seen = 0.0, []
 
     def forward_backward(self, batches, loss, want):
+        self.samples = [len(batch) for batch in batches]
         for batch in batches:
             if self.fails_in == "forward_backward" and batch.bounds[-1] > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -41,15 +43,14 @@ class Backend:
         return StepReport(1.0, False, 0.1)
 
     def forward(self, batches, want):
-        (batch,) = batches
-        if batch.bounds[-1] > self.room:
+        if any(batch.bounds[-1] > self.room for batch in batches):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return [Outputs(log_probs_T=batch.tokens_T.float())]
+        return [Outputs(log_probs_T=batch.tokens_T.float()) for batch in batches]
 
 
 def worker(backend, **train):
     one = TrainWorker.__new__(TrainWorker)
-    one.rank, one.wants = 0, {"actor": frozenset({"log_probs"})}
+    one.rank, one.size, one.wants = 0, 1, {"actor": frozenset({"log_probs"})}
     one.setup = SimpleNamespace(config=Config.model_validate({"train": train}), device="cpu")
     one.models = {"actor": backend}
     one.losses = {"actor": SimpleNamespace(scope=None, losses=[])}
@@ -92,6 +93,30 @@ def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
         worker(Backend(room=3)).train_step("actor", [table()], StepScope(tokens=16.0))
 
 
+def test_ranks_stay_alike_what_cannot_be_halved_gets_an_empty_half():
+    backend = Backend(room=8, data_size=2)
+    outcome = worker(backend).train_step("actor", [table(3), table(1), table(0)], StepScope(tokens=16.0))
+    assert outcome.out_of_memory == 1
+    assert backend.samples == [1, 2, 1, 0, 0, 0]  # twice three micro-batches
+
+
+def test_memory_of_one_rank_alone_is_not_retried_behind_the_backs_of_the_others():
+    one = worker(Backend(room=4, data_size=2))
+    one.size = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        one.train_step("actor", [table()], StepScope(tokens=16.0))
+
+
+def test_another_ranks_failure_is_told_as_its_own():
+    class Other(Backend):
+        def forward_backward(self, batches, loss, want):
+            raise OutOfMemoryOnRank(3, alone=True, tokens=99)
+
+    one = worker(Other(room=100, data_size=4))
+    with pytest.raises(OutOfMemoryError, match="on rank 3: one sample alone of 99 tokens"):
+        one.train_step("actor", [table()], StepScope(tokens=16.0))
+
+
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
         worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))
@@ -103,6 +128,13 @@ def test_teachers_logits_are_refused_where_ranks_would_wait_for_each_other():
     setup = WorkerSetup(config, {}, "cpu", 1.0)
     with pytest.raises(ConfigError, match="works with one train rank, not 2"):
         TrainWorker(0, 2, setup, Registry(load_plugins()))
+
+
+def test_logits_of_whole_samples_are_refused_where_ranks_have_parts_of_them():
+    algorithm = {"advantage_estimator": "none", "policy_loss": "distill_full"}
+    config = Config.model_validate({"algorithm": algorithm, "train": {"context_parallel_size": 2}})
+    with pytest.raises(ConfigError, match="--context-parallel-size 1"):
+        TrainWorker(0, 2, WorkerSetup(config, {}, "cpu", 1.0), Registry(load_plugins()))
 
 
 def test_an_entropy_that_is_paid_for_is_computed_without_advantages_too():
