@@ -429,7 +429,8 @@ def tell(case: dict[str, Any]) -> None:
         f"{name}: MFU {case['mfu']:.1%} ({case['mfu_of_989']:.1%} of 989), {case['tflops']:.0f} TFLOP/s, "
         f"{case['tokens_per_second']:.0f} tokens/s a rank, peak {case['peak_gib']:.1f} GiB "
         f"({case['held_gib']:.1f} held); seconds: {phases}; first step {case['seconds_of_first_step']:.1f}; "
-        f"compiled {case['compilations']}; log-probs MFU {case['mfu_log_probs']:.1%}; grad norm {case['grad_norm']:.4g}{more}",
+        f"compiled {case['compilations']}; log-probs MFU {case['mfu_log_probs']:.1%}; "
+        f"grad norm {case['grad_norm']:.4g}{more}",
         flush=True,
     )
     if "profile" in case:
