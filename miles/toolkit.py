@@ -27,6 +27,7 @@ from miles.workers.compute import compute_thread
 from miles.workers.failure import Failure, WorkerFailure, raised
 from miles.workers.group import DirectLink, Link, Workers
 from miles.workers.host import WorkerHost, torchrun_environment
+from miles.workers.process import ProcessLink
 
 __all__ = [
     "COLUMN",
@@ -45,6 +46,7 @@ __all__ = [
     "Op",
     "OpBridge",
     "OptimizerSection",
+    "ProcessLink",
     "Shipment",
     "Stack",
     "TaskSet",

@@ -79,7 +79,12 @@ def miles_register_executors():
             "miles.builtins.inprocess:InProcessExecutor",
             provides=("one rank",),
             summary="One worker, in this process",
-        )
+        ),
+        "local": Component(
+            "miles.builtins.local:LocalExecutor",
+            provides=("one node",),
+            summary="A process of this machine for every worker",
+        ),
     }
 
 

@@ -13,10 +13,13 @@ from functools import cache
 
 import torch
 
+COMPUTE = "miles-compute"
+"""Its name begins so."""
+
 
 @cache
 def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="miles-compute")
+    return ThreadPoolExecutor(1, thread_name_prefix=COMPUTE)
 
 
 def compute_thread() -> ThreadPoolExecutor:

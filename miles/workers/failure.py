@@ -7,14 +7,16 @@ what a person needs: a process that died comes before an exception, an exception
 from __future__ import annotations
 
 import pickle
+import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal
 
 from miles.errors import MilesError, WorkerError
 
 SEVERITY = ("died", "raised", "silent")
+FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.M)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Failure:
     @property
     def last_line(self) -> str:
         return self.text.strip().rpartition("\n")[2]
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether it is silent because it stands in a collective: then another rank is the cause."""
+        return self.kind == "silent" and any("/torch/distributed/" in path for path, _, _ in self._frames[-3:])
+
+    @property
+    def _frames(self) -> list[tuple[str, str, str]]:
+        """File, line and function of what stands in the text, of the first thread, innermost last."""
+        return FRAME.findall(self.text.partition("\n\n")[0])
 
 
 class WorkerFailure(Exception):
@@ -55,18 +67,24 @@ def _survives(error: MilesError) -> bool:
     return type(copy) is type(error) and str(copy) == str(error)
 
 
-def raise_first(failures: Sequence[Failure], who: str, method: str) -> NoReturn:
-    """Raise the first cause; `failures` are in the order in which they were heard of.
+def standing(rank: int, stacks: str, why: str) -> Failure:
+    """Of a rank that gave no answer, by what `WorkerHost.stacks` says of it."""
+    frames = Failure(rank, "silent", stacks)._frames
+    place = ", in {2} ({0}:{1})".format(*frames[-1]) if frames else ""
+    return Failure(rank, "silent", f"{stacks}\n{why}{place}")
 
-    Raises:
-        WorkerError: with the rank's traceback, then a line for each of the others. An error of miles is raised
-            itself: its message is made for people.
+
+def first_cause(failures: Sequence[Failure], who: str, method: str) -> tuple[MilesError, str]:
+    """The error to raise, and one line that says it; `failures` are in the order in which they were heard of.
+
+    A WorkerError has the traceback of the rank that was the first cause, then a line for each of the others. An error
+    of miles is returned itself: its message is made for people.
     """
-    first, *others = sorted(failures, key=lambda failure: SEVERITY.index(failure.kind))
+    first, *others = sorted(failures, key=lambda failure: (SEVERITY.index(failure.kind), failure.waits_for_others))
+    verb = {"died": "died", "raised": "failed", "silent": "does not answer"}[first.kind]
+    headline = f"{who} rank {first.rank} {verb} in {method}"
     if first.error is not None:
         first.error.add_note(f"raised by {who} rank {first.rank} in {method}")
-        raise first.error
-    verb = {"died": "died", "raised": "failed", "silent": "does not answer"}[first.kind]
-    lines = [f"{who} rank {first.rank} {verb} in {method}:", first.text]
-    lines += [f"then {who} rank {other.rank}: {other.last_line}" for other in others]
-    raise WorkerError("\n".join(lines))
+        return first.error, f"{headline}: {first.last_line}"
+    lines = [f"{headline}:", first.text, *(f"then {who} rank {other.rank}: {other.last_line}" for other in others)]
+    return WorkerError("\n".join(lines)), f"{headline}: {first.last_line}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from miles.errors import WorkerError
-from miles.workers.failure import Failure, WorkerFailure, raise_first
+from miles.workers.failure import Failure, WorkerFailure, first_cause, standing
 
 PATIENCE = 5.0
 """Seconds that the other ranks have to answer, or to say what is wrong with them, after one has failed."""
@@ -31,6 +32,14 @@ class Link(Protocol):
         """End the process at once."""
 
 
+@dataclass
+class Fate:
+    """What groups in the same processes share."""
+
+    end: str = ""
+    """Why the processes were ended, in a line."""
+
+
 class Workers:
     """The `WorkerGroup` of every executor: one link a rank.
 
@@ -38,12 +47,21 @@ class Workers:
         name: what the group is called in messages: `train`, `rollout`.
         address: at which the workers' machines reach the driver's.
         timeout: seconds after which a call without an answer is taken to hang; None to wait for ever.
-        key: of these objects in their processes; a group made by `beside` has another one.
+        key, fate: of these objects in their processes, and of the processes; for groups that `beside` makes.
     """
 
-    def __init__(self, name: str, links: Sequence[Link], *, address: str, timeout: float | None, key: str = "0"):
+    def __init__(
+        self,
+        name: str,
+        links: Sequence[Link],
+        *,
+        address: str,
+        timeout: float | None,
+        key: str = "0",
+        fate: Fate | None = None,
+    ):
         self.name, self.links, self.address, self.timeout, self.key = name, links, address, timeout, key
-        self.size = len(links)
+        self.size, self._fate = len(links), fate or Fate()
         self._keys = itertools.count(1)
 
     @classmethod
@@ -65,12 +83,13 @@ class Workers:
         try:
             return await self._request(self.links[rank], method, args, kwargs)
         except WorkerFailure as error:
-            raise_first([error.failure], self.name, method)
+            self._check()
+            raise first_cause([error.failure], self.name, method)[0] from None
 
     async def beside(self, name: str, target: str, *args: Any, **kwargs: Any) -> Workers:
         """Another object in each of these processes, `Target(rank, size, ...)`, as a group of its own."""
         key = f"{self.key}.{next(self._keys)}"
-        other = Workers(name, self.links, address=self.address, timeout=self.timeout, key=key)
+        other = Workers(name, self.links, address=self.address, timeout=self.timeout, key=key, fate=self._fate)
         return await Workers.build(other, target, args, kwargs)
 
     async def close(self) -> None:
@@ -82,51 +101,64 @@ class Workers:
             await asyncio.gather(*requests, return_exceptions=True)
 
     def _request(self, link: Link, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Awaitable[Any]:
+        self._check()
         return link.request("call", self.key, method, args, kwargs)
+
+    def _check(self) -> None:
+        if self._fate.end:
+            raise WorkerError(f"the {self.name} workers have ended: {self._fate.end}")
 
     async def _answers(self, method: str, requests: Sequence[Awaitable[Any]]) -> list[Any]:
         """Everybody's answer, in the order of ranks.
 
         Raises:
-            WorkerError: one failed, or does not answer. Where some are left waiting for it, all processes are killed.
+            WorkerError: one failed, or does not answer. Where some wait for it in vain, all processes are ended.
         """
         tasks = [asyncio.ensure_future(request) for request in requests]
         try:
-            _, waiting = await asyncio.wait(tasks, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
-            failed = [task for task in tasks if task.done() and task.exception()]
-            if not failed and not waiting:
+            await asyncio.wait(tasks, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
+            failed = _failures(tasks)
+            if failed:
+                await asyncio.wait(tasks, timeout=PATIENCE)
+            waiting = [rank for rank, task in enumerate(tasks) if not task.done()]
+            why = "was waiting when it was ended" if failed else f"no answer in {self.timeout} s"
+            silent = await asyncio.gather(*(self._whereabouts(rank, why) for rank in waiting))
+            silent = [failure for failure in silent if not tasks[failure.rank].done()]  # it may have answered meanwhile
+            failed += [error for error in _failures(tasks) if error not in failed]
+            if not failed and not silent:
                 return [task.result() for task in tasks]
-            if waiting and failed:
-                await asyncio.wait(waiting, timeout=PATIENCE)
-            failures = [_failure(task) for task in sorted(failed, key=tasks.index)]
-            later = [task for task in tasks if task not in failed and task.done() and task.exception()]
-            failures += [_failure(task) for task in later]
-            silent = [rank for rank, task in enumerate(tasks) if not task.done()]
-            failures += await asyncio.gather(*(self._whereabouts(rank, bool(failed)) for rank in silent))
-            if silent:
-                for link in self.links:
-                    link.kill()
-            raise_first(failures, self.name, method)
+            raise self._first_cause(method, failed, silent)
         finally:
             for task in tasks:
                 task.cancel()
+            _failures(tasks)  # looks at every exception, so that none is reported as never retrieved
 
-    async def _whereabouts(self, rank: int, others_failed: bool) -> Failure:
+    def _first_cause(self, method: str, errors: Sequence[BaseException], silent: Sequence[Failure]) -> BaseException:
+        """What to raise, after ending the processes if they cannot go on together."""
+        failures = [*(error.failure for error in errors if isinstance(error, WorkerFailure)), *silent]
+        own = [error for error in errors if not isinstance(error, WorkerFailure)]  # of the driver's process
+        if own:
+            error, line = own[0], f"{method} failed in the driver: {type(own[0]).__name__}: {own[0]}"
+        else:
+            error, line = first_cause(failures, self.name, method)
+        if any(failure.kind != "raised" for failure in failures):
+            self._fate.end = self._fate.end or line
+            for link in self.links:
+                link.kill()
+        return error
+
+    async def _whereabouts(self, rank: int, why: str) -> Failure:
         """Of a rank that does not answer."""
         try:
-            text = await asyncio.wait_for(self.links[rank].request("stacks"), PATIENCE)
+            stacks = await asyncio.wait_for(self.links[rank].request("stacks"), PATIENCE)
         except (WorkerFailure, TimeoutError):
-            text = "nor does it say where it stands"
-        waited = "was waiting when it was ended" if others_failed else f"no answer in {self.timeout} s"
-        return Failure(rank, "silent", f"{text}\n{waited}")
+            stacks = "nor does it say where it stands"
+        return standing(rank, stacks, why)
 
 
-def _failure(task: asyncio.Future) -> Failure:
-    error = task.exception()
-    if not isinstance(error, WorkerFailure):
-        assert error is not None
-        raise error
-    return error.failure
+def _failures(tasks: Sequence[asyncio.Future]) -> list[BaseException]:
+    """What was raised so far, in the order of ranks."""
+    return [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
 
 
 class DirectLink:

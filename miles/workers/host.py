@@ -17,7 +17,10 @@ from functools import partial
 from typing import Any
 
 from miles.targets import import_target
-from miles.workers.compute import compute_thread
+from miles.workers.compute import COMPUTE, compute_thread
+
+POOL = "concurrent/futures/thread.py"
+"""Where a thread stands that waits for work."""
 
 
 class WorkerHost:
@@ -25,32 +28,43 @@ class WorkerHost:
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
-        self._objects: dict[str, Any] = {}
+        self.objects: dict[str, Any] = {}
 
     async def build(self, key: str, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Put `Target(rank, size, *args, **kwargs)` at a key."""
-        self._objects[key] = await _compute(lambda: import_target(target)(self.rank, self.size, *args, **kwargs))
+        self.objects[key] = await _compute(lambda: import_target(target)(self.rank, self.size, *args, **kwargs))
 
     async def call(self, key: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a method of the object at a key returns."""
-        bound = getattr(self._objects[key], method)
+        bound = getattr(self.objects[key], method)
         if inspect.iscoroutinefunction(bound):
             return await bound(*args, **kwargs)
         return await _compute(partial(bound, *args, **kwargs))
 
     async def drop(self, key: str) -> None:
         """Forget an object, once the calls to it that were made before have ended."""
-        await _compute(lambda: self._objects.pop(key, None))
+        await _compute(lambda: self.objects.pop(key, None))
 
     async def stacks(self) -> str:
-        """Where each thread of the process stands: asked of one that does not answer."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        frames = sys._current_frames().items()
-        return "\n".join(f"thread {names.get(i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
+        """Where threads of the process stand, the one that computes first, idle ones left out: asked of a process that
+        does not answer."""
+        frames = sys._current_frames()
+        threads = sorted(threading.enumerate(), key=lambda thread: not thread.name.startswith(COMPUTE))
+        busy = [thread for thread in threads if thread.ident in frames and thread is not threading.current_thread()]
+        stacks = {thread.name: traceback.format_stack(frames[thread.ident or 0]) for thread in busy}
+        return "\n".join(f"thread {n}:\n{''.join(stack)}" for n, stack in stacks.items() if POOL not in stack[-1])
 
 
 async def _compute(function: Callable[[], Any]) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(compute_thread(), function)
+    """Whoever gives up waiting leaves the work in its place: the other ranks do theirs."""
+
+    def work() -> Any:
+        try:
+            return function()
+        except StopIteration as error:  # no future can hold it
+            raise RuntimeError("StopIteration was raised") from error
+
+    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(compute_thread(), work))
 
 
 def torchrun_environment(

@@ -1,0 +1,7 @@
+"""Executor `local`: processes of this machine."""
+
+from miles.testing import ExecutorContract
+
+
+class TestLocal(ExecutorContract):
+    name = "local"
