@@ -61,6 +61,7 @@ MADE = frozenset(
         "miles-opsm",
         "miles-ppo",
         "miles-qwen",
+        "miles-ray",
         "miles-reinforce-plus-plus",
         "miles-remax",
         "miles-rloo",

@@ -246,7 +246,7 @@ LATER: tuple[tuple[str, str], ...] = (
         "check-rematerialize-param-from-master-weight enable-mtp-training mtp-num-layers mtp-loss-scaling-factor",
     ),
     (
-        "workers in several processes (miles-ray)",
+        "how data travels between processes and is split among ranks",
         "object-store-backend mooncake-store-init-kwargs mooncake-replica-num rollout-data-transport "
         "use-distributed-post release-train "
         "pin-rollout-manager-to-head delay-split-train-data-by-dp dp-replicate-size",

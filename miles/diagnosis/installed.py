@@ -105,7 +105,7 @@ PARTS = (
     Part("transformer-engine", "Megatron-Core on packed sequences",
          "pip install 'transformer-engine[pytorch]'", ("train_backends", "megatron")),
     Part("deep_gemm", "fp8 matrix products", "build it from its repository", ("precision_schemes", "fp8")),
-    Part("ray", "workers on several machines", "pip install 'ray[default]'", ("executors", "ray")),
+    Part("ray", "workers on several machines", "pip install miles-ray", ("executors", "ray")),
     Part("chromium", "tests that open the report in a browser", "your system's package chromium",
          programs=("chromium", "chromium-browser", "google-chrome")),
 )  # fmt: skip

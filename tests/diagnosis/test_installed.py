@@ -76,4 +76,4 @@ def test_parts_are_of_use_when_something_installed_uses_them(versions):
     assert parts["ray"].facts["usable"] is False
     assert parts["ray"].remedy == ""
     parts = {finding.name: finding for finding in installed.optional_parts({("executors", "ray")})}
-    assert parts["ray"].remedy == "pip install 'ray[default]'"
+    assert parts["ray"].remedy == "pip install miles-ray"

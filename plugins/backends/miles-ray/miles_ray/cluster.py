@@ -1,0 +1,67 @@
+"""The Ray cluster that this process is part of: one that runs already, or one that is started here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+
+from miles.api import ConfigError, WorkerError
+
+
+def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], bool]:
+    """Connect this process to a cluster.
+
+    To be called in a thread that lasts: the kernel ends Ray's processes with the thread that started them, which is
+    what makes them go when the driver is killed.
+
+    Args:
+        address: of the cluster; None to start one on this machine.
+
+    Returns:
+        What leaves the cluster again, and ends it if it was started here; and whether it was.
+
+    Raises:
+        ConfigError: the address cannot be used.
+        WorkerError: Ray did not start or refused this process.
+    """
+    if ray.is_initialized():  # by somebody else, who goes on with it
+        return lambda: None, False
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address and "://" in address:
+        raise ConfigError(
+            f"resources.executor: ray cannot use {address}: that is the way in for clients outside of the cluster. Run "
+            "miles on a machine of the cluster, with --ray-address HOST:6379 (as `ray start` prints it) or auto"
+        )
+    with _signals_kept():
+        try:
+            ray.init(
+                address or "local", include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR
+            )
+        except ray.exceptions.AuthenticationError as error:
+            raise WorkerError(
+                f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where "
+                "its token is not in ~/.ray/auth_token of this machine"
+            ) from error
+        except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            doing = f"join the Ray cluster at {address}" if address else "start a Ray cluster on this machine"
+            raise WorkerError(f"cannot {doing}: {error}") from error
+    return ray.shutdown, not address
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes SIGTERM, which a run uses to stop at a safe place."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
