@@ -6,15 +6,22 @@ what a person needs: a process that died comes before an exception, an exception
 
 from __future__ import annotations
 
+import concurrent.futures.thread
 import pickle
 import re
+import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
+from pathlib import Path
+from traceback import StackSummary
 from typing import Literal
 
 from miles.errors import MilesError, WorkerError
 
+PLUMBING = (threading.__file__, concurrent.futures.thread.__file__, str(Path(__file__).parent))
+"""Where frames stand that say how a call came to a worker's method."""
 SEVERITY = ("died", "raised", "silent")
 FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.M)
 
@@ -56,7 +63,15 @@ class WorkerFailure(Exception):
 def raised(rank: int, error: BaseException) -> Failure:
     """What a worker says of an exception. Errors of miles cross as they are, if pickle can take them."""
     ours = error if isinstance(error, MilesError) and _survives(error) else None
-    return Failure(rank, "raised", "".join(traceback.format_exception(error)).rstrip(), ours)
+    told = traceback.TracebackException.from_exception(error)
+    told.stack = without_plumbing(told.stack)
+    return Failure(rank, "raised", "".join(told.format()).rstrip(), ours)
+
+
+def without_plumbing(stack: StackSummary) -> StackSummary:
+    """The frames from a worker's own method on."""
+    kept = list(dropwhile(lambda frame: frame.filename.startswith(PLUMBING), stack))
+    return StackSummary.from_list(kept)
 
 
 def _survives(error: MilesError) -> bool:

@@ -13,6 +13,8 @@ from miles.workers.failure import Failure, WorkerFailure, first_cause, standing
 
 PATIENCE = 5.0
 """Seconds that the other ranks have to answer, or to say what is wrong with them, after one has failed."""
+START = 600.0
+"""Seconds that building an object may take at least, whatever calls may: libraries are imported, weights are read."""
 
 
 class Link(Protocol):
@@ -67,16 +69,18 @@ class Workers:
     @classmethod
     async def build(cls, group: Workers, target: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Workers:
         """Have every process of a group build its object."""
+        group._check()
         requests = [link.request("build", group.key, target, args, kwargs) for link in group.links]
-        await group._answers(target, requests)
+        await group._answers(target, requests, group.timeout and max(group.timeout, START))
         return group
 
     async def call(self, method: str, *args: Any, **kwargs: Any) -> list[Any]:
-        return await self._answers(method, [self._request(link, method, args, kwargs) for link in self.links])
+        requests = [self._request(link, method, args, kwargs) for link in self.links]
+        return await self._answers(method, requests, self.timeout)
 
     async def call_each(self, method: str, args: Sequence[tuple]) -> list[Any]:
-        pairs = zip(self.links, args, strict=True)
-        return await self._answers(method, [self._request(link, method, own, {}) for link, own in pairs])
+        pairs = list(zip(self.links, args, strict=True))
+        return await self._answers(method, [self._request(link, method, own, {}) for link, own in pairs], self.timeout)
 
     async def call_one(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Of one rank alone, without a time limit: engines take their time."""
@@ -106,9 +110,12 @@ class Workers:
 
     def _check(self) -> None:
         if self._fate.end:
-            raise WorkerError(f"the {self.name} workers have ended: {self._fate.end}")
+            raise self._ended()
 
-    async def _answers(self, method: str, requests: Sequence[Awaitable[Any]]) -> list[Any]:
+    def _ended(self) -> WorkerError:
+        return WorkerError(f"the {self.name} workers have ended: {self._fate.end}")
+
+    async def _answers(self, method: str, requests: Sequence[Awaitable[Any]], timeout: float | None) -> list[Any]:
         """Everybody's answer, in the order of ranks.
 
         Raises:
@@ -116,12 +123,12 @@ class Workers:
         """
         tasks = [asyncio.ensure_future(request) for request in requests]
         try:
-            await asyncio.wait(tasks, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
             failed = _failures(tasks)
             if failed:
                 await asyncio.wait(tasks, timeout=PATIENCE)
             waiting = [rank for rank, task in enumerate(tasks) if not task.done()]
-            why = "was waiting when it was ended" if failed else f"no answer in {self.timeout} s"
+            why = "was waiting when it was ended" if failed else f"no answer in {timeout} s"
             silent = await asyncio.gather(*(self._whereabouts(rank, why) for rank in waiting))
             silent = [failure for failure in silent if not tasks[failure.rank].done()]  # it may have answered meanwhile
             failed += [error for error in _failures(tasks) if error not in failed]
@@ -139,10 +146,12 @@ class Workers:
         own = [error for error in errors if not isinstance(error, WorkerFailure)]  # of the driver's process
         if own:
             error, line = own[0], f"{method} failed in the driver: {type(own[0]).__name__}: {own[0]}"
+        elif self._fate.end:  # for a failure of another group in these processes
+            return self._ended()
         else:
             error, line = first_cause(failures, self.name, method)
         if any(failure.kind != "raised" for failure in failures):
-            self._fate.end = self._fate.end or line
+            self._fate.end = line
             for link in self.links:
                 link.kill()
         return error

@@ -18,9 +18,7 @@ from typing import Any
 
 from miles.targets import import_target
 from miles.workers.compute import COMPUTE, compute_thread
-
-POOL = "concurrent/futures/thread.py"
-"""Where a thread stands that waits for work."""
+from miles.workers.failure import without_plumbing
 
 
 class WorkerHost:
@@ -48,11 +46,13 @@ class WorkerHost:
     async def stacks(self) -> str:
         """Where threads of the process stand, the one that computes first, idle ones left out: asked of a process that
         does not answer."""
-        frames = sys._current_frames()
+        frames, this = sys._current_frames(), threading.current_thread()
         threads = sorted(threading.enumerate(), key=lambda thread: not thread.name.startswith(COMPUTE))
-        busy = [thread for thread in threads if thread.ident in frames and thread is not threading.current_thread()]
-        stacks = {thread.name: traceback.format_stack(frames[thread.ident or 0]) for thread in busy}
-        return "\n".join(f"thread {n}:\n{''.join(stack)}" for n, stack in stacks.items() if POOL not in stack[-1])
+        stacks = {
+            t.name: traceback.extract_stack(frames[t.ident]) for t in threads if t.ident in frames and t is not this
+        }
+        busy = {name: without_plumbing(stack) for name, stack in stacks.items()}
+        return "\n".join(f"thread {name}:\n{''.join(stack.format())}" for name, stack in busy.items() if stack)
 
 
 async def _compute(function: Callable[[], Any]) -> Any:

@@ -158,7 +158,6 @@ def _signalled(number: int) -> str:
 
 
 def _own_paths() -> list[str]:
-    """Where modules come from, but for what every Python of this environment knows: the folder of the user's script,
-    for one."""
+    """Where modules come from besides this environment: the folder of the user's script, for one."""
     known = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    return [path or os.getcwd() for path in sys.path if not path.startswith(known)]
+    return [path or os.getcwd() for path in sys.path if os.path.exists(path or ".") and not path.startswith(known)]

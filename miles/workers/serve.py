@@ -77,7 +77,7 @@ async def _serve(connection: Any, rank: int, size: int, logged: bool) -> None:
 
     async def answer(number: int, load: Load) -> None:
         try:
-            method, *args = load()
+            method, *args = _loaded(load)
             wire.post(number, await getattr(host, method)(*args))
         except BaseException as error:  # also SystemExit: no method of a worker may end the process
             wire.post(number, raised(rank, error))
@@ -91,6 +91,16 @@ async def _serve(connection: Any, rank: int, size: int, logged: bool) -> None:
     await over.wait()
     await asyncio.gather(*calls.values(), return_exceptions=True)
     await host.drop("")  # what was called and given up
+
+
+def _loaded(load: Load) -> Any:
+    try:
+        return load()
+    except AttributeError as error:
+        error.add_note(
+            "the script that was started is no module in a worker: put what a worker shall find into another"
+        )
+        raise
 
 
 def _forward_logs(wire: Wire, rank: int, logged: bool) -> None:
