@@ -19,7 +19,7 @@ from miles.config import Config, Spec, TaskSet
 from miles.config.components import learns_without_rewards, needs_of
 from miles.config.derived import Derived
 from miles.config.teacher import POLICY
-from miles.crew import engine_setup, launch_train, make_crew, make_engine, make_engines
+from miles.crew import Crew, engine_setup, launch_train, make_crew, make_engine, make_engines
 from miles.errors import ConfigError
 from miles.log import logger
 from miles.modeling import (
@@ -38,6 +38,7 @@ from miles.protocols import (
     DataSource,
     Evaluator,
     RolloutEngine,
+    SyncContext,
     WeightSync,
     WorkerGroup,
 )
@@ -187,7 +188,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     teachers = await make_teachers(config, registry, model, stack)
     task = partial(make_task, config, registry, model, front)
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
-    weight_sync = registry.build("weight_syncs", crew.placement.transport)
+    weight_sync = make_sync(crew, model)
     await weight_sync.connect(workers, engines)
     shares = await workers.call("data_share")
     parts = Parts(
@@ -213,6 +214,14 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         probe=make_probe(config, registry, model, engines) if engines[0].generates else None,
     )
     return derived, parts
+
+
+def make_sync(crew: Crew, model: Model) -> WeightSync:
+    config = crew.config
+    # Half of what a worker has: the sync says more of who does not answer than the worker that waits for him.
+    buffer_size, timeout = config.weight_sync.buffer_size, config.resources.worker_timeout / 2
+    context = SyncContext(model.checkpoint, config.run.dir, buffer_size, timeout)
+    return crew.registry.build("weight_syncs", crew.placement.transport, context=context)
 
 
 @dataclass
@@ -246,7 +255,7 @@ async def evaluation_parts(
         workers = await launch_train(crew, policy, rollout_temperature(config), stack)
         engines = await make_engines(crew, model.checkpoint, stack)
         await workers.call("load", checkpoint.path, weights_only=True)
-        weight_sync = registry.build("weight_syncs", crew.placement.transport)
+        weight_sync = make_sync(crew, model)
         await weight_sync.connect(workers, engines)
         await weight_sync.push(version=checkpoint.step)
     front = EngineFront(engines, config.rollout.concurrency)

@@ -100,6 +100,19 @@ class BackendContext:
 
 
 @dataclass(frozen=True)
+class SyncContext:
+    """What a weight sync is built with."""
+
+    checkpoint: Path
+    """The policy's: config and tokenizer for checkpoints that it writes."""
+    run_dir: Path
+    buffer_size: int = 512 * 1024**2
+    """Bytes sent at once, where weights travel in buckets."""
+    timeout: float = 1800.0
+    """Seconds after which the other side is taken to hang."""
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """What a tracker needs to know of a run."""
 

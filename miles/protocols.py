@@ -23,6 +23,7 @@ from miles.contexts import DataContext as DataContext
 from miles.contexts import EngineContext as EngineContext
 from miles.contexts import GenerateContext, Role
 from miles.contexts import RunInfo as RunInfo
+from miles.contexts import SyncContext as SyncContext
 from miles.execution import Executor as Executor
 from miles.execution import ExecutorContext as ExecutorContext
 from miles.execution import Seats as Seats
@@ -216,6 +217,8 @@ class EngineHealth:
     running: int
     waiting: int
     asleep: frozenset[EnginePart] = frozenset()
+    process: str = ""
+    """`miles.toolkit.this_process()` where its weights are; empty where that cannot be said."""
 
 
 @runtime_checkable
@@ -224,7 +227,9 @@ class RolloutEngine(Protocol):
 
     May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and
     `async score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at
-    each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for.
+    each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for;
+    and `async checksums() -> Mapping[str, str]`, what `miles.toolkit.checksums` says of the weights that it holds, under
+    checkpoint names, which is compared with the trainer's after a weight sync.
     """
 
     accepts: frozenset[str]
@@ -267,9 +272,9 @@ class RolloutEngine(Protocol):
         """The receiving half of a weight sync. On return the engine serves `version`, its cache of older versions
         gone; on an error it serves the old weights or refuses requests, but never a mixture.
 
-        While requests run, an engine swaps weights between two steps or refuses; to serve any engine, pause first. A
-        payload in several buckets is an iterator, sync or async: drawing the next bucket tells the sender that the one
-        before it has been copied.
+        While requests run, an engine swaps weights between two steps or refuses; to serve any engine, pause first. The
+        payload is groups of weights, or a `miles.toolkit.Shipment`: `with opened(payload) as groups`. Drawing the next
+        group tells the sender that the one before it has been copied.
         """
 
     async def health(self) -> EngineHealth: ...
@@ -415,10 +420,11 @@ class TrainBackend(Protocol):
 
 @runtime_checkable
 class WeightSync(Protocol):
-    """Moves weights from train workers to engines.
+    """Moves weights from train workers to engines. Context: `SyncContext`.
 
     Lives in the driver; what must run in every train rank is a target string, called through the worker group as
-    `workers.call("send_weights", target, ...)`.
+    `workers.call("send_weights", target, ...)` or `call_each`: `target(weights, ...)`. What an engine is given is data
+    too, a `miles.toolkit.Shipment`. A rank may have to walk its weights to the end for others to get on with theirs.
     """
 
     transport: str

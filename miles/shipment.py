@@ -6,7 +6,10 @@ but how to get at them: a function, by its name, and its arguments. The engine o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +28,28 @@ class Shipment:
     """`package.module:function`, of the weight sync."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Names and numbers; nothing that is bound to a process."""
+    changes: bool = False
+    """What is sent says how weights differ from those that the engine holds: `target(held, **arguments)`."""
 
 
-def opened(payload: Any) -> Iterable[WeightGroup]:
-    """What a payload holds; groups that came as they are need no opening."""
-    return import_target(payload.target)(**payload.arguments) if isinstance(payload, Shipment) else payload
+@contextmanager
+def opened(payload: Any, held: Iterable[WeightGroup] = ()) -> Iterator[Iterable[WeightGroup]]:
+    """What a payload holds, closed in the end however far it was walked: a sender waits for whoever stops halfway.
+    Groups that came as they are need no opening.
+
+    Args:
+        held: what the engine has now, under checkpoint names; only walked if the payload needs it.
+    """
+    groups = payload
+    if isinstance(payload, Shipment):
+        groups = import_target(payload.target)(*((held,) if payload.changes else ()), **payload.arguments)
+    try:
+        yield groups
+    finally:
+        if close := getattr(groups, "close", None):
+            close()
+
+
+def this_process() -> str:
+    """Names this process among all those of a run: tensors can be handed over within one."""
+    return f"{socket.gethostname()}:{os.getpid()}"

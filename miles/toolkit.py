@@ -1,14 +1,16 @@
 """The second public module, for components that compute or read: what backends, bridges, losses and data sources share.
 Needs torch."""
 
-from miles.checkpoint_io import read_weights, resolve_checkpoint
+from miles.checkpoint_io import read_weights, resolve_checkpoint, write_checkpoint
 from miles.config import Config, Keys, TaskSet
 from miles.config.optimizer import OptimizerSection
 from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
 from miles.data.screening import screen
-from miles.shipment import Shipment, opened
+from miles.durable import put_in_place, sync_tree
+from miles.shipment import Shipment, opened, this_process
 from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample
+from miles.training.checksums import checksums
 from miles.training.episodes import Episodes, discounted_sums, kl_cost
 from miles.training.logprobs import align_with_tokens, log_probs_from_logits, next_tokens, selected_log_probs
 from miles.training.packing import (
@@ -57,6 +59,7 @@ __all__ = [
     "align_with_tokens",
     "bounded_log_ratio",
     "build_micro_batch",
+    "checksums",
     "chunk_micro_batches",
     "clipped_surrogate",
     "compute_thread",
@@ -72,6 +75,7 @@ __all__ = [
     "opened",
     "per_token",
     "plan_micro_batches",
+    "put_in_place",
     "raised",
     "read_prompt",
     "read_weights",
@@ -83,7 +87,10 @@ __all__ = [
     "split_micro_batch",
     "spread_over_samples",
     "sum_per_sample",
+    "sync_tree",
     "take_samples",
+    "this_process",
     "torchrun_environment",
     "whiten",
+    "write_checkpoint",
 ]

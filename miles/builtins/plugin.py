@@ -67,8 +67,13 @@ def miles_register_weight_syncs():
         "inprocess": Component(
             "miles.builtins.inprocess_sync:InProcessSync",
             provides=("beside",),
-            summary="Trainer and engine share one process",
-        )
+            summary="Engines beside the train ranks: tensors are handed over in one process",
+        ),
+        "broadcast": Component(
+            "miles.builtins.broadcast_sync:BroadcastSync",
+            provides=("apart",),
+            summary="To engines in processes of their own: gloo from a CPU, NCCL from a GPU",
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from miles.config import Spec
 from miles.errors import WeightSyncError
-from miles.protocols import ExecutorContext, Seats, WeightSync, WorkerGroup
+from miles.protocols import ExecutorContext, Seats, SyncContext, WeightSync, WorkerGroup
 from miles.targets import import_target
 from miles.testing import tiny
 from miles.testing.contract import ComponentContract, installed
@@ -36,8 +36,8 @@ class Sender:
         """From now on hold another of the models; `breaks`: fail in the middle of sending it."""
         self.current, self.breaks = model, breaks
 
-    def send_weights(self, target: str, **arguments: Any) -> Any:
-        return import_target(target)(self._stream(), **arguments)
+    def send_weights(self, target: str, *args: Any, **kwargs: Any) -> Any:
+        return import_target(target)(self._stream(), *args, **kwargs)
 
     def _stream(self) -> Any:
         for i, group in enumerate(tiny.groups_of(self.models[self.current])):
@@ -64,6 +64,10 @@ class WeightSyncContract(ComponentContract):
     senders: ClassVar[int] = 1
     receivers: ClassVar[int] = 2
     model_type: ClassVar[str] = "llama"
+
+    def context(self) -> SyncContext:
+        """With buckets so small that the model takes several."""
+        return SyncContext(tiny.saved(self.model_type), tiny.folder("sync"), buffer_size=8192, timeout=PATIENCE / 2)
 
     def make_engine(self) -> Any:
         """An engine without weights."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 import torch
@@ -111,6 +111,11 @@ def checkpoint(folder: Path, config: Any, seed: int = 0) -> Path:
 def saved(model_type: str, seed: int = 0) -> Path:
     """Folder of a tiny checkpoint of a family, there until the process ends."""
     return checkpoint(Path(_home().name) / f"{model_type}-{seed}", hf_config(model_type), seed)
+
+
+def folder(purpose: str) -> Path:
+    """A new, empty folder, there until the process ends."""
+    return Path(mkdtemp(prefix=f"{purpose}-", dir=_home().name))
 
 
 @functools.cache

@@ -215,14 +215,14 @@ class TrainWorker:
 
     # ------------------------------------------------------------------------------------------------------- weights
 
-    def send_weights(self, target: str, **arguments: Any) -> Any:
-        """The sending half of a weight sync: `target(weights, **arguments)` with this rank's weight stream."""
+    def send_weights(self, target: str, *args: Any, **kwargs: Any) -> Any:
+        """The sending half of a weight sync: `target(weights, ...)` with this rank's weight stream."""
         context = self.contexts["actor"]
         weights = self.models["actor"].named_weights()
         for transform in context.transforms:
             weights = transform.synced(weights)
         exported = context.precision.export(weights) if context.precision else weights
-        return import_target(target)(exported, **arguments)
+        return import_target(target)(exported, *args, **kwargs)
 
     def save(self, directory: Path) -> None:
         """Every model that learns, and this rank's random states."""

@@ -51,6 +51,12 @@ class TestInProcessSync(WeightSyncContract):
     name = "inprocess"
 
 
+class TestBroadcastSync(WeightSyncContract):
+    name = "broadcast"
+    executor = "local"
+    senders = 2
+
+
 class TestRollout(EvaluatorContract):
     name = "rollout"
 

@@ -7,9 +7,11 @@ import asyncio
 import pytest
 import torch
 
-from miles.builtins.inprocess_sync import InProcessSync
+from miles.builtins.inprocess_sync import ARRIVED, InProcessSync
 from miles.builtins.no_engine import NoEngine
 from miles.errors import EngineError, WeightSyncError
+from miles.protocols import EngineHealth
+from miles.shipment import Shipment, opened, this_process
 from miles.targets import import_target
 from miles.types import GenerateRequest, SamplingParams
 
@@ -17,12 +19,10 @@ WEIGHTS = {"a": torch.arange(4.0), "b": torch.ones(3)}
 
 
 class Workers:
-    """One rank, in a thread of its own."""
+    """Ranks, in threads of this process; only the first says so."""
 
-    size = 1
-
-    def __init__(self, fail_at=None, late=None, elsewhere=False):
-        self.fail_at, self.late, self.elsewhere = fail_at, late, elsewhere
+    def __init__(self, fail_at=None, late=None, size=1):
+        self.fail_at, self.late, self.size = fail_at, late, size
         self.walked = 0
 
     def stream(self):
@@ -32,21 +32,27 @@ class Workers:
             yield {name: tensor}
             self.walked += 1
 
-    async def call(self, method, target, **arguments):
-        assert method == "send_weights"
-        if self.late is not None:
+    async def call(self, method, target, *arguments):
+        if self.late is not None and arguments:
             raise self.late
-        if not self.elsewhere:
-            await asyncio.to_thread(import_target(target), self.stream(), **arguments)
-        return [None]
+        return [await self.call_one(rank, method, target, *arguments) for rank in range(self.size)]
+
+    async def call_one(self, rank, method, target, *arguments):
+        assert method == "send_weights"
+        answer = await asyncio.to_thread(import_target(target), self.stream(), *arguments)
+        return answer if rank == 0 or arguments else f"rank {rank}"
 
 
 class Engine:
     accepts = frozenset({"inprocess"})
     generates = True
 
-    def __init__(self, fail=None):
+    def __init__(self, fail=None, process=None):
         self.fail, self.version, self.received = fail, 0, {}
+        self.process = process or this_process()
+
+    async def health(self):
+        return EngineHealth(self.version, 0, 0, process=self.process)
 
     async def receive(self, transport, version, payload):
         self.received = await asyncio.to_thread(self._walk, payload)
@@ -54,16 +60,17 @@ class Engine:
 
     def _walk(self, payload):
         received = {}
-        for group in payload:
-            if self.fail is not None:
-                raise self.fail
-            received |= group
+        with opened(payload) as groups:
+            for group in groups:
+                if self.fail is not None:
+                    raise self.fail
+                received |= group
         return received
 
 
 def push(workers, *engines):
     async def main():
-        sync = InProcessSync()
+        sync = InProcessSync(context=None)
         await sync.connect(workers, engines)
         return await asyncio.wait_for(sync.push(5), 20)
 
@@ -80,7 +87,7 @@ def test_tensors_arrive_by_reference():
 
 def test_every_engine_gets_a_walk():
     workers, engines = Workers(), [Engine(), Engine()]
-    push(workers, *engines)
+    assert push(workers, *engines) == {"weight_sync/bytes": 2 * (4 * 4 + 3 * 4)}
     assert [engine.version for engine in engines] == [5, 5]
     assert workers.walked == 2 * len(WEIGHTS)
 
@@ -101,16 +108,30 @@ def test_a_failure_of_either_side_is_an_error(workers, engine, message):
     assert engine.version == 0
 
 
-def test_a_worker_in_another_process_is_told_what_to_do():
-    with pytest.raises(WeightSyncError, match="another process.*--executor inprocess"):
-        push(Workers(elsewhere=True), Engine())
-
-
-def test_several_workers_are_refused():
+def test_what_an_engine_leaves_is_walked_to_the_end():
+    """Other ranks would wait for this one's part of it."""
     workers = Workers()
-    workers.size = 2
-    with pytest.raises(WeightSyncError, match="there are 2; choose another --weight-sync"):
-        push(workers, Engine())
+    with pytest.raises(WeightSyncError, match="KeyError"):
+        push(workers, Engine(fail=KeyError("x")))
+    assert workers.walked == len(WEIGHTS)
+
+
+def test_an_engine_in_another_process_is_told_what_to_do():
+    with pytest.raises(WeightSyncError, match=r"another process \(elsewhere:7\).*--executor inprocess"):
+        push(Workers(), Engine(process="elsewhere:7"))
+
+
+def test_each_of_several_ranks_has_an_engine_beside_it():
+    with pytest.raises(WeightSyncError, match="2 train ranks walk.*an engine beside 1 of them.*one engine a rank"):
+        push(Workers(size=2), Engine())
+
+
+def test_a_shipment_that_lost_its_way():
+    with (
+        pytest.raises(WeightSyncError, match="no train rank is in the engine's process"),
+        opened(Shipment(ARRIVED, {"number": -1})),
+    ):
+        raise AssertionError("it was opened")
 
 
 def test_an_engine_that_cannot_receive_this_way_is_refused():
@@ -123,7 +144,7 @@ def test_an_engine_that_cannot_receive_this_way_is_refused():
 def test_engine_none_takes_part_in_everything_but_generation():
     async def main():
         engine = NoEngine(context=None)
-        sync = InProcessSync()
+        sync = InProcessSync(context=None)
         workers = Workers()
         await engine.start()
         await sync.connect(workers, [engine])

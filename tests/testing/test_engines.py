@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -158,7 +159,7 @@ def test_wrong_engines_are_caught(catches):
 
 
 def sync(**methods):
-    return type("Wrong", (InProcessSync,), methods)
+    return partial(type("Wrong", (InProcessSync,), methods), context=None)
 
 
 def test_wrong_syncs_are_caught(catches):
@@ -166,14 +167,15 @@ def test_wrong_syncs_are_caught(catches):
         await InProcessSync.connect(self, workers, engines[:1])
 
     async def connects_once(self, workers, engines):
-        if not hasattr(self, "engines"):
+        if not hasattr(self, "rounds"):
             await InProcessSync.connect(self, workers, engines)
 
     async def pushes_once(self, version):
         if not hasattr(self, "done"):
             self.done = await InProcessSync.push(self, version)
-        for engine in self.engines:
-            engine.scheduler.version = version
+        for members in self.rounds:
+            for engine in members.values():
+                engine.scheduler.version = version
         return {}
 
     async def forgiving(self, version):
@@ -183,7 +185,7 @@ def test_wrong_syncs_are_caught(catches):
             return {}
 
     async def trusting(self, workers, engines):
-        self.workers, self.engines = workers, list(engines)
+        self.workers, self.rounds = workers, []
 
     async def wordy(self, version):
         await InProcessSync.push(self, version)

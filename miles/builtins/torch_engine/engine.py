@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from miles.api import (
     GenerateRequest,
     GenerateResult,
     PauseMode,
-    WeightGroup,
     WeightSyncError,
 )
 from miles.builtins.parking import Parking
@@ -36,7 +35,7 @@ from miles.builtins.torch_engine.scoring import ScoreJob
 from miles.builtins.torch_engine.slots import Job
 from miles.builtins.torch_engine.stopping import StopStrings
 from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
-from miles.toolkit import compute_thread
+from miles.toolkit import checksums, compute_thread, opened, this_process
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TURN = 8
@@ -47,7 +46,7 @@ NO_WEIGHTS = "no weights have arrived: sync them first, or build it with load_we
 class TorchEngine:
     """Continuous batching over slots of one cache, a prefix cache, and seeds that make batching invisible."""
 
-    accepts = frozenset({"inprocess"})
+    accepts = frozenset({"inprocess", "broadcast", "disk"})
     generates = True
 
     def __init__(self, options: TorchEngineOptions | None = None, *, context: EngineContext):
@@ -238,21 +237,27 @@ class TorchEngine:
     async def health(self) -> EngineHealth:
         self._check_alive()
         scheduler = self.scheduler
-        return EngineHealth(scheduler.version, scheduler.slots.count, len(scheduler.waiting), self.asleep)
+        running, waiting = scheduler.slots.count, len(scheduler.waiting)
+        return EngineHealth(scheduler.version, running, waiting, self.asleep, this_process())
 
     # ---------------------------------------------------------------------------------------------------------- weights
 
-    async def receive(self, transport: str, version: int, payload: Iterable[WeightGroup]) -> None:
+    async def receive(self, transport: str, version: int, payload: Any) -> None:
         """Tensors are copied into place if nothing runs; otherwise into a second copy, which then replaces the first
         between two steps."""
         if transport not in self.accepts:
-            raise WeightSyncError(f"torch engine: transport {transport!r} is not understood, only 'inprocess'")
+            known = ", ".join(sorted(self.accepts))
+            raise WeightSyncError(f"torch engine: transport {transport!r} is not understood, only {known}")
         if await self._do(partial(self._load_if_idle, version, payload)):
             return
-        staged = await asyncio.to_thread(self.loader.stage, payload)
+        staged = await asyncio.to_thread(self._stage, payload)
         await self._do(partial(self._commit, version, staged))
 
-    def _load_if_idle(self, version: int, payload: Iterable[WeightGroup]) -> bool:
+    async def checksums(self) -> Mapping[str, str]:
+        """Of the weights that it holds, under checkpoint names."""
+        return await self._do(lambda: checksums(self.loader.held()))
+
+    def _load_if_idle(self, version: int, payload: Any) -> bool:
         if "weights" in self.asleep:
             raise WeightSyncError("torch engine: its weights are asleep; wake them before a weight sync")
         if self.scheduler.runnable:
@@ -260,10 +265,15 @@ class TorchEngine:
         self._load(version, payload)
         return True
 
-    def _load(self, version: int, payload: Iterable[WeightGroup]) -> None:
-        self.unusable = f"the weight sync of version {version} did not complete; it holds a mixture"
-        self.loader.load(payload)
+    def _load(self, version: int, payload: Any) -> None:
+        with opened(payload, self.loader.held()) as groups:
+            self.unusable = f"the weight sync of version {version} did not complete; it holds a mixture"
+            self.loader.load(groups)
         self._serve_version(version)
+
+    def _stage(self, payload: Any) -> dict[str, torch.Tensor]:
+        with opened(payload, self.loader.held()) as groups:
+            return self.loader.stage(groups)
 
     def _commit(self, version: int, staged: dict[str, torch.Tensor]) -> None:
         self.loader.commit(staged)

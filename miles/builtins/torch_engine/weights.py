@@ -34,6 +34,11 @@ class WeightLoader:
     def __init__(self, decoder: Decoder, bridge: Bridge, hf_config: Any):
         self.decoder, self.bridge, self.hf_config = decoder, bridge, hf_config
 
+    def held(self) -> Iterator[WeightGroup]:
+        """The decoder's weights, under checkpoint names."""
+        groups = ({name: tensor} for name, tensor in self.decoder.weights.items())
+        yield from self.bridge.from_world("decoder", self.hf_config, groups)
+
     def load(self, groups: Iterable[WeightGroup]) -> None:
         """Straight into the decoder: what was there is gone as soon as this starts, even if it fails."""
         self._copy_all(groups, self.decoder.weights)
