@@ -8,9 +8,11 @@
 Every model, number of tokens in a micro-batch and variant is one case, measured in turn and printed at once; with $OUT
 set, all of them so far are also in $OUT/training.json. A variant is `default` or settings of the section `train`,
 separated by commas; `checkpointing`, `chunk` and `reshard` stand for their longer names. On a GPU bf16 is the default.
+Beside them `impl`: FA3 or FA4 for torch to take its flash attention from (those packages), or cudnn for attention=sdpa.
+On one rank each case has a process of its own, so that none ends the others.
 
 An optimizer step learns from `--step-tokens` tokens on each rank, in samples of 512 to 4,096 tokens with the GRPO
-objective (clipped surrogate, entropy watched), through FsdpBackend. One step is taken to warm up, then `--steps` are
+objective (clipped surrogate, entropy watched), through FsdpBackend. Two micro-batches warm up, then `--steps` are
 timed; the time of a step is that of zero_grad, forward_backward and optim_step. FLOPs are those that the algorithm asks
 for: 6 a token for each weight of a matrix product, and causal attention; nothing for what is computed again. MFU is
 against a product of 8192 x 8192 bf16 matrices measured in the same process (`mfu`) and against the 989 TFLOP/s of the
@@ -24,11 +26,15 @@ import contextlib
 import gc
 import json
 import os
-import re
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,8 +43,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from kernel_profile import profiled, tell_profile
 from miles_qwen.bridge import QwenBridge
 from torch._dynamo.utils import counters
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from miles.api import BackendContext, MicroBatch
@@ -74,18 +87,6 @@ SHORT = {"checkpointing": "gradient_checkpointing", "chunk": "log_probs_chunk_si
 DATA_SHEET = 989e12
 GIB = 2**30
 WANT = frozenset({"log_probs", "entropy"})
-CLASSES = (
-    ("communication", r"nccl|all_?gather|reduce_?scatter|all_?reduce|gloo"),
-    ("attention", r"flash|fmha|attention|varlen"),
-    ("optimizer", r"adam|multi_tensor|lpnorm|foreach|addcdiv"),
-    ("matmul", r"gemm|cublas|cutlass|nvjet|xmma|splitk|\bmm\b|matmul|addmm"),
-    ("softmax and logits", r"softmax|logsumexp|online|argmax|triton.*(gather|scatter|amax)"),
-    ("norm", r"norm|rms|triton.*rsqrt"),
-    ("memcpy", r"memcpy|memset"),
-    ("elementwise, compiled", r"triton"),
-    ("elementwise", r"elementwise|vectorized|reduce|index|embedding|fill|cat|copy|scatter|gather"),
-)
-"""Kernels by their names, the first that fits."""
 
 
 # --------------------------------------------------------------------------------------------------------------- cases
@@ -173,7 +174,7 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
     objective.scope = StepScope(tokens=float(sum(lengths)))
     steps = [
         make_batches(lengths, tokens, vocabulary, 1000 * step + rank(), arguments.device)
-        for step in range(arguments.steps + 1)
+        for step in range(arguments.steps)
     ]
     held = allocated()
     seconds: dict[str, list[float]] = defaultdict(list)
@@ -191,17 +192,16 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
         clock("optimizer")
         return report.grad_norm
 
-    norm = one_step(steps[0])
+    one_step(steps[0][:2])
     warm_up = {name: values.pop() for name, values in seconds.items()}
     compilations = [counters["stats"]["unique_graphs"]]
-    for batches in steps[1:]:
-        one_step(batches)
+    norms = [one_step(batches) for batches in steps]
     compilations.append(counters["stats"]["unique_graphs"] - compilations[0])
+    backend.forward(steps[0][:1], frozenset({"log_probs"}))
     clock = Clock(seconds, arguments.device)
-    for _ in range(3):  # the first compiles
-        backend.forward(steps[-1], frozenset({"log_probs"}))
-        clock("log_probs")
-    phases = {name: median(values[1:] if name == "log_probs" else values) for name, values in seconds.items()}
+    backend.forward(steps[0], frozenset({"log_probs"}))
+    clock("log_probs")
+    phases = {name: median(values) for name, values in seconds.items()}
     step = sum(phases[name] for name in ("zero_grad", "forward_backward", "optimizer"))
     found = {
         "parameters": sum(p.numel() for p in backend.scorer.parameters()),
@@ -209,20 +209,20 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
         "samples": len(lengths),
         "micro_batches": len(steps[0]),
         "seconds_to_build": built,
-        "seconds_of_first_step": sum(warm_up.values()),
+        "seconds_to_warm_up": sum(warm_up.values()),
         "seconds": phases,
         "seconds_of_each_forward_backward": seconds["forward_backward"],
         "step_seconds": step,
         "tokens_per_second": sum(lengths) / step,
         "tflops": 3 * flops(shape, lengths) / step / 1e12,
         "tflops_log_probs": flops(shape, lengths) / phases["log_probs"] / 1e12,
-        "grad_norm": norm,
+        "grad_norm": norms[0],
         "held_gib": held / GIB,
         "peak_gib": peak() / GIB,
-        "compilations": dict(zip(("first_step", "later_steps"), compilations, strict=True)),
+        "compilations": dict(zip(("warm_up", "later"), compilations, strict=True)),
     }
     if arguments.profile:
-        found["profile"] = profiled(lambda: one_step(steps[0]), arguments)
+        found["profile"] = profiled(lambda: one_step(steps[0]), arguments.device == "cuda", arguments.top)
     return found
 
 
@@ -239,73 +239,6 @@ class Clock:
         now = time.perf_counter()
         self.seconds[name].append(now - self.since)
         self.since = now
-
-
-# ------------------------------------------------------------------------------------------------------------- profile
-
-
-def profiled(step: Callable[[], object], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time of each kernel and class of kernels in one step, and the share of it in which the device did nothing."""
-    on_cuda = arguments.device == "cuda"
-    kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_cuda
-    with torch.profiler.profile(activities=kinds) as profile:
-        synchronize(arguments.device)
-        started = time.perf_counter()
-        step()
-        synchronize(arguments.device)
-        wall = time.perf_counter() - started
-    kernels: dict[str, list[float]] = defaultdict(list)
-    spans = []
-    for event in profile.events() or []:
-        if on_cuda and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kernels[event.name].append(event.time_range.elapsed_us())
-            spans.append((event.time_range.start, event.time_range.end))
-        elif not on_cuda and event.self_cpu_time_total:
-            kernels[event.name].append(event.self_cpu_time_total)
-    total = sum(map(sum, kernels.values()))
-    classes: dict[str, float] = defaultdict(float)
-    for name, times in kernels.items():
-        classes[kind_of(name)] += sum(times) / total
-    top = sorted(kernels, key=lambda name: -sum(kernels[name]))[: arguments.top]
-    found: dict[str, Any] = {
-        "wall_seconds": wall,
-        "classes": dict(sorted(classes.items(), key=lambda item: -item[1])),
-        "kernels": [
-            {
-                "name": name[:140],
-                "class": kind_of(name),
-                "share": sum(kernels[name]) / total,
-                "ms": sum(kernels[name]) / 1e3,
-                "calls": len(kernels[name]),
-            }
-            for name in top
-        ],
-    }
-    if spans:
-        whole = max(end for _, end in spans) - min(start for start, _ in spans)
-        found["idle_share"] = 1 - covered(spans) / whole
-    return found
-
-
-def kind_of(name: str) -> str:
-    return next((kind for kind, pattern in CLASSES if re.search(pattern, name, re.IGNORECASE)), "other")
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """How much of the axis intervals cover together."""
-    total, reached = 0.0, -np.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def tell_profile(found: dict[str, Any]) -> None:
-    print(f"  one step of {found['wall_seconds']:.2f} s; idle {found.get('idle_share', 0):.1%} of the device's time")
-    for name, share in found["classes"].items():
-        print(f"    {share:6.1%}  {name}")
-    for row in found["kernels"]:
-        print(f"    {row['share']:6.1%} {row['ms']:9.1f} ms {row['calls']:6d} x  [{row['class']}] {row['name']}")
 
 
 # --------------------------------------------------------------------------------------------------------- the machine
@@ -402,19 +335,62 @@ def baseline_of(file: Path | None, case: dict[str, Any]) -> dict[str, Any] | Non
     return next((c for c in earlier if key(c) == key(case) and "error" not in c), None)
 
 
-def one_case(arguments: argparse.Namespace, model: str, tokens: int, variant: str, ceiling: float) -> dict[str, Any]:
-    case: dict[str, Any] = {"model": model, "tokens": tokens, "variant": variant, "ranks": ranks()}
-    try:
-        case |= measure(arguments, model, tokens, parsed(variant, arguments.device))
-    except torch.OutOfMemoryError as error:
-        return case | {"error": f"out of memory: {str(error).splitlines()[0][:200]}"}
+@contextlib.contextmanager
+def implementation(name: str | None) -> Iterator[None]:
+    """Where attention comes from."""
+    if name is None:
+        yield
+    elif name == "cudnn":
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION], set_priority=True):
+            yield
+    else:
+        activate_flash_attention_impl(name)
+        try:
+            yield
+        finally:
+            restore_flash_attention_impl()
+
+
+def one_case(arguments: argparse.Namespace, model: str, tokens: int, variant: str) -> dict[str, Any]:
+    ceiling = matmul_flops(arguments.device)
+    train = parsed(variant, arguments.device)
+    case = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+        "matmul_tflops": ceiling / 1e12,
+    }
+    with implementation(train.pop("impl", None)):
+        case |= measure(arguments, model, tokens, train)
     case |= {"mfu": case["tflops"] * 1e12 / ceiling, "mfu_of_989": case["tflops"] * 1e12 / DATA_SHEET}
     case["mfu_log_probs"] = case["tflops_log_probs"] * 1e12 / ceiling
     if ranks() > 1:
         case["collectives"] = collectives({**SHAPES[model], **arguments.shape}, arguments.device)
-    if alone := baseline_of(arguments.baseline, case):
+    named = {"model": model, "tokens": tokens, "variant": variant, "ranks": ranks()}
+    if alone := baseline_of(arguments.baseline, named):
         case["weak_scaling"] = case["tokens_per_second"] / alone["tokens_per_second"]
     return case
+
+
+def attempted(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Its result, or what went wrong."""
+    try:
+        return function()
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        return {"error": f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0][:300]}"}
+
+
+def in_a_process(named: dict[str, Any], limit: int) -> dict[str, Any]:
+    """One case by this script, called once more."""
+    with tempfile.NamedTemporaryFile() as file:
+        only = ["--models", named["model"], "--tokens", str(named["tokens"]), "--variants", named["variant"]]
+        try:
+            process = subprocess.run(
+                [sys.executable, *sys.argv, *only, "--into", file.name], timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"not done after {limit} s"}
+        text = Path(file.name).read_text()
+        return json.loads(text) if text else {"error": f"the process ended with {process.returncode}"}
 
 
 def tell(case: dict[str, Any]) -> None:
@@ -426,9 +402,9 @@ def tell(case: dict[str, Any]) -> None:
     phases = ", ".join(f"{phase} {seconds:.3f}" for phase, seconds in case["seconds"].items())
     more = "".join(f"; {key} {case[key]}" for key in ("collectives", "weak_scaling") if key in case)
     print(
-        f"{name}: MFU {case['mfu']:.1%} ({case['mfu_of_989']:.1%} of 989), {case['tflops']:.0f} TFLOP/s, "
+        f"{name}: MFU {case['mfu']:.1%} of {case['matmul_tflops']:.0f} TFLOP/s ({case['mfu_of_989']:.1%} of 989), "
         f"{case['tokens_per_second']:.0f} tokens/s a rank, peak {case['peak_gib']:.1f} GiB "
-        f"({case['held_gib']:.1f} held); seconds: {phases}; first step {case['seconds_of_first_step']:.1f}; "
+        f"({case['held_gib']:.1f} held); seconds: {phases}; warm-up {case['seconds_to_warm_up']:.1f}; "
         f"compiled {case['compilations']}; log-probs MFU {case['mfu_log_probs']:.1%}; "
         f"grad norm {case['grad_norm']:.4g}{more}",
         flush=True,
@@ -448,33 +424,33 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--profile", action="store_true", help="one more step, under torch's profiler")
     parser.add_argument("--top", type=int, default=25, help="kernels to list")
+    parser.add_argument("--limit", type=int, default=180, help="seconds for a case, on one rank")
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--baseline", type=Path, help="what a run on one rank wrote, for weak scaling")
     arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if ranks() > 1:
+        if arguments.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
-    ceiling = matmul_flops(arguments.device)
-    figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "matmul_tflops": ceiling / 1e12,
-        "cases": [],
-    }
+    if arguments.into:
+        model, tokens, variant = arguments.models[0], arguments.tokens[0], arguments.variants[0]
+        case = attempted(lambda: one_case(arguments, model, tokens, variant))
+        arguments.into.write_text(json.dumps(case))
+        return
+    cases: list[dict[str, Any]] = []
+    figures = {"torch": torch.__version__, "transformers": transformers.__version__, "cases": cases}
     out = Path(os.environ["OUT"]) / "training.json" if "OUT" in os.environ else None
-    silent = contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext()
-    with silent:
-        print(
-            f"{figures['device']}, torch {torch.__version__}: {ceiling / 1e12:.0f} TFLOP/s in bf16 products", flush=True
-        )
-        for model in arguments.models:
-            for tokens in arguments.tokens:
-                for variant in arguments.variants:
-                    figures["cases"].append(one_case(arguments, model, tokens, variant, ceiling))
-                    tell(figures["cases"][-1])
-                    if out and rank() == 0:
-                        out.write_text(json.dumps(figures, indent=1))
+    with contextlib.redirect_stdout(None) if rank() else contextlib.nullcontext():
+        for model, tokens, variant in product(arguments.models, arguments.tokens, arguments.variants):
+            named = {"model": model, "tokens": tokens, "variant": variant, "ranks": ranks()}
+            if ranks() == 1:
+                case = in_a_process(named, arguments.limit)
+            else:
+                case = attempted(partial(one_case, arguments, model, tokens, variant))
+            cases.append(named | case)
+            tell(cases[-1])
+            if out and rank() == 0:
+                out.write_text(json.dumps(figures, indent=1))
         if out is None:
             print(json.dumps(figures))
     if ranks() > 1:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of models whose attention is of another form; dropping one would be silently wrong."""
 LARGEST_HEAD = 256
 """The largest head that torch's flash attention computes."""
-FLASH_PACKAGES = ("flash_attn_interface", "flash_attn")
-"""FlashAttention 3 and 2."""
+FLASH_PACKAGES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+"""FlashAttention 3 and 4, which want a GPU of compute capability 9.0, and 2."""
 
 
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -107,10 +107,10 @@ def flash_packed(
         *spans[:4],
         softmax_scale=scaling,
         causal=True,
-        window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
         deterministic=torch.are_deterministic_algorithms_enabled(),
+        **({"window_size": (sliding_window - 1, 0)} if sliding_window else {}),
     )
-    if isinstance(out_TAD, tuple):  # some versions of FlashAttention 3 return the normaliser, too
+    if isinstance(out_TAD, tuple):  # FlashAttention 4, and 3 in some versions, return the normaliser, too
         out_TAD = out_TAD[0]
     return out_TAD.unsqueeze(0), None
 
@@ -133,15 +133,18 @@ def refuse(module: nn.Module, kwargs: dict[str, Any]) -> None:
 
 @cache
 def flash_kernel() -> Callable[..., Any]:
-    """`flash_attn_varlen_func` of whichever package is there."""
-    found = next((name for name in FLASH_PACKAGES if find_spec(name)), FLASH_PACKAGES[-1])
-    try:
-        return __import__(found).flash_attn_varlen_func  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"train.attention='flash' needs the flash-attn package ({error}); install it (`pip install flash-attn "
-            "--no-build-isolation`, CUDA only) or use --attention varlen (in torch) or sdpa"
-        ) from error
+    """`flash_attn_varlen_func` of the first package that is there and runs on this GPU."""
+    recent = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    missing: ImportError | AttributeError | None = None
+    for package in FLASH_PACKAGES if recent else FLASH_PACKAGES[-1:]:
+        try:
+            return import_module(package).flash_attn_varlen_func  # type: ignore[no-any-return]
+        except (ImportError, AttributeError) as error:
+            missing = error
+    raise ConfigError(
+        f"train.attention='flash' needs a flash-attn package ({missing}); install one (`pip install flash-attn "
+        "--no-build-isolation`, or flash-attn-4; CUDA only) or use --attention varlen (in torch) or sdpa"
+    ) from missing
 
 
 def suits_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
