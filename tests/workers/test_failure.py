@@ -1,0 +1,46 @@
+"""How exceptions cross to the driver."""
+
+import pickle
+
+import pytest
+
+from miles.errors import ConfigError, OutOfMemoryError, RunInterrupted
+from miles.toolkit import Failure, raised
+
+
+class Stubborn(ConfigError):
+    """Cannot be made from its message alone."""
+
+    def __init__(self, key, value):
+        super().__init__(f"{key}={value}")
+
+
+def caught(error):
+    try:
+        raise error
+    except Exception as found:
+        return raised(3, found)
+
+
+@pytest.mark.parametrize("error", [ConfigError("a"), OutOfMemoryError("b")])
+def test_errors_of_miles_cross_as_they_are(error):
+    failure = pickle.loads(pickle.dumps(caught(error)))
+    assert type(failure.error) is type(error)
+    assert str(failure.error) == str(error)
+    assert (failure.rank, failure.kind) == (3, "raised")
+
+
+@pytest.mark.parametrize("error", [Stubborn("a", 1), RunInterrupted("c", 2), KeyError("x")])
+def test_others_as_their_traceback(error):
+    failure = pickle.loads(pickle.dumps(caught(error)))
+    assert failure.error is None
+    assert failure.last_line.endswith(f"{type(error).__name__}: {error}")
+    assert "raise error" in failure.text
+
+
+def test_a_silent_rank_waits_for_others_only_by_its_innermost_frames():
+    frames = [f'  File "/home/me/m{n}.py", line {n}, in f{n}' for n in range(3)]
+    inside = '  File "/x/torch/distributed/distributed_c10d.py", line 1, in barrier'
+    assert Failure(0, "silent", "\n".join([*frames, inside])).waits_for_others
+    assert not Failure(0, "silent", "\n".join([inside, *frames])).waits_for_others
+    assert not Failure(0, "raised", inside).waits_for_others
