@@ -229,8 +229,8 @@ class FsdpBackend:
         self.placement.need("parameters", "gradients", "optimizer")
         optimizer = self._learning()
         with self.ranks.agreeing():
-            norm = optimizer.measure()
-        return optimizer.step(self.loss_total, norm)
+            squares = optimizer.measure()
+        return optimizer.step(self.loss_total, squares)
 
     def zero_grad(self) -> None:
         self.loss_total.zero_()

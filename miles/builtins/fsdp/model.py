@@ -268,3 +268,8 @@ def copy_into(tensor: Tensor, full: Tensor) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; all ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

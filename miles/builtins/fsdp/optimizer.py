@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from miles.api import StepReport
-from miles.builtins.fsdp.model import copy_into, whole
+from miles.builtins.fsdp.model import copy_into, local
 from miles.builtins.fsdp.schedule import learning_rate
 from miles.toolkit import OptimizerSection
 
@@ -70,22 +70,25 @@ class Optimizer:
             parameter.grad = self.masters[name].grad = None
 
     def measure(self) -> Tensor:
-        """Norm of the gradient, not yet that of all ranks. Changes nothing, communicates nothing, needs memory."""
-        grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        """Squared norm of this rank's part of the gradient, float64. Changes nothing, communicates nothing."""
+        grads = [local(master.grad) for master in self.masters.values() if master.grad is not None]
+        norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+        return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
-    def step(self, loss_total: Tensor, norm: Tensor | None = None) -> StepReport:
+    def step(self, loss_total: Tensor, squares: Tensor | None = None) -> StepReport:
         """Clip and step, unless the gradient or a loss is not finite on any rank.
 
         Args:
             loss_total: sum of this rank's losses since `zero_grad`, to see whether they were finite.
-            norm: what `measure` says, where it was asked already.
+            squares: what `measure` says, where it was asked already.
         """
         rate = learning_rate(self.steps, self.section, self.total_steps)
-        norm = whole(self.measure() if norm is None else norm).to(loss_total.device).double()
+        squares = self.measure() if squares is None else squares
+        totals = torch.stack([squares.to(loss_total.device), loss_total.double()])
         if any(isinstance(parameter, DTensor) for parameter in self.parameters.values()):
-            dist.all_reduce(loss_total)
-        grad_norm, loss = torch.stack([norm, loss_total.to(norm)]).tolist()
+            dist.all_reduce(totals)
+        norm = totals[0].sqrt()
+        grad_norm, loss = float(norm), float(totals[1])
         if not (math.isfinite(grad_norm) and math.isfinite(loss)):
             return StepReport(grad_norm, skipped=True, learning_rate=rate)
         if self.section.clip_grad:

@@ -7,19 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from miles.api import TrainError, TrainPart
+from miles.builtins.fsdp.model import local
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.parking import Parking
 
 ORDER: tuple[TrainPart, ...] = ("parameters", "optimizer", "gradients")
 """Parts come back in this order, and leave in the other."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Placement:
