@@ -20,8 +20,8 @@ from miles.rundir import METRICS
 
 EXPORT = "hf"
 """Folder of a run's Hugging Face export, with `--save-hf hf`."""
-CLOCKS = ("perf/", "time")
-"""Metrics that differ between any two runs."""
+MANNER = ("perf/", "time", "weight_sync/", "rollout/cached_ratio", "train/oom_retries")
+"""Metrics that say how something was done, and not what: they differ between any two runs."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def compare(first: Path, second: Path) -> Comparison:
     for step in steps:
         for name in sorted(ours[step].keys() & theirs[step].keys()):
             pair = ours[step][name], theirs[step][name]
-            if not name.startswith(CLOCKS) and all(isinstance(value, int | float) for value in pair):
+            if not name.startswith(MANNER) and all(isinstance(value, int | float) for value in pair):
                 _, a, b = found.metrics.get(name, (0, 0.0, 0.0))
                 if name not in found.metrics or abs(pair[0] - pair[1]) > abs(a - b):
                     found.metrics[name] = (step, *pair)

@@ -25,7 +25,9 @@ def groups_of(dump: Path) -> list[Group]:
     groups: dict[int, Group] = {}
     for record in map(json.loads, dump.read_text().splitlines()):
         start = record["prompt_length"]
-        prompt = Prompt(id=record["prompt_id"], task_set=record["task_set"], text=record["prompt"], tokens=record["tokens"][:start])
+        prompt = Prompt(
+            id=record["prompt_id"], task_set=record["task_set"], text=record["prompt"], tokens=record["tokens"][:start]
+        )
         sample = Sample.begin(prompt, id=record["id"], group_id=record["group_id"])
         sample.append(
             record["tokens"][start:],
@@ -66,7 +68,9 @@ def test_a_replayed_dump_in_float64(config, tmp_path):
     config["train"]["max_tokens_per_gpu"] = 64
     config["rollout"]["num_rollout"] = 4
     miles.train(config)
-    config["data"]["sets"][0]["reward"] = config["eval"]["sets"][0]["reward"] = "exact_match"  # what nobody will ask for
+    config["data"]["sets"][0]["reward"] = config["eval"]["sets"][0]["reward"] = (
+        "exact_match"  # what nobody will ask for
+    )
     dumps = sorted((tmp_path / "run" / "rollouts").iterdir())
     (one, first), (two, second), (four, third) = (
         replayed(config, dumps, ranks, tmp_path / f"ranks-{ranks}") for ranks in (1, 2, 4)
