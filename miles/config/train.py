@@ -32,8 +32,8 @@ class TrainSection(Section):
     """Tokens whose logits exist at once, in fp32."""
     gradient_checkpointing: Annotated[bool, Flag("--gradient-checkpointing")] = False
     """Recompute activations in the backward pass."""
-    dtype: Annotated[Literal["fp32", "bf16"], Flag("--train-dtype")] = "fp32"
-    """Of forward and backward; with bf16 the optimizer keeps fp32 master weights."""
+    dtype: Annotated[Literal["fp64", "fp32", "bf16"], Flag("--train-dtype")] = "fp32"
+    """Of forward and backward; with bf16 the optimizer keeps fp32 master weights. fp64 is for comparisons on a CPU."""
     attention: Annotated[Literal["auto", "sdpa", "varlen", "flex", "flash"], Flag("--attention")] = "auto"
     """Attention kernel of the trainer; `auto` is varlen for bf16 on CUDA, else sdpa."""
     compile: Annotated[bool | None, Flag("--compile")] = None
@@ -43,6 +43,9 @@ class TrainSection(Section):
     takes the memory of the whole model; `auto` where that is at most a quarter of the device's."""
     context_parallel_size: Annotated[int, Flag("--context-parallel-size"), Field(gt=0)] = 1
     """Train ranks that divide the tokens of each sample among them."""
+    reproducible_ranks: Annotated[int | None, Flag("--reproducible-ranks"), Field(gt=0)] = None
+    """Every step ends at the same bits on 1, 2, 4 ... train ranks that divide this number: micro-batches are planned
+    for so many ranks whatever number there is, and their gradients are added in float64."""
     max_nonfinite_steps: Annotated[int, Flag("--max-nonfinite-steps"), Field(ge=0)] = 3
     """Skipped optimizer steps in a row after which the run stops."""
     max_oom_retries: Annotated[int, Flag("--max-oom-retries"), Field(ge=0)] = 4

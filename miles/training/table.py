@@ -93,9 +93,10 @@ class Table:
         """`N + 1` offsets of the samples when their tokens are laid end to end."""
         return [0, *accumulate(self.lengths)]
 
-    def flat(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One column end to end, `[T]`."""
-        return torch.from_numpy(np.concatenate(self.columns[name])).to(dtype)
+    def flat(self, name: str) -> Tensor:
+        """One column end to end, `[T]`: float32, or float64 where it is that."""
+        values = torch.from_numpy(np.concatenate(self.columns[name]))
+        return values if values.dtype == torch.float64 else values.float()
 
     def has(self, name: str) -> bool:
         return name in self.columns

@@ -223,7 +223,10 @@ class Trainer:
         if train.balance == "flops" and self.forward_cost is not None:
             costs = self.forward_cost(table.lengths)
         size = len(set(self.shares))
-        return rank_micro_batches(table.lengths, size, cap, train.micro_batch_size, shared, costs=costs)
+        shares = train.reproducible_ranks
+        return rank_micro_batches(
+            table.lengths, size, cap, train.micro_batch_size, shared, costs=costs, planned_for=shares
+        )
 
     def _watch_skips(self, what: str, skipped: bool, why: str) -> None:
         limit = self.config.train.max_nonfinite_steps

@@ -304,5 +304,5 @@ def needs_teacher_logits(config: Config, registry: Registry) -> bool:
 
 
 def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:
-    values = values_T.float().cpu().numpy()
+    values = values_T.to(torch.promote_types(values_T.dtype, torch.float32)).cpu().numpy()
     return [values[start:end] for start, end in zip(batch.bounds, batch.bounds[1:], strict=False)]

@@ -38,6 +38,14 @@ def test_transformers_spellings_are_understood(spelling):
     assert scheme.dtype == "bf16"
 
 
+def test_fp64_is_sent_as_it_is():
+    scheme = PlainPrecision()
+    scheme.configure("fsdp", {"dtype": "torch.float64"})
+    group = {"w": torch.ones(2, dtype=torch.float64)}
+    assert list(scheme.export([group])) == [group]
+    assert scheme.logprob_tolerance == 1e-4
+
+
 def test_other_formats_are_refused():
     with pytest.raises(ValueError, match="not 'fp8'"):
         PlainPrecision().configure("fsdp", {"dtype": "fp8"})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 import miles
 from miles.api import LOSS_MASK, ROLLOUT_LOG_PROBS, Status, hookimpl
@@ -114,6 +115,17 @@ def test_learning_rate_zero_changes_nothing(config, run_dir, checkpoint):
     before, after = load_file(checkpoint / "model.safetensors"), load_file(run_dir / "hf/2/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_run_in_fp64(config, run_dir):
+    """Trainer and engine; the engine says its log-probabilities in float32."""
+    config["train"] = {**config.get("train", {}), "dtype": "fp64"}
+    miles.train(config, num_rollout=2, run_dir=str(run_dir))
+    found = [line["train/train_rollout_logprob_abs_diff"] for line in lines(run_dir / "metrics.jsonl") if line["step"]]
+    assert all(0 < difference < 1e-6 for difference in found)
+    exported = run_dir / "checkpoints/step_000002/actor"
+    saved = FileSystemReader(exported).read_metadata().state_dict_metadata
+    assert {e.properties.dtype for n, e in saved.items() if n.startswith("parameter/")} == {torch.float64}
 
 
 def test_what_a_mask_leaves_out_teaches_nothing(config, run_dir):

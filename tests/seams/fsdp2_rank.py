@@ -40,6 +40,7 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
+EXACT = {"reproducible_ranks": 4}
 CASES = {
     "dense": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "layer"}, "actor"),
     "moe": (
@@ -49,10 +50,14 @@ CASES = {
     ),
     "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16", "fsdp_reshard": "step"}, "actor"),
     "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "step"}, "critic"),
+    "exact": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {**EXACT, "fsdp_reshard": "layer"}, "actor"),
+    "exact-bf16": (Qwen3Config(**SHAPE), {**EXACT, "fsdp_reshard": "step", "dtype": "bf16"}, "actor"),
+    "exact-moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS), EXACT, "critic"),
 }
 SIZES = (1, 2, 4)
-PLAN = [[0, 1], [2], [3], [4, 5]]
+PLAN = [[0, 1], [2], [3], [4, 5], [5], [1, 3], [2, 0], [4]]
 """Micro-batches -> samples; each rank takes its part of them."""
+STEPS = 5
 
 
 def make_backend(case: str, rank: int, size: int) -> FsdpBackend:
@@ -119,7 +124,7 @@ def whole_state(backend) -> dict[str, torch.Tensor]:
 
 def run(case: str, rank: int, size: int, folder: Path) -> dict:
     backend, batches = make_backend(case, rank, size), make_batches(rank, size)
-    reports = [step(backend, batches) for _ in range(3)]
+    reports = [step(backend, batches) for _ in range(STEPS)]
     trained = weights(backend)
     backend.save(folder / f"{case}-state-{size}")
     state = whole_state(backend)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 CASES = ("dense", "moe", "bf16", "critic")
+EXACT = ("exact", "exact-bf16", "exact-moe")
 SECONDS = 120
 """After which the ranks are taken to hang."""
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp2")
     script = Path(__file__).with_name("fsdp2_rank.py")
     ranks = subprocess.Popen(
-        [sys.executable, str(script), str(folder), *CASES],
+        [sys.executable, str(script), str(folder), *CASES, *EXACT],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,7 +46,7 @@ def facts(folder: Path, rank: int, size: int, work: str = "run") -> dict:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_three_steps_end_at_the_same_weights(folder, case, size):
+def test_five_steps_end_at_the_same_weights(folder, case, size):
     one, several = (load_file(folder / f"{case}-{size}.safetensors") for size in (1, size))
     assert one.keys() == several.keys()
     for name in one:
@@ -61,6 +62,16 @@ def test_gradient_norms_and_scores_agree(folder, case, size):
     scores = [score for rank in several for score in rank["scores"]]
     assert scores == pytest.approx(one["scores"], rel=1e-5)
     assert sum(rank["aux"] for rank in several) == pytest.approx(one["aux"], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", EXACT)
+def test_reproducible_ranks_end_at_the_same_bits(folder, case, size):
+    """Weights, moments and the reported norms."""
+    one, several = (torch.load(folder / f"{case}-{size}.pt") for size in (1, size))
+    differing = {name: int((several[name] != one[name]).sum()) for name in one}
+    assert {name: count for name, count in differing.items() if count} == {}
+    assert facts(folder, 0, size)[case]["norms"] == facts(folder, 0, 1)[case]["norms"]
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 4])
@@ -85,7 +96,8 @@ def test_any_number_of_ranks_loads_what_any_other_saved(folder, size, saved_by):
 )
 def test_sharded_state(folder, fact):
     for rank in (0, 1):
-        assert {case: found[fact] for case, found in facts(folder, rank, 2).items()} == dict.fromkeys(CASES, True)
+        found = facts(folder, rank, 2)
+        assert {case: found[case][fact] for case in found} == dict.fromkeys((*CASES, *EXACT), True)
 
 
 def test_router_balance_is_counted_once(folder):

@@ -37,6 +37,7 @@ from miles.api import (
 from miles.builtins.fsdp.accumulation import Accumulation
 from miles.builtins.fsdp.attention import WITHOUT_MASK, PackedLayout
 from miles.builtins.fsdp.checkpoint import read_state, write_state
+from miles.builtins.fsdp.exact_sums import ExactSums
 from miles.builtins.fsdp.keeping_step import Ranks
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
@@ -88,7 +89,11 @@ class FsdpBackend:
         trainable = {name: p for name, p in self.scorer.named_parameters() if p.requires_grad}
         if not trainable:
             return None
-        return Optimizer(trainable, self.context.optimizer, self.context.total_steps)
+        sums = None
+        if self.context.config.train.reproducible_ranks is not None:
+            sums = ExactSums()
+            sums.follow(self.scorer)
+        return Optimizer(trainable, self.context.optimizer, self.context.total_steps, sums)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 

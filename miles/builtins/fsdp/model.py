@@ -32,7 +32,7 @@ LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys of models that change logits after the head, which the scorer would have to do too."""
 SCORE = frozenset({"score.weight"})
 """What transformers calls the head of a sequence classifier, `[1, H]`."""
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,9 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
         lm: Any = AutoModelForCausalLM.from_config(
             hf_config,
             attn_implementation=(register if train.context_parallel_size == 1 else register_slices)(attention),
-            dtype=torch.float32 if trains and mesh is not None else compute_dtype,
+            dtype=torch.promote_types(compute_dtype, torch.float32) if trains and mesh is not None else compute_dtype,
             trust_remote_code=context.config.model.trust_remote_code,
+            **({"experts_implementation": "eager"} if compute_dtype == torch.float64 else {}),  # others know no float64
         )
     fuse_norms(lm)
     slots = find_slots(lm)
@@ -95,7 +96,7 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
     if train.gradient_checkpointing:
         scorer.lm.gradient_checkpointing_enable({"use_reentrant": False})
     if mesh is not None:
-        shard(scorer, mesh, compute_dtype)
+        shard(scorer, mesh, compute_dtype, reproducible=train.reproducible_ranks is not None)
     scorer._apply(lambda t: torch.empty_like(t, device=context.device) if t.is_meta else t.to(context.device))
     for place, source in ties.values():
         setattr(place.module, place.attribute, source.tensor)
@@ -176,18 +177,18 @@ def choose_trainable(scorer: TokenScorer, context: BackendContext, slots: dict[s
         head.requires_grad_(False)
 
 
-def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype, reproducible: bool) -> None:
     """FSDP2: each decoder layer is a unit, the rest belongs to the root, which stays gathered until its backward.
 
-    Gradients are summed over ranks, in float32; a trained model keeps float32 parameters and gathers them in the
-    compute dtype.
+    Gradients are summed over ranks, in float32 or, to be reproducible, float64; a trained model keeps float32
+    parameters and gathers them in the compute dtype.
     """
-    lowered = compute_dtype if compute_dtype != torch.float32 else None
-    policy = MixedPrecisionPolicy(param_dtype=lowered, reduce_dtype=torch.float32 if lowered else None)
+    wide = torch.float64 if reproducible else torch.promote_types(compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
     for layer in decoder_layers(scorer.lm):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     if scorer.value_head is not None:
-        fully_shard(scorer.value_head, mesh=mesh)
+        fully_shard(scorer.value_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide))
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
     for module in scorer.modules():
         if isinstance(module, FSDPModule):
@@ -265,11 +266,11 @@ def copy_into(tensor: Tensor, full: Tensor) -> None:
     tensor.copy_(full)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; all ranks call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; all ranks call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from miles.api import StepReport
+from miles.builtins.fsdp.exact_sums import ExactSums
 from miles.builtins.fsdp.model import copy_into, local
 from miles.builtins.fsdp.schedule import learning_rate
 from miles.toolkit import OptimizerSection
@@ -29,15 +31,23 @@ class Optimizer:
 
     Args:
         parameters: the trainable ones, by name.
+        sums: add gradients there; every bit of a step is then the same however parameters are sharded.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], section: OptimizerSection, total_steps: int):
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        section: OptimizerSection,
+        total_steps: int,
+        sums: ExactSums | None = None,
+    ):
         self.section = section
+        self.sums = sums
         self.total_steps = total_steps
         self.taken = torch.zeros((), dtype=torch.int64)
         """Steps taken, on the CPU; skipped ones do not count."""
         self.parameters = dict(parameters)
-        self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
+        self.masters = {name: _master(parameter, sums) for name, parameter in parameters.items()}
         self._master_of = {id(parameter): self.masters[name] for name, parameter in parameters.items()}
         matrices = [master for master in self.masters.values() if master.ndim >= 2]
         others = [master for master in self.masters.values() if master.ndim < 2]
@@ -46,7 +56,9 @@ class Optimizer:
             lr=section.lr,
             betas=(section.beta1, section.beta2),
             eps=section.eps,
-            fused=True,
+            # On a CPU the fused one rounds the last few elements of a tensor in another way than the others.
+            fused=sums is None or all(master.is_cuda for master in others + matrices),
+            foreach=False,
         )
         for master in self.masters.values():
             self.adamw.state[master] = {
@@ -68,12 +80,16 @@ class Optimizer:
     def zero_grad(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.grad = self.masters[name].grad = None
+        if self.sums is not None:
+            self.sums.clear()
 
     def measure(self) -> Tensor:
-        """Squared norm of this rank's part of the gradient, float64. Changes nothing, communicates nothing."""
-        grads = [local(master.grad) for master in self.masters.values() if master.grad is not None]
-        norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
-        return torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        """Sum of the squares of this rank's part of the gradient, in float64. Communicates nothing; needs memory."""
+        for master in self.masters.values():
+            if self.sums is not None and master in self.sums.totals:
+                master.grad = self.sums.totals[master].to(master.dtype)
+        norms = torch._foreach_norm([part for part in self._gradients() if part.numel()], 2.0, torch.float64)
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
     def step(self, loss_total: Tensor, squares: Tensor | None = None) -> StepReport:
         """Clip and step, unless the gradient or a loss is not finite on any rank.
@@ -83,22 +99,28 @@ class Optimizer:
             squares: what `measure` says, where it was asked already.
         """
         rate = learning_rate(self.steps, self.section, self.total_steps)
-        squares = self.measure() if squares is None else squares
+        if squares is None:
+            squares = self.measure()
         totals = torch.stack([squares.to(loss_total.device), loss_total.double()])
         if any(isinstance(parameter, DTensor) for parameter in self.parameters.values()):
             dist.all_reduce(totals)
-        norm = totals[0].sqrt()
-        grad_norm, loss = float(norm), float(totals[1])
+        total, loss = totals.tolist()
+        grad_norm = float(np.sqrt(total))
+        if self.sums is not None:
+            grad_norm = float(np.float32(grad_norm))  # without the last bits, which depend on the order of ranks
         if not (math.isfinite(grad_norm) and math.isfinite(loss)):
             return StepReport(grad_norm, skipped=True, learning_rate=rate)
-        if self.section.clip_grad:
-            torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), self.section.clip_grad, norm.float())
+        if self.section.clip_grad and (scale := self.section.clip_grad / (grad_norm + 1e-6)) < 1:
+            torch._foreach_mul_(self._gradients(), scale)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         self.adamw.step()
         self.taken += 1
         self.round_masters()
         return StepReport(grad_norm, skipped=False, learning_rate=rate)
+
+    def _gradients(self) -> list[Tensor]:
+        return [local(master.grad) for master in self.masters.values() if master.grad is not None]
 
     @torch.no_grad()
     def round_masters(self) -> None:
@@ -120,19 +142,21 @@ class Optimizer:
         return {**state, **masters, "steps": self.taken}
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    """The parameter itself, or a float32 copy of a narrower one that collects its gradients."""
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
-        return parameter
-    master = nn.Parameter(parameter.detach().float())
+def _master(parameter: nn.Parameter, sums: ExactSums | None) -> nn.Parameter:
+    """The parameter itself, or a float32 copy of a narrower one, that collects its gradients."""
+    narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+    master = nn.Parameter(parameter.detach().float()) if narrow else parameter
 
-    def collect(lowered: Tensor) -> None:
-        assert lowered.grad is not None
-        if master.grad is None:
-            master.grad = lowered.grad.float()
+    def collect(computed: Tensor) -> None:
+        gradient, computed.grad = computed.grad, None
+        assert gradient is not None
+        if sums is not None:
+            sums.add(master, gradient)
+        elif master.grad is None:
+            master.grad = gradient.float()
         else:
-            master.grad += lowered.grad
-        lowered.grad = None
+            master.grad += gradient
 
-    parameter.register_post_accumulate_grad_hook(collect)
+    if narrow or (sums is not None and not isinstance(parameter, DTensor)):
+        parameter.register_post_accumulate_grad_hook(collect)
     return master

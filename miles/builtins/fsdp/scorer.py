@@ -26,7 +26,7 @@ class TokenScorer(nn.Module):
 
     Args:
         lm: a transformers causal LM: `base_model` gives hidden states, `get_output_embeddings()` is the head.
-        critic: add a value head `[1, H]`, float32 whatever the model's dtype; drawn from N(0, 0.02).
+        critic: add a value head `[1, H]`, at least float32 whatever the model's dtype; drawn from N(0, 0.02).
     """
 
     lm: Any
@@ -36,7 +36,7 @@ class TokenScorer(nn.Module):
         self.lm = lm
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self.value_head = value_head(self.lm.config.get_text_config().hidden_size) if critic else None
+        self.value_head = value_head(self.lm) if critic else None
 
     @property
     def routes(self) -> bool:
@@ -98,8 +98,9 @@ class TokenScorer(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
 
-def value_head(hidden_size: int) -> nn.Linear:
-    head = nn.Linear(hidden_size, 1, dtype=torch.float32, device="cpu")
+def value_head(lm: Any) -> nn.Linear:
+    wide = torch.promote_types(lm.get_input_embeddings().weight.dtype, torch.float32)
+    head = nn.Linear(lm.config.get_text_config().hidden_size, 1, dtype=wide, device="cpu")
     nn.init.normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
@@ -109,7 +110,8 @@ def router_balance(router_logits: Sequence[Tensor], config: Any) -> Tensor:
     """`E * sum_e f_e P_e` over the tokens of all layers: `f_e` the share of tokens sent to expert `e` (summing to the
     number of experts a token), `P_e` its mean probability. Switch Transformers, arXiv:2101.03961, eq. 4."""
     experts = next(getattr(config, key) for key in ("num_experts", "num_local_experts") if hasattr(config, key))
-    probs_XE = torch.cat([layer.reshape(-1, experts) for layer in router_logits]).float().softmax(-1)
+    logits_XE = torch.cat([layer.reshape(-1, experts) for layer in router_logits])
+    probs_XE = logits_XE.softmax(-1, torch.promote_types(logits_XE.dtype, torch.float32))
     chosen_XK = probs_XE.topk(config.num_experts_per_tok, dim=-1).indices
     shares_E = functional.one_hot(chosen_XK, experts).sum((0, 1)) / len(probs_XE)
     return experts * (shares_E * probs_XE.mean(0)).sum()

@@ -37,7 +37,7 @@ from miles.builtins.torch_engine.stopping import StopStrings
 from miles.builtins.torch_engine.weights import WeightLoader, checkpoint_groups
 from miles.toolkit import checksums, compute_thread, opened, this_process
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 TURN = 8
 """Steps after which others who wait for the thread are let in."""
 NO_WEIGHTS = "no weights have arrived: sync them first, or build it with load_weights"

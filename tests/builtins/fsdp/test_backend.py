@@ -129,6 +129,31 @@ def test_sums_are_summed_over_micro_batches(make_backend, samples, pack, weighte
     assert float(halves["loss"]) == pytest.approx(float(whole["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("role", ["actor", "critic"])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_fp64_rounds_nothing_to_float32(kind, role, request, make_backend, samples, pack, gradients):
+    """Forward and backward of packed samples are those of each sample alone, to 12 digits."""
+    config = request.getfixturevalue(kind)(**({"output_router_logits": True} if kind == "moe" else {}))
+    want = frozenset({"log_probs", "entropy"} | ({"values"} if role == "critic" else set()))
+    found = []
+    for plan in ([list(range(len(samples)))], [[row] for row in range(len(samples))]):
+        backend = make_backend(config, role=role, train={"dtype": "fp64"})
+        backend.scorer.lm.config.router_aux_loss_coef = 0.0  # a balance is that of a micro-batch
+        batches = [pack(samples, rows) for rows in plan]
+        outputs = backend.forward(batches, want)
+        quantities = [torch.cat([getattr(o, f"{name}_T") for o in outputs]) for name in sorted(want)]
+
+        def loss(batch, outputs):
+            spoken = outputs.values_T if role == "critic" else outputs.log_probs_T
+            return LossResult((spoken**2 * batch.columns["weights"]).sum())
+
+        backend.forward_backward(batches, loss, want)
+        found.append([*quantities, *gradients(backend).values()])
+    assert all(tensor.dtype == torch.float64 for tensor in found[0])
+    for packed, alone in zip(*found, strict=True):
+        torch.testing.assert_close(packed, alone, atol=1e-12, rtol=1e-12)
+
+
 def test_temperature_divides_the_logits(make_backend, samples, pack):
     backend = make_backend(temperature=0.7)
     (outputs,) = backend.forward([pack(samples, [2])], LOG_PROBS)
