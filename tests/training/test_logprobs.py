@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from miles.training.logprobs import (
     _LinearScores,
@@ -61,9 +62,37 @@ def test_gradients_numerically():
     hidden, head, targets = make(bias=True)
 
     def scores(hidden, weight, bias):
-        return _LinearScores.apply(hidden, weight, bias, targets, 0.8, 3, True)
+        return _LinearScores.apply(hidden, weight, bias, targets, 0.8, 3, True, False)
 
     assert torch.autograd.gradcheck(scores, (hidden, head.weight, head.bias))
+
+
+def test_compiled_is_the_same_for_chunks_of_any_size():
+    """With entropy or not two graphs forward and two backward, whatever the sizes."""
+    torch._dynamo.reset()
+    counters.clear()
+    for tokens, chunk_size in ((11, 4), (13, 5), (30, 30)):
+        for used in ([0], [0, 1]):
+            torch.manual_seed(tokens)
+            hidden = torch.randn(tokens, H, requires_grad=True)
+            head, targets = nn.Linear(H, V), torch.randint(0, V, (tokens,))
+            upstream = torch.randn(2, tokens)
+            inputs, scores = [hidden, *head.parameters()], []
+            for compiled in (True, False):
+                found = selected_log_probs(
+                    hidden,
+                    head,
+                    targets,
+                    temperature=0.6,
+                    chunk_size=chunk_size,
+                    entropy=1 in used,
+                    compiled=compiled,
+                )
+                loss = sum((found[i] * upstream[i]).sum() for i in used)
+                scores.append([*(found[i] for i in used), *torch.autograd.grad(loss, inputs)])
+            for a, b in zip(*scores, strict=True):
+                torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("entropy", [False, True])

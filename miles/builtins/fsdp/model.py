@@ -88,8 +88,9 @@ def build(context: BackendContext, mesh: DeviceMesh | None) -> Built:
             temperature=context.temperature,
             chunk_size=train.log_probs_chunk_size,
             critic=context.role == "critic",
+            compiled=compiles(context),
         )
-    if compiles(context):
+    if scorer.compiled:
         compile_layers(scorer.lm)
     choose_trainable(scorer, context, slots)
     scorer.train(train.gradient_checkpointing)  # nothing else depends on the mode: dropout is off

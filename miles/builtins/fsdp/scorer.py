@@ -26,16 +26,18 @@ class TokenScorer(nn.Module):
 
     Args:
         lm: a transformers causal LM: `base_model` gives hidden states, `get_output_embeddings()` is the head.
+        compiled: compile what is done to the logits.
         critic: add a value head `[1, H]`, at least float32 whatever the model's dtype; drawn from N(0, 0.02).
     """
 
     lm: Any
 
-    def __init__(self, lm: nn.Module, *, temperature: float, chunk_size: int, critic: bool):
+    def __init__(self, lm: nn.Module, *, temperature: float, chunk_size: int, critic: bool, compiled: bool = False):
         super().__init__()
         self.lm = lm
         self.temperature = temperature
         self.chunk_size = chunk_size
+        self.compiled = compiled
         self.value_head = value_head(self.lm) if critic else None
 
     @property
@@ -78,6 +80,7 @@ class TokenScorer(nn.Module):
                 temperature=self.temperature,
                 chunk_size=self.chunk_size,
                 entropy="entropy" in want,
+                compiled=self.compiled,
             )
         if self.value_head is not None and "values" in want:
             columns["values"] = self.value_head(before_UH.to(self.value_head.weight.dtype)).squeeze(-1)

@@ -155,7 +155,7 @@ def masked(batch, outputs):
 
 
 def test_fifty_packings_are_a_few_compilations(make_varlen, make_backend, gradients):
-    """With prompts shared or not, with gradient or not: one graph a layer, the same for all layers and all packings."""
+    """With prompts shared or not, with gradient or not, one graph for all layers; and two for the logits."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -172,7 +172,7 @@ def test_fifty_packings_are_a_few_compilations(make_varlen, make_backend, gradie
     for a, b in zip(compiled.forward(batches, LOG_PROBS), plainly.forward(batches, LOG_PROBS), strict=True):
         torch.testing.assert_close(a.log_probs_T, b.log_probs_T, atol=1e-5, rtol=0)
     assert not counters["graph_break"]
-    assert counters["stats"]["unique_graphs"] <= 4
+    assert counters["stats"]["unique_graphs"] == 6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
