@@ -68,13 +68,14 @@ class Actor:
         self._host: WorkerHost | None = None
         self._turn, self._turns = 0, asyncio.Condition()
         self._answers: dict[int, asyncio.Task] = {}
+        self._abandoned: set[int] = set()
         self._messages: list[tuple[int, str]] = []
         self._log: Path | None = None
         self._told = 0
 
     async def enter(self, name: str, around: Surroundings) -> Place:
         """Take the driver's surroundings, send output to the log."""
-        sys.path.extend(entry for entry in around.path if entry not in sys.path)
+        sys.path[:0] = [entry for entry in around.path if entry not in sys.path]
         if Path(around.directory).is_dir():
             os.chdir(around.directory)
         shared, log = around.mark is not None and around.mark.exists(), around.log
@@ -102,6 +103,9 @@ class Actor:
         async with self._turns:
             await self._turns.wait_for(lambda: self._turn == turn)
             answer = self._answers[turn] = asyncio.ensure_future(self._answer(method, args, fault))
+            if turn in self._abandoned:
+                self._abandoned.remove(turn)
+                _give_up(answer)
             self._turn += 1
             self._turns.notify_all()
         try:
@@ -112,7 +116,9 @@ class Actor:
     async def abandon(self, turn: int) -> None:
         """Nobody waits for this answer any more."""
         if turn in self._answers:
-            self._answers[turn].cancel()
+            _give_up(self._answers[turn])
+        elif turn >= self._turn:  # it has overtaken the request
+            self._abandoned.add(turn)
 
     async def _answer(self, method: str, args: Sequence[Any], fault: Exception | None) -> Parcel:
         from miles.toolkit import WorkerHost, raised
@@ -126,22 +132,20 @@ class Actor:
         except BaseException as error:  # also SystemExit: no method of a worker may end the process
             return Parcel.of((False, raised(self.rank, error)))
 
-    async def news(self) -> News:
-        """Waits until there is some."""
+    async def news(self, wait: bool = True) -> News:
+        """What there is to tell; waits until there is something."""
         while True:
             output = _read(self._log, self._told)
             self._told += len(output)
-            if self._messages or output:
+            if self._messages or output or not wait:
                 messages, self._messages[:] = list(self._messages), []
                 return News(messages, output)
             await asyncio.sleep(GLANCE)
 
     def _forward_logs(self, printed: bool) -> None:
         """Have the driver repeat what is worth a person's attention: warnings, and of rank 0 everything."""
-        logger, collector = (
-            logging.getLogger("miles"),
-            _Collector(self._messages, logging.WARNING if self.rank else logging.INFO),
-        )
+        logger = logging.getLogger("miles")
+        collector = _Collector(self._messages, logging.WARNING if self.rank else logging.INFO)
         if printed:
             logger.addHandler(logging.StreamHandler())
         logger.setLevel(logging.INFO)
@@ -150,6 +154,12 @@ class Actor:
         if self.rank == 0:
             logging.captureWarnings(True)
             logging.getLogger("py.warnings").addHandler(collector)
+
+
+def _give_up(answer: asyncio.Task) -> None:
+    """Cancel it after its first step, with which work for the thread that computes is in its place: other ranks do
+    theirs."""
+    asyncio.get_running_loop().call_soon(answer.cancel)
 
 
 class _Collector(logging.Handler):

@@ -13,6 +13,10 @@ import ray
 
 from miles.api import ConfigError, WorkerError
 
+TOKEN_HINT = """
+A cluster that was started where ~/.ray/auth_token exists wants that token, and Ray does not show it to an address that
+is given: set RAY_AUTH_MODE=token here, with the token in ~/.ray/auth_token or where RAY_AUTH_TOKEN_PATH says."""
+
 
 def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], bool]:
     """Connect this process to a cluster.
@@ -43,14 +47,10 @@ def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], 
             ray.init(
                 address or "local", include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR
             )
-        except ray.exceptions.AuthenticationError as error:
-            raise WorkerError(
-                f"the Ray cluster at {address} wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH where "
-                "its token is not in ~/.ray/auth_token of this machine"
-            ) from error
         except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             doing = f"join the Ray cluster at {address}" if address else "start a Ray cluster on this machine"
-            raise WorkerError(f"cannot {doing}: {error}") from error
+            hint = "" if not address or os.environ.get("RAY_AUTH_MODE") else TOKEN_HINT
+            raise WorkerError(f"cannot {doing}: {error}{hint}") from error
     return ray.shutdown, not address
 
 

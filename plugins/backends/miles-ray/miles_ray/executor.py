@@ -49,6 +49,7 @@ class RayExecutor:
         if self.options.cpus_per_worker <= 0:
             raise ConfigError("cpus_per_worker of executor ray must be above 0: Ray reserves no room for nothing")
         self._leave: Callable[[], None] | None = None
+        self._started = False
         self._room: Reservation | None = None
         self._joining = asyncio.Lock()
         self._groups: list[Workers] = []
@@ -90,10 +91,13 @@ class RayExecutor:
 
     async def _join(self) -> None:
         async with self._joining:
+            if self._leave is None:
+                self._leave, self._started = join(self.options.address, log_to_driver=self.context.run_dir is None)
             if self._room is None:
-                self._leave, started = join(self.options.address, log_to_driver=self.context.run_dir is None)
                 options = self.options
-                room = Reservation(self.context.seats, options.cpus_per_worker, options.placement_timeout, started)
+                room = Reservation(
+                    self.context.seats, options.cpus_per_worker, options.placement_timeout, self._started
+                )
                 await room.reserve()
                 self._room = room
 
@@ -123,7 +127,8 @@ class RayExecutor:
             WorkerError: one does not start, or has other versions.
         """
         with _marked(log_dir) as mark:
-            entering = [link.enter(Surroundings(sys.path, os.getcwd(), link.log, mark)) for link in links]
+            path, here = [entry or os.getcwd() for entry in sys.path], os.getcwd()
+            entering = [link.enter(Surroundings(path, here, link.log, mark)) for link in links]
             try:
                 async with asyncio.timeout(self.context.timeout):
                     places: list[Place] = await asyncio.gather(*entering)

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from miles.toolkit import Failure, WorkerFailure
-from miles_ray.actor import Place, Surroundings, rest_of
+from miles_ray.actor import News, Place, Surroundings, rest_of
 from miles_ray.parcel import Outbox, Parcel
 
 logger = logging.getLogger("miles")
@@ -40,7 +40,9 @@ class RayLink:
         self.name, self.rank, self.actor, self.node, self.outbox, self.log = name, rank, actor, node, outbox, log
         self.place: Place | None = None
         self._order, self._turns = asyncio.Lock(), itertools.count()
-        self._stopped: asyncio.Future | None = None
+        self._listening: asyncio.Future | None = None
+        self._fetching: asyncio.Future | None = None
+        self._stopping: asyncio.Future | None = None
         self._received, self._killed = 0, False
         self._log_start = log.stat().st_size if log is not None and log.exists() else 0
 
@@ -62,7 +64,8 @@ class RayLink:
         try:
             reply: Parcel = await self._outcome(answer)
         except asyncio.CancelledError:
-            self.actor.abandon.remote(turn)
+            if not self._killed:
+                self.actor.abandon.remote(turn)
             raise
         succeeded, value = await reply.open()
         if not succeeded:
@@ -70,18 +73,16 @@ class RayLink:
         return value
 
     async def stop(self) -> None:
-        if self._stopped is None:
-            self._stopped = asyncio.ensure_future(self._stop())
-        await asyncio.shield(self._stopped)
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._stop())
+        await asyncio.shield(self._stopping)
 
     async def _stop(self) -> None:
         with suppress(WorkerFailure, TimeoutError):
             await asyncio.wait_for(self.request("drop", ""), GRACE)
+            self._pass_on(await asyncio.wait_for(self._outcome(self.actor.news.remote(wait=False)), GRACE))
         self.kill()
-        if self.place is not None:
-            await asyncio.wait([self._listening], timeout=REACH)
-            self._listening.cancel()
-            await self._fetch_log()
+        await self._fetch_log()
 
     def kill(self) -> None:
         self._killed = True
@@ -91,7 +92,7 @@ class RayLink:
         try:
             return await answer
         except RayActorError as error:
-            how = "ended by the driver" if self._killed else " ".join(str(error).split())  # Ray writes paragraphs
+            how = "ended by the driver" if self._killed else _reason(error)
             raise WorkerFailure(Failure(self.rank, "died", await self._last_lines() + how)) from None
         except RayError as error:
             raise WorkerFailure(Failure(self.rank, "raised", str(error))) from None
@@ -102,10 +103,12 @@ class RayLink:
         """Pass on what the worker says by itself, until it has ended."""
         with suppress(RayError):
             while True:
-                news = await self.actor.news.remote()
-                for level, message in news.messages:
-                    logger.log(level, "[%s %d] %s", self.name, self.rank, message)
-                self._write(news.output)
+                self._pass_on(await self.actor.news.remote())
+
+    def _pass_on(self, news: News) -> None:
+        for level, message in news.messages:
+            logger.log(level, "[%s %d] %s", self.name, self.rank, message)
+        self._write(news.output)
 
     def _write(self, output: bytes) -> None:
         if output and self.log is not None:
@@ -126,12 +129,25 @@ class RayLink:
         return "\n".join([f"last lines of {self.log}:", *(f"    {line}" for line in lines), ""])
 
     async def _fetch_log(self) -> None:
-        """The rest of a log on a machine that does not see the driver's directory, if that machine answers."""
-        place = self.place
-        if place is None or place.log is None or place.shared_log:
+        """Once the worker is gone, the rest of a log that the driver does not see, if its machine answers."""
+        if self._fetching is None:
+            self._fetching = asyncio.ensure_future(self._fetch())
+        await asyncio.shield(self._fetching)
+
+    async def _fetch(self) -> None:
+        if self.place is None or self._listening is None:
             return
-        self.place = None
+        await asyncio.wait([self._listening], timeout=REACH)
+        self._listening.cancel()
+        if self.place.log is None or self.place.shared_log:
+            return
         where = NodeAffinitySchedulingStrategy(self.node, soft=False)
         rest = ray.remote(rest_of).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
         with suppress(RayError, TimeoutError):
-            self._write(await asyncio.wait_for(rest.remote(place.log, self._received), REACH))
+            self._write(await asyncio.wait_for(rest.remote(self.place.log, self._received), REACH))
+
+
+def _reason(error: RayActorError) -> str:
+    """What Ray says of an actor's end, on one line; without the names of the actor, where it tells more than those."""
+    text = " ".join(str(error).split())
+    return text.partition("Worker exit detail: ")[2] or text
