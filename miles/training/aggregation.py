@@ -27,7 +27,7 @@ def sample_index(bounds: Sequence[int]) -> Tensor:
 def sum_per_sample(values_T: Tensor, bounds: Sequence[int]) -> Tensor:
     """`[N]`: sum of each sample's tokens, in the dtype of `values_T`; a pad beyond the last sample is left out.
     Differentiable."""
-    index_T = sample_index(bounds).to(values_T.device)
+    index_T = sample_index(bounds).to(values_T.device, non_blocking=True)
     return values_T.new_zeros(len(bounds) - 1).index_add(0, index_T, values_T[: bounds[-1]])
 
 
@@ -39,7 +39,7 @@ def mean_per_sample(values_T: Tensor, mask_T: Tensor, bounds: Sequence[int]) -> 
 
 def spread_over_samples(values_N: Tensor, bounds: Sequence[int], tokens: int) -> Tensor:
     """`[tokens]`: each sample's value on all of its tokens, 0 on a pad beyond the last sample. Differentiable."""
-    values_T = values_N[sample_index(bounds).to(values_N.device)]
+    values_T = values_N[sample_index(bounds).to(values_N.device, non_blocking=True)]
     return functional.pad(values_T, (0, tokens - bounds[-1]))
 
 
