@@ -151,7 +151,7 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("leave it out: the number of steps follows from --num-rollout or --num-epoch", "train-iters"),
     ("leave it out: dropout is off", "attention-dropout hidden-dropout"),
     ("--gradient-checkpointing", "recompute-granularity recompute-method recompute-num-layers"),
-    ("--attention sdpa, flex or flash", "attention-backend attn-implementation"),
+    ("--attention auto, sdpa, varlen, flex or flash", "attention-backend attn-implementation"),
     ("--log-probs-chunk-size bounds the logits that exist at once", "recompute-loss-function"),
     ("leave it out: Megatron's kernels are not used",
      "accumulate-allreduce-grads-in-fp32 attention-softmax-in-fp32 transformer-impl no-rope-fusion "
