@@ -29,7 +29,7 @@ METRICS, SUMMARY, SETTINGS, LOCK = "metrics.jsonl", "summary.json", "config.yaml
 FREE = (
     "run.dir", "run.name", "run.resume", "run.report", "rollout.num_rollout", "rollout.num_epoch",
     "rollout.dump_samples", "eval", "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify",
-    "weight_sync.tolerance", "teacher.urls", "teacher.engine",
+    "weight_sync.tolerance", "weight_sync.transport", "rollout.num_engines", "teacher.urls", "teacher.engine",
 )  # fmt: skip
 """What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 from miles.cli.rows import component_rows
+from miles.component import TEACHER_NEEDS
+from miles.config.base import AUTO
+from miles.config.components import component_needs, needs_reference
 from miles.config.derived import Numbers
 from miles.config.load import Resolved
+from miles.config.placement import Placement, generates
+from miles.config.teacher import POLICY
 from miles.diagnosis.preflight import first_rows, sets_of
 from miles.log import counted
 from miles.plugins import Plugins
@@ -15,12 +20,13 @@ from miles.plugins import Plugins
 
 def describe(resolved: Resolved, plugins: Plugins) -> str:
     """The whole description."""
+    placed = Placement.of(resolved.config, resolved.registry)
     blocks: list[tuple[str, Sequence[Sequence[str]]]] = [
         ("plugins", [(info.name, f"{info.distribution} {info.version}") for info in plugins.infos.values()]),
         ("components", component_rows(resolved)),
         ("data", _data(resolved) or [("read when the run begins",)]),
         ("numbers", _numbers(resolved)),
-        ("placement", _placement(resolved)),
+        (f"placement, {placed.arithmetic}" if placed.gpus else "placement", _placement(resolved, placed)),
     ]
     lines = [line for title, rows in blocks for line in (f"{title}:", *_table(rows), "")]
     headers = plugins.hook.miles_report_header(config=resolved.config)
@@ -41,21 +47,41 @@ def _numbers(resolved: Resolved) -> list[tuple[str, str]]:
     return [(name, by_sets if value is None else str(value)) for name, value in known.items()]
 
 
-def _placement(resolved: Resolved) -> list[tuple[str, ...]]:
-    config, numbers = resolved.config, Numbers.of(resolved.config)
-    resources = config.resources
-    interval = config.weight_sync.interval
-    nodes, each = resources.actor_num_nodes, resources.actor_num_gpus_per_node
-    where = f"{resources.executor.name}, device {resources.device}"
-    asleep = "asleep while training" if numbers.offload_rollout else "stays awake"
-    trainer = "offloaded during rollouts" if numbers.offload_train else "stays in memory"
-    shared = "shares the trainer's devices" if resources.colocate else "devices of its own where there are several"
-    return [
-        ("role", "workers", "where", "when idle"),
-        ("trainer", f"{counted(nodes, 'node')} x {counted(each, 'rank')}", where, trainer),
-        (f"engine {config.rollout.engine.name}", "1", shared, asleep),
-        (f"weights by {config.weight_sync.transport.name}", "", f"every {counted(interval, 'step')}", ""),
-    ]
+def _placement(resolved: Resolved, placed: Placement) -> list[tuple[str, ...]]:
+    """Who works where: a row for each role."""
+    config = resolved.config
+    device, ranks, executor = config.resources.device, str(placed.train_ranks), placed.executor.name
+    idle = ("stays in memory", "offloaded while engines generate")[placed.offload_train]
+    asleep = ("stays in memory", "asleep while training")[placed.offload_rollout]
+
+    def own(workers: int, gpus: int) -> tuple[str, str]:
+        """Processes and devices of workers that are started for this."""
+        gpus_or_not = {"cpu": "CPU", AUTO: f"{counted(gpus, 'GPU')}, or CPU", "cuda": counted(gpus, "GPU")}
+        return f"{workers}, by {executor}", gpus_or_not.get(device, device)
+
+    theirs = ("the trainer's", "the trainer's")
+    started = own(placed.train_ranks, placed.train_ranks)
+    rows = [("trainer", ranks, "this one" if placed.one_process else started[0], started[1], idle, "")]
+    rows += [(name, ranks, *theirs, idle, "") for name in _other_models(resolved)]
+    rows += [(f"teacher {name}", "", "a server's", url, "", "") for name, url in config.teacher.urls.items()]
+    if generates(config, resolved.registry):
+        every = counted(config.weight_sync.interval, "step")
+        count, how = placed.num_engines, f"{placed.transport.name}, every {every}"
+        where = own(count, count * placed.gpus_per_engine) if placed.engines == "apart" else theirs
+        rows.append((f"engine {config.rollout.engine.name}", str(count), *where, asleep, how))
+    return [("role", "workers", "processes", "devices", "when idle", "gets weights by"), *rows]
+
+
+def _other_models(resolved: Resolved) -> Iterator[str]:
+    """Those that the train ranks hold besides the policy."""
+    config, registry = resolved.config, resolved.registry
+    needs = component_needs(config, registry)
+    if needs_reference(config, registry):
+        yield "reference"
+    if needs & TEACHER_NEEDS:
+        yield from (f"teacher {name}" for name, place in config.teacher.load.items() if place != POLICY)
+    if "critic" in needs:
+        yield "critic"
 
 
 def _data(resolved: Resolved) -> list[tuple[str, str, str]]:

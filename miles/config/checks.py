@@ -18,6 +18,7 @@ from miles.config.derived import Misfit, Numbers
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import Path, pattern
 from miles.config.leaves import leaves as schema_leaves
+from miles.config.placement import Placement, generates
 from miles.config.schema import Config
 from miles.config.teacher import POLICY
 from miles.errors import MilesError
@@ -234,6 +235,15 @@ def _lengths(c: _Checked) -> Iterator[Fault]:
             )
 
 
+def _placement(c: _Checked) -> Iterator[Fault]:
+    try:
+        Placement.of(c.config, c.registry)
+    except Misfit as error:
+        yield c.fault(error.key, error.problem, error.remedy)
+    except MilesError:
+        return  # a name at fault, which is reported already
+
+
 def _modes(c: _Checked) -> Iterator[Fault]:
     mode = c.config.rollout.mode
     if mode not in MODES:
@@ -340,8 +350,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _kl, _losses, _critic, _teacher, _sampling, _lengths, _modes, _optimizer, _evaluation, _export, _needs,
-    _routing_replay,
+    _plugins, _kl, _losses, _critic, _teacher, _sampling, _lengths, _placement, _modes, _optimizer, _evaluation,
+    _export, _needs, _routing_replay,
 )  # fmt: skip
 
 
@@ -422,8 +432,11 @@ def _supervised(c: _Checked) -> bool:
 
 
 def _generates(c: _Checked) -> bool:
-    """Whether the rollout engine says that it gives responses."""
-    return "responses" in _component(c, "rollout_engines", c.config.rollout.engine.name).provides
+    """As the engine says; not, where its name is at fault."""
+    try:
+        return generates(c.config, c.registry)
+    except MilesError:
+        return False
 
 
 def _all_sets(config: Config) -> list[tuple[str, TaskSet]]:

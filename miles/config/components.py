@@ -55,6 +55,17 @@ def needs_of(config: Config, registry: Registry, section: str = "") -> set[Need]
     return {need for kind, name in named for need in registry.component(kind, name).needs}
 
 
+def component_needs(config: Config, registry: Registry) -> set[Need]:
+    """Everything that the chosen estimator, terms, correction, loss and masks need of the core."""
+    return needs_of(config, registry, "algorithm")
+
+
+def needs_reference(config: Config, registry: Registry) -> bool:
+    """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
+    penalised = config.algorithm.kl_coef > 0 or config.algorithm.kl_loss_coef > 0
+    return penalised or "reference" in component_needs(config, registry)
+
+
 def learns_without_rewards(config: Config, registry: Registry) -> bool:
     """Whether whatever says what is learnt looks at no reward: the estimator and its terms, or the loss where there is
     no estimator. False where a name is unknown."""

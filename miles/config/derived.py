@@ -30,24 +30,17 @@ class Numbers:
     """Rollouts in one optimizer step; None as above."""
     optimizer_steps_per_rollout: int
     """Optimizer steps on one rollout batch, all its epochs together."""
-    world_size: int
-    """Train ranks."""
-    offload_train: bool
-    offload_rollout: bool
     log_probs_max_tokens: int
 
     @classmethod
     def of(cls, config: Config) -> Numbers:
         """Raises Misfit where they do not fit together."""
-        train, resources = config.train, config.resources
+        train = config.train
         samples, batch, steps = _batches(config)
         return Numbers(
             samples_per_rollout=samples,
             global_batch_size=batch,
             optimizer_steps_per_rollout=steps * train.num_epochs_per_rollout,
-            world_size=resources.actor_num_nodes * resources.actor_num_gpus_per_node,
-            offload_train=resources.colocate if resources.offload_train is None else resources.offload_train,
-            offload_rollout=resources.colocate if resources.offload_rollout is None else resources.offload_rollout,
             log_probs_max_tokens=train.log_probs_max_tokens_per_gpu or train.max_tokens_per_gpu,
         )
 
@@ -91,16 +84,16 @@ def _batches(config: Config) -> tuple[int | None, int | None, int]:
     whole = f"the {samples} samples of a rollout batch ({rollout.batch_size} prompts x {group} samples)"
     if batch is None:
         if samples % (steps or 1):
-            raise Misfit(STEPS, steps or 1, f"does not divide {whole}", f"give {_near(samples, steps or 1)}")
+            raise Misfit(STEPS, steps or 1, f"does not divide {whole}", f"give {near(samples, steps or 1)}")
         return samples, samples // (steps or 1), steps or 1
     if steps is not None and batch * steps != samples:
         raise Misfit(BATCH, batch, f"x train.num_steps_per_rollout={steps} is not {whole}", "give one of the two")
     if samples % batch:
-        raise Misfit(BATCH, batch, f"does not divide {whole}", f"give {_near(samples, batch)}")
+        raise Misfit(BATCH, batch, f"does not divide {whole}", f"give {near(samples, batch)}")
     return samples, batch, samples // batch
 
 
-def _near(samples: int, wanted: int) -> str:
+def near(samples: int, wanted: int) -> str:
     """The divisors of a number of samples that are next to what was wanted."""
     divisors = [n for n in range(1, samples + 1) if samples % n == 0]
     below, above = [n for n in divisors if n < wanted], [n for n in divisors if n > wanted]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from miles.config.base import AUTO, Spec
-from miles.config.derived import Misfit
+from miles.config.derived import Misfit, near
 from miles.config.schema import Config
+from miles.errors import UnknownNameError
 from miles.log import counted
 from miles.registry import Registry
 
@@ -26,6 +27,8 @@ class Placement:
     """Train workers: each holds a share of the policy and of the other models (critic, reference, teachers)."""
     executor: Spec
     """Starts the workers; never `auto`."""
+    one_process: bool
+    """The one train worker is in the driver's process."""
     transport: Spec
     """Brings weights to the engines; never `auto`."""
     engines: Place
@@ -47,13 +50,17 @@ class Placement:
     def of(cls, config: Config, registry: Registry) -> Placement:
         """Raises:
         Misfit: the configuration asks for what cannot be.
-        UnknownNameError: no installed plugin offers the engine, the executor or the transport that it comes to.
+        UnknownNameError: no installed plugin offers the engine, the executor or the transport that it names.
         """
         resources, ranks = config.resources, _train_ranks(config)
         trainer = f"{counted(ranks, 'train rank')} ({_nodes(config)})"
+        if ranks % config.train.context_parallel_size:
+            problem = f"does not divide the {trainer}, which share the tokens of a sample by it"
+            remedy = f"give {near(ranks, config.train.context_parallel_size)}"
+            raise Misfit("train.context_parallel_size", config.train.context_parallel_size, problem, remedy)
         engines, per_engine = _engines(config, registry, ranks)
         executor, one_process = _executor(config, registry, ranks, engines)
-        place: Place = APART if engines else BESIDE if _generates(config, registry) and not one_process else "driver"
+        place: Place = APART if engines else BESIDE if generates(config, registry) and not one_process else "driver"
         transport = _transport(config, registry, place)
         gpus, arithmetic = ranks + engines * per_engine, trainer
         if engines:
@@ -65,6 +72,7 @@ class Placement:
         return cls(
             train_ranks=ranks,
             executor=executor,
+            one_process=one_process,
             transport=transport,
             engines=place,
             num_engines=engines or (ranks if place == BESIDE else 1),
@@ -85,7 +93,7 @@ def _train_ranks(config: Config) -> int:
     return config.resources.actor_num_nodes * config.resources.actor_num_gpus_per_node
 
 
-def _generates(config: Config, registry: Registry) -> bool:
+def generates(config: Config, registry: Registry) -> bool:
     """Whether the engine says that it gives responses; one given as an object says so itself."""
     entry = registry.entry("rollout_engines", config.rollout.engine.name)
     return "responses" in entry.component.provides or getattr(entry.live, "generates", False)
@@ -97,7 +105,7 @@ def _engines(config: Config, registry: Registry, ranks: int) -> tuple[int, int]:
     gpus, per_engine = resources.rollout_num_gpus, resources.rollout_num_gpus_per_engine
     given = [("resources.rollout_num_gpus", gpus), ("rollout.num_engines", count)]
     given = [(key, value) for key, value in given if value is not None]
-    if given and not _generates(config, registry):
+    if given and not generates(config, registry):
         raise Misfit(
             *given[0], f"the engine {name!r} generates nothing: there is one, and it needs no GPU", "leave it out"
         )
@@ -132,9 +140,9 @@ def _engines(config: Config, registry: Registry, ranks: int) -> tuple[int, int]:
 
 def _executor(config: Config, registry: Registry, ranks: int, engines: int) -> tuple[Spec, bool]:
     """Who starts the workers, and whether the one worker shares the driver's process."""
-    resources, spec = config.resources, config.resources.executor
-    if spec.name == AUTO:
-        spec = Spec(name="ray" if resources.actor_num_nodes > 1 else "local" if ranks > 1 or engines else "inprocess")
+    resources = config.resources
+    chosen = "ray" if resources.actor_num_nodes > 1 else "local" if ranks > 1 or engines else "inprocess"
+    spec = _chosen(registry, "executors", "resources.executor", resources.executor, chosen)
     says, who = registry.component("executors", spec.name).provides, f"executor {spec.name!r}"
     which = "actor_num_gpus_per_node" if resources.actor_num_gpus_per_node > 1 else "actor_num_nodes"
     if "one rank" in says and ranks > 1:
@@ -152,11 +160,10 @@ def _executor(config: Config, registry: Registry, ranks: int, engines: int) -> t
 
 def _transport(config: Config, registry: Registry, place: Place) -> Spec:
     """How weights reach engines at a place."""
-    spec, wanted = config.weight_sync.transport, APART if place == APART else BESIDE
-    if spec.name == AUTO:
-        spec = Spec(name="broadcast" if wanted == APART else "inprocess")
+    wanted, chosen = (APART, "broadcast") if place == APART else (BESIDE, "inprocess")
+    spec = _chosen(registry, "weight_syncs", "weight_sync.transport", config.weight_sync.transport, chosen)
     says = {BESIDE, APART} & set(registry.component("weight_syncs", spec.name).provides)
-    if says and wanted not in says and _generates(config, registry):
+    if says and wanted not in says and generates(config, registry):
         others = [offer.name for offer in registry.offers("weight_syncs") if wanted in offer.value.provides]
         where = {
             APART: "reaches engines in the trainer's processes, and these have workers of their own",
@@ -164,3 +171,14 @@ def _transport(config: Config, registry: Registry, place: Place) -> Spec:
         }
         raise Misfit("weight_sync.transport", spec, where[wanted], f"--weight-sync {' or '.join(others) or AUTO}")
     return spec
+
+
+def _chosen(registry: Registry, kind: str, key: str, spec: Spec, name: str) -> Spec:
+    """`spec` itself, or, where it says `auto`, the component of that name."""
+    if spec.name != AUTO:
+        return spec
+    try:
+        registry.component(kind, name)
+    except UnknownNameError as error:
+        raise Misfit(key, spec, f"it comes to {name!r}, and {error}", "install it, or name another one") from error
+    return Spec(name=name)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from miles.config.base import ComponentSpec, Flag, Section, Spec
+from miles.config.base import AUTO, ComponentSpec, Flag, Section, Spec
 from miles.config.data import TaskSet
 
 
@@ -22,8 +22,8 @@ class MoeSection(Section):
 
 
 class WeightSyncSection(Section):
-    transport: Annotated[ComponentSpec, Flag("--weight-sync", "--update-weight-transfer-mode")] = Spec(name="inprocess")
-    """How weights reach the engines."""
+    transport: Annotated[ComponentSpec, Flag("--weight-sync", "--update-weight-transfer-mode")] = Spec(name=AUTO)
+    """How weights reach the engines; `auto` is `inprocess` beside the trainer, `broadcast` to workers of their own."""
     interval: Annotated[int, Flag("--update-weights-interval"), Field(gt=0)] = 1
     """Rollout steps between two syncs."""
     buffer_size: Annotated[int, Flag("--update-weight-buffer-size"), Field(gt=0)] = 512 * 1024**2
@@ -35,8 +35,8 @@ class WeightSyncSection(Section):
 
 
 class ResourcesSection(Section):
-    executor: Annotated[ComponentSpec, Flag("--executor")] = Spec(name="inprocess")
-    """Where workers run."""
+    executor: Annotated[ComponentSpec, Flag("--executor")] = Spec(name=AUTO)
+    """Where workers run; `auto` is `inprocess` for one rank, `local` for several on one node, `ray` for more nodes."""
     device: Annotated[str, Flag("--device")] = "auto"
     """auto, cpu, cuda or cuda:N."""
     actor_num_nodes: Annotated[int, Flag("--actor-num-nodes"), Field(gt=0)] = 1

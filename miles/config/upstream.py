@@ -202,7 +202,7 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("the profilers of torch, started in the hook miles_on_worker_start of a plugin",
      "memory-snapshot-dir memory-snapshot-num-steps memory-snapshot-path profile-target memory-recorder "
      "record-memory-history use-pytorch-profiler profile-step-start profile-step-end"),
-    ("environment variables are set in the shell: everything runs in one process", "train-env-vars"),
+    ("environment variables are set in the shell: workers inherit them", "train-env-vars"),
     ("HTTP_PROXY in the environment", "http-proxy"),
 )  # fmt: skip
 """(how it is done here, flags)."""
@@ -336,7 +336,8 @@ ACCEPTED: dict[str, str] = {
     "trainer's number, or be left out",
     "rollout-num-gpus-per-engine": "1 with the engine `torch`",
     "colocate": "engines that share the trainer's devices take turns in its memory with it, and do without it as well",
-    "update-weight-transfer-mode": "`inprocess` is the only one in this version",
+    "update-weight-transfer-mode": "where it is not given: `inprocess` to engines beside the trainer, `broadcast` to "
+    "those in workers of their own",
     "apply-chat-template": "for prompts that are text; a list of messages is rendered with or without it",
     "rm-type": "names differ, see below; `math` takes answers that are not boxed too, and instead of upstream's prefix "
     "`boxed_` there is `{name: math, require_boxed: true}`; also a mapping of weights, or `my_module:my_reward`",

@@ -13,10 +13,12 @@ from pathlib import Path
 
 from miles.checkpoint_io import local_checkpoint
 from miles.config import TaskSet
+from miles.config.base import AUTO
 from miles.config.components import components_of
 from miles.config.faults import ConfigFaults, Fault
 from miles.config.leaves import leaves
 from miles.config.load import Purpose, Resolved
+from miles.config.placement import Placement
 from miles.data.screening import Screened, screen
 from miles.errors import ConfigError, DataError, MilesError
 from miles.kinds import KINDS
@@ -36,7 +38,7 @@ def require_ready(resolved: Resolved, purpose: Purpose = "train") -> None:
 def preflight(resolved: Resolved, purpose: Purpose = "train") -> list[Fault]:
     """What would stop a run of this configuration."""
     return [
-        *_data(resolved, purpose), *_checkpoints(resolved, purpose), *_ranks(resolved), *_functions(resolved),
+        *_data(resolved, purpose), *_checkpoints(resolved, purpose), *_gpus(resolved), *_functions(resolved),
     ]  # fmt: skip
 
 
@@ -79,17 +81,26 @@ def _checkpoints(resolved: Resolved, purpose: Purpose) -> Iterator[Fault]:
         yield _fault(resolved, "checkpoint.load", problem, str(load), _nearest(str(load)))
 
 
-def _ranks(resolved: Resolved) -> Iterator[Fault]:
-    """An executor that starts one rank is not asked for more."""
-    resources = resolved.config.resources
-    size = resources.actor_num_nodes * resources.actor_num_gpus_per_node
-    entry = _entry(resolved, "executors", resources.executor.name)
-    if size > 1 and entry is not None and "one rank" in entry.component.provides:
-        key = "actor_num_gpus_per_node" if resources.actor_num_gpus_per_node > 1 else "actor_num_nodes"
+def _gpus(resolved: Resolved) -> Iterator[Fault]:
+    """Where all workers are on this machine, it has a GPU for each, or none at all and works on its CPU."""
+    config, registry = resolved.config, resolved.registry
+    try:
+        placed = Placement.of(config, registry)
+    except MilesError:
+        return  # reported already
+    here = "one node" in registry.component("executors", placed.executor.name).provides
+    if placed.gpus < 2 or not here:
+        return
+    count = import_target("torch.cuda:device_count")()
+    if placed.gpus > count and (count or config.resources.device != AUTO):
+        key = "resources.actor_num_gpus_per_node"
+        if placed.train_ranks <= count:
+            key = "rollout.num_engines" if config.resources.rollout_num_gpus is None else "resources.rollout_num_gpus"
+        section, name = key.split(".")
         yield Fault(
-            f"resources.{key}", f"executor {entry.name!r} starts one train rank, not {size}",
-            "--actor-num-nodes 1 --actor-num-gpus-per-node 1, or another executor", getattr(resources, key),
-            resolved.origin(f"resources.{key}"),
+            key, f"{placed.arithmetic}, and this machine shows {count}",
+            "ask for fewer, let engines share the trainer's (without --rollout-num-gpus and --rollout-num-engines), or "
+            "--executor ray for several machines", getattr(getattr(config, section), name), resolved.origin(key),
         )  # fmt: skip
 
 

@@ -182,9 +182,12 @@ class Doctor:
 
     def _reach(self) -> str:
         """How far training reaches with the executors that are installed."""
-        executors = [offer for offer in self._loaded.registrations if offer.kind == "executors"]
-        one = all("one rank" in offer.value.provides for offer in executors)
-        return "in one process, on one device: no installed executor starts several ranks" if one else ""
+        reach = [offer.value.provides for offer in self._loaded.registrations if offer.kind == "executors"]
+        if all("one rank" in provides for provides in reach):
+            return "in one process, on one device: no installed executor starts several ranks"
+        if all({"one rank", "one node"} & set(provides) for provides in reach):
+            return "on this machine, in one process or several: an executor for several machines is miles-ray"
+        return "in one process, in several, on several machines"
 
 
 def _by_reason(components: Sequence[Any]) -> dict[str, list[Any]]:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miles.component import Need
 from miles.config import NONE, Config, Spec
-from miles.config.components import needs_of
+from miles.config.components import component_needs as component_needs
+from miles.config.components import needs_reference as needs_reference
 from miles.errors import TrainError
 from miles.registry import Registry
 from miles.targets import defined_at, described
@@ -19,18 +19,6 @@ from miles.training.kl import kl_estimate
 from miles.training.statistics import whiten
 from miles.training.table import Table
 from miles.types import AdvantageInputs, Advantages, Correction, Metrics
-
-
-def component_needs(config: Config, registry: Registry) -> set[Need]:
-    """Everything that the chosen estimator, terms, correction, loss and masks need of the core."""
-    return needs_of(config, registry, "algorithm")
-
-
-def needs_reference(config: Config, registry: Registry) -> bool:
-    """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
-    algorithm = config.algorithm
-    penalised = algorithm.kl_coef > 0 or algorithm.kl_loss_coef > 0
-    return penalised or "reference" in component_needs(config, registry)
 
 
 class AdvantageStage:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from miles.config import Config
+from miles.config.components import component_needs, needs_reference
 from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
 from miles.protocols import Want, WorkerGroup
 from miles.registry import Registry
-from miles.training.advantages import AdvantageStage, component_needs, needs_reference
+from miles.training.advantages import AdvantageStage
 from miles.training.aggregation import token_weights
 from miles.training.flops import ForwardCost
 from miles.training.mismatch import mismatch_metrics, mismatch_terms
@@ -215,7 +216,7 @@ class Trainer:
     def _plan(self, table: Table, max_tokens: int) -> list[list[list[int]]]:
         """`[share][micro-batch][row]`."""
         train = self.config.train
-        cap = max_tokens if train.use_dynamic_batch_size else None
+        cap = max_tokens * train.context_parallel_size if train.use_dynamic_batch_size else None
         shared: Sequence[int] = ()
         if self.together:
             shared = shared_prompts(np.concatenate(table.tokens), table.flat("mask").numpy(), table.bounds)

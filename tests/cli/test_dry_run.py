@@ -93,10 +93,64 @@ def test_data_of_somebody_elses_source_is_not_looked_at(miles, base, tmp_path):
 
 
 def test_more_ranks_than_the_executor_starts(refused):
-    said = refused("--actor-num-gpus-per-node", "8")
+    said = refused("--actor-num-gpus-per-node", "8", "--executor", "inprocess")
     assert "resources.actor_num_gpus_per_node = 8   (--actor-num-gpus-per-node)" in said
     assert "executor 'inprocess' starts one train rank, not 8" in said
-    assert "resources.actor_num_nodes = 2" in refused("--actor-num-nodes", "2")
+    assert "resources.actor_num_nodes = 2" in refused("--actor-num-nodes", "2", "--executor", "inprocess")
+
+
+def test_more_gpus_than_the_machine_shows(refused, miles, base, monkeypatch):
+    """A machine without GPUs does it on its CPU, unless GPUs are asked for."""
+    shown = 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: shown)
+    ranks, engines = ["--actor-num-gpus-per-node", "4"], ["--rollout-num-gpus", "2"]
+    said = refused(*ranks, *engines)
+    assert "resources.actor_num_gpus_per_node = 4   (--actor-num-gpus-per-node)" in said
+    assert "4 train ranks (1 node x 4) + 2 for 2 engines = 6 GPUs, and this machine shows 2" in said
+    assert "resources.rollout_num_gpus = 2   (--rollout-num-gpus)" in refused(*engines)
+    assert "rollout.num_engines = 2   (--rollout-num-engines)" in refused("--rollout-num-engines", "2")
+    shown = 0
+    assert miles("train", *base, *ranks, *engines, "--dry-run")[0] == 0
+    assert "and this machine shows 0" in refused(*ranks, *engines, "--device", "cuda")
+    shown = 6
+    assert miles("train", *base, *ranks, *engines, "--dry-run")[0] == 0
+
+
+PLACES = {
+    (): """\
+placement, 1 train rank (1 node x 1) = 1 GPU:
+  role          workers  processes      devices        when idle        gets weights by
+  trainer       1        this one       1 GPU, or CPU  stays in memory
+  engine torch  1        the trainer's  the trainer's  stays in memory  inprocess, every 1 step
+""",
+    ("--actor-num-gpus-per-node", "4", "--rollout-num-gpus", "2", "--kl-coef", "0.1", "--device", "cuda"): """\
+placement, 4 train ranks (1 node x 4) + 2 for 2 engines = 6 GPUs:
+  role          workers  processes      devices        when idle        gets weights by
+  trainer       4        4, by local    4 GPUs         stays in memory
+  reference     4        the trainer's  the trainer's  stays in memory
+  engine torch  2        2, by local    2 GPUs         stays in memory  broadcast, every 1 step
+""",
+    ("--actor-num-gpus-per-node", "2", "--colocate", "--device", "cpu", "--advantage-estimator", "ppo"): """\
+placement:
+  role          workers  processes      devices        when idle                         gets weights by
+  trainer       2        2, by local    CPU            offloaded while engines generate
+  critic        2        the trainer's  the trainer's  offloaded while engines generate
+  engine torch  2        the trainer's  the trainer's  asleep while training             inprocess, every 1 step
+""",
+    ("--preset", "sft", "--generate", "dataset"): """\
+placement, 1 train rank (1 node x 1) = 1 GPU:
+  role     workers  processes  devices        when idle        gets weights by
+  trainer  1        this one   1 GPU, or CPU  stays in memory
+""",
+}
+
+
+@pytest.mark.parametrize("flags", PLACES)
+def test_who_works_where(miles, base, monkeypatch, flags):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    code, out, _ = miles("train", *base, *flags, "--dry-run")
+    assert code == 0
+    assert PLACES[flags] in out
 
 
 @pytest.mark.parametrize(
@@ -143,15 +197,15 @@ def test_a_filter_of_ones_own_that_cannot_be_called(refused, tmp_path):
 def test_flags_of_slime_and_everything_else_in_one_message(refused, tmp_path):
     of_slime = ["--use-wandb", "--wandb-project", "x", "--wandb-mode", "y", "--wandb-project", "z", "--swiglu"]
     files = ["--hf-checkpoint", "./nowhere", "--prompt-data", "nothing.jsonl"]
-    lines = refused(*of_slime, *files, "--actor-num-gpus-per-node", "8").splitlines()
+    lines = refused(*of_slime, *files, "--actor-num-gpus-per-node", "8", "--executor", "inprocess").splitlines()
     assert lines[0] == "miles: 6 problems in the configuration:"
     assert [line.split(" =")[0].strip() for line in lines[1:] if not line.startswith("      ")] == [
         "--use-wandb",
         "--swiglu",
         "--wandb-project, --wandb-mode",
+        "resources.actor_num_gpus_per_node",
         "data.sets.default.path",
         "model.hf_checkpoint",
-        "resources.actor_num_gpus_per_node",
     ]
 
 

@@ -164,8 +164,18 @@ def test_what_cannot_be(registry, settings, key, words):
 
 
 def test_several_nodes_need_an_executor_that_is_somewhere_else(registry):
-    with pytest.raises(UnknownNameError, match="executor 'ray'.*miles-ray"):
+    with pytest.raises(Misfit, match="it comes to 'ray', and no .*executor 'ray'.*miles-ray.*; install it") as raised:
         Placement.of(config(nodes=2), registry)
+    assert raised.value.key == "resources.executor"
+    with pytest.raises(UnknownNameError, match="'ray'"):
+        Placement.of(config(nodes=2, executor="ray"), registry)
+
+
+def test_ranks_that_cannot_share_the_tokens_of_a_sample(registry):
+    ranks = {"resources": {"actor_num_gpus_per_node": 4}}
+    Placement.of(Config.model_validate({**ranks, "train": {"context_parallel_size": 2}}), registry)
+    with pytest.raises(Misfit, match=r"size=3 does not divide the 4 train ranks \(1 node x 4\).*; give 1, 2 or 4"):
+        Placement.of(Config.model_validate({**ranks, "train": {"context_parallel_size": 3}}), registry)
 
 
 def test_an_engine_given_as_an_object_says_whether_it_generates(registry):
