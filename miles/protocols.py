@@ -228,8 +228,8 @@ class RolloutEngine(Protocol):
     May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and
     `async score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at
     each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for;
-    and `async checksums() -> Mapping[str, str]`, what `miles.toolkit.checksums` says of the weights that it holds, under
-    checkpoint names, which is compared with the trainer's after a weight sync.
+    and `async checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their
+    checkpoint names. After a weight sync it is compared with the trainer's.
     """
 
     accepts: frozenset[str]

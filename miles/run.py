@@ -37,6 +37,7 @@ from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.rundir import METRICS, write_summary
 from miles.tracking import Progress, Tracking
+from miles.training.checksums import compare_checksums
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
@@ -154,10 +155,12 @@ class Run:
             raise
 
     async def push_weights(self) -> Metrics:
-        """Send weights, and compare engine and trainer when that is asked for."""
+        """Send weights, and compare what engine and trainer hold and say when that is asked for."""
         probe = self.parts.probe
         async with self.residency.syncing():
             metrics = dict(await self.weight_sync.push(version=self.step))
+            if probe:
+                await compare_checksums(self.parts.workers, self.parts.engines, self.step)
             expected = await probe.trainer(self.parts.workers) if probe else None
         self.engine_version = self.step
         if probe and expected is not None:

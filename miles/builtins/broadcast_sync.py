@@ -19,7 +19,7 @@ from torch import distributed as dist
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
 from miles.builtins.buckets import pack, unpack
 from miles.builtins.meeting import ENDED, FAILED, Meeting, Member
-from miles.builtins.sync_partners import ranks, receivers, rounds, together
+from miles.builtins.sync_partners import ranks, receivers, rounds, together, walked
 from miles.toolkit import Shipment
 
 SEND, RECEIVED = f"{__name__}:send", f"{__name__}:received"
@@ -27,19 +27,15 @@ SEND, RECEIVED = f"{__name__}:send", f"{__name__}:received"
 
 def send(weights: Iterable[WeightGroup], rank: int, meeting: Meeting, limit: int) -> tuple[int, int]:
     """Runs in every train rank; bytes and buckets that it sent."""
-    walk = iter(weights)
-    if rank:
-        for _ in walk:
-            pass
-        return 0, 0
-    member = Member(meeting, 0)
-    try:
-        return _send(member, walk, limit)
-    except BaseException as error:
-        member.fail(error)
-        for _ in walk:  # other ranks wait for this one's part
-            pass
-        raise
+    with walked(weights) as walk:
+        if rank:
+            return 0, 0
+        member = Member(meeting, 0)
+        try:
+            return _send(member, walk, limit)
+        except BaseException as error:
+            member.fail(error)
+            raise
 
 
 def _send(member: Member, weights: Iterator[WeightGroup], limit: int) -> tuple[int, int]:

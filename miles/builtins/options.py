@@ -44,3 +44,17 @@ class EnvironmentRewardOptions:
     def __post_init__(self) -> None:
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ConfigError(f"environment reward: min={self.min} is above max={self.max}")
+
+
+@dataclass(frozen=True)
+class DiskOptions:
+    """Where weights lie on their way, and how much of them."""
+
+    dir: str = ""
+    """Of this run alone, and seen by trainer and engines; `weights/` of the run directory when empty."""
+    mode: Literal["full", "delta"] = "full"
+    """Whole checkpoints, or after the first one what has changed."""
+    encoding: Literal["xor", "overwrite"] = "xor"
+    """Of changed bytes: new ^ old for all, or places and new values of those that changed."""
+    compression: Literal["auto", "zstd", "zlib", "none"] = "auto"
+    """Of changed bytes: zstd where it is installed, else zlib."""

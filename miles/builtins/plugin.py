@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miles.api import Component, hookimpl
-from miles.builtins.options import EnvironmentRewardOptions, PpoClipOptions
+from miles.builtins.options import DiskOptions, EnvironmentRewardOptions, PpoClipOptions
 from miles.builtins.torch_engine.options import TorchEngineOptions
 
 MILES_API = 1
@@ -73,6 +73,17 @@ def miles_register_weight_syncs():
             "miles.builtins.broadcast_sync:BroadcastSync",
             provides=("apart",),
             summary="To engines in processes of their own: gloo from a CPU, NCCL from a GPU",
+        ),
+        "disk": Component(
+            "miles.builtins.disk_sync:DiskSync",
+            options=DiskOptions,
+            provides=("beside", "apart"),
+            flags={
+                "--update-weight-disk-dir": "dir",
+                "--update-weight-mode": "mode",
+                "--update-weight-delta-encoding": "encoding",
+            },
+            summary="By way of files: whole checkpoints, or what has changed",
         ),
     }
 

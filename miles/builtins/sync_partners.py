@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from miles.api import RolloutEngine, WeightGroup, WeightSyncError, WorkerGroup
@@ -37,6 +38,17 @@ def receivers(transport: str, engines: Sequence[RolloutEngine]) -> list[RolloutE
 def answer(weights: Iterable[WeightGroup]) -> str:
     """Runs in a train rank: where it is."""
     return this_process()
+
+
+@contextmanager
+def walked(weights: Iterable[WeightGroup]) -> Iterator[Iterator[WeightGroup]]:
+    """A rank's walk over its weights, which goes to the end whatever happens on the way: others wait for its part."""
+    walk = iter(weights)
+    try:
+        yield walk
+    finally:
+        for _ in walk:
+            pass
 
 
 async def ranks(workers: WorkerGroup) -> list[str]:

@@ -57,6 +57,17 @@ class TestBroadcastSync(WeightSyncContract):
     senders = 2
 
 
+class TestDiskSync(WeightSyncContract):
+    name = "disk"
+    executor = "local"
+    senders = 2
+
+
+class TestDiskSyncOfChanges(WeightSyncContract):
+    name = "disk"
+    options = {"mode": "delta"}
+
+
 class TestRollout(EvaluatorContract):
     name = "rollout"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from miles.api import (
     GenerateRequest,
     GenerateResult,
     PauseMode,
+    WeightGroup,
     WeightSyncError,
 )
 from miles.builtins.parking import Parking
@@ -266,9 +267,13 @@ class TorchEngine:
         return True
 
     def _load(self, version: int, payload: Any) -> None:
+        def arriving() -> Iterator[WeightGroup]:
+            for group in groups:
+                self.unusable = f"the weight sync of version {version} did not complete; it holds a mixture"
+                yield group
+
         with opened(payload, self.loader.held()) as groups:
-            self.unusable = f"the weight sync of version {version} did not complete; it holds a mixture"
-            self.loader.load(groups)
+            self.loader.load(arriving())
         self._serve_version(version)
 
     def _stage(self, payload: Any) -> dict[str, torch.Tensor]:
