@@ -16,7 +16,7 @@ from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import TEACHER_NEEDS
 from miles.config import Config, Spec, TaskSet
-from miles.config.components import learns_without_rewards, needs_of
+from miles.config.components import component_needs, learns_without_rewards, needs_of, needs_reference
 from miles.config.derived import Derived
 from miles.config.teacher import POLICY
 from miles.crew import Crew, engine_setup, launch_train, make_crew, make_engine, make_engines
@@ -48,7 +48,6 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.tracking import Tracking
-from miles.training.advantages import component_needs, needs_reference
 from miles.training.flops import ForwardCost
 from miles.training.probe import WeightProbe
 from miles.training.teachers import Teachers, model_name

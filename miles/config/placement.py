@@ -58,6 +58,10 @@ class Placement:
             problem = f"does not divide the {trainer}, which share the tokens of a sample by it"
             remedy = f"give {near(ranks, config.train.context_parallel_size)}"
             raise Misfit("train.context_parallel_size", config.train.context_parallel_size, problem, remedy)
+        shares = config.train.reproducible_ranks
+        if shares is not None and shares % ranks:
+            problem = f"micro-batches that are planned for {shares} ranks cannot be divided among {trainer}"
+            raise Misfit("train.reproducible_ranks", shares, problem, f"give a multiple of {ranks}, or train on fewer")
         engines, per_engine = _engines(config, registry, ranks)
         executor, one_process = _executor(config, registry, ranks, engines)
         place: Place = APART if engines else BESIDE if generates(config, registry) and not one_process else "driver"

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from miles.config import NONE, Config, Spec
-from miles.config.components import component_needs as component_needs
-from miles.config.components import needs_reference as needs_reference
+from miles.config.components import component_needs
 from miles.errors import TrainError
 from miles.registry import Registry
 from miles.targets import defined_at, described

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from miles.checkpoint_io import write_checkpoint
 from miles.config import NONE, Config
+from miles.config.components import component_needs
 from miles.errors import ConfigError, OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
 from miles.protocols import BackendContext, RankPart, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
 from miles.targets import import_target
-from miles.training.advantages import component_needs
 from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch, take_samples

@@ -178,6 +178,13 @@ def test_ranks_that_cannot_share_the_tokens_of_a_sample(registry):
         Placement.of(Config.model_validate({**ranks, "train": {"context_parallel_size": 3}}), registry)
 
 
+def test_a_plan_that_cannot_be_divided_among_the_ranks(registry):
+    ranks = {"resources": {"actor_num_gpus_per_node": 3}}
+    Placement.of(Config.model_validate({**ranks, "train": {"reproducible_ranks": 6}}), registry)
+    with pytest.raises(Misfit, match=r"for 4 ranks cannot be divided among 3 train ranks \(1 node x 3\); .* of 3"):
+        Placement.of(Config.model_validate({**ranks, "train": {"reproducible_ranks": 4}}), registry)
+
+
 def test_an_engine_given_as_an_object_says_whether_it_generates(registry):
     class Mine:
         generates = True
