@@ -27,8 +27,8 @@ class TrainSection(Section):
     log_probs_max_tokens_per_gpu: Annotated[int | None, Flag("--log-probs-max-tokens-per-gpu"), Field(gt=0)] = None
     """The same for passes without gradient; `max_tokens_per_gpu` when not given."""
     balance: Annotated[Literal["tokens", "flops", "none"], Flag("--balance")] = "tokens"
-    """What data ranks get equally much of: tokens, or FLOPs, where the model's dimensions are known (attention costs more
-    in long samples)."""
+    """What data ranks get equally much of: tokens, or FLOPs, since attention costs more in long samples (tokens where
+    the model's dimensions are not known)."""
     log_probs_chunk_size: Annotated[int, Flag("--log-probs-chunk-size"), Field(gt=0)] = 1024
     """Tokens whose logits exist at once, in fp32."""
     gradient_checkpointing: Annotated[bool, Flag("--gradient-checkpointing")] = False
