@@ -22,7 +22,10 @@ def run(test, folder):
     arguments = {"tmp_path": folder} if "tmp_path" in inspect.signature(test).parameters else {}
     if arguments:
         folder.mkdir(parents=True, exist_ok=True)
-    test(**arguments)
+    try:
+        test(**arguments)
+    finally:
+        getattr(test.__self__, "teardown_class", lambda: None)()
 
 
 def own_tests(contract):
@@ -64,7 +67,7 @@ def catches(tmp_path):
                     continue
                 else:
                     missed.append(f"{name} passes on wrong component {number}")
-        assert missed == []
+        assert missed == [], "\n".join(missed)
         assert set(own_tests(contract)) == set(mutants) | set(harmless), "tests without a wrong component"
 
     return check

@@ -3,128 +3,222 @@
 import asyncio
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from miles.api import ConfigError, ExecutorContext, Seats, WorkerError, import_target
+from miles.api import ConfigError, ExecutorContext, Seats, WorkerError
 from miles.builtins.inprocess import InProcessExecutor
+from miles.builtins.local import LocalExecutor
 from miles.builtins.trackers import JsonlTracker
 from miles.evaluate import RolloutEvaluator
 from miles.testing import EvaluatorContract, ExecutorContract, PresetContract, TrackerContract, installed
+from miles.toolkit import DirectLink, Failure, ProcessLink, WorkerFailure, WorkerHost, Workers
+from miles.workers import process
 
 CONTEXT = ExecutorContext({f"workers-{size}": Seats(size) for size in (1, 2)})
 
 
-class Threads:
-    """Workers as threads of this process, one a rank."""
+class Hosts:
+    """Any number of ranks, all in this process."""
 
     shares_process = True
+    group, host = Workers, WorkerHost
 
     async def launch(self, name, target, *args, **kwargs):
         size = int(name.rpartition("-")[2])  # the contract names its groups so
-        return Group([import_target(target)(rank, size, *args, **kwargs) for rank in range(size)])
+        links = [DirectLink(self.host(rank, size)) for rank in range(size)]
+        return await Workers.build(self.group(name, links, address="127.0.0.1", timeout=None), target, args, kwargs)
 
     async def close(self):
         pass
 
 
-class Group:
-    def __init__(self, workers):
-        self.workers, self.size = workers, len(workers)
-        self.threads = [ThreadPoolExecutor(1) for _ in workers]
-
-    async def call(self, method, *args, **kwargs):
-        return await self.run(method, [args] * self.size, kwargs)
-
-    async def call_each(self, method, args):
-        return await self.run(method, args, {})
-
-    async def run(self, method, args, kwargs):
-        loop = asyncio.get_running_loop()
-        functions = [getattr(worker, method) for worker in self.workers]
-        calls = [
-            loop.run_in_executor(thread, lambda f=function, a=given: f(*a, **kwargs))
-            for thread, function, given in zip(self.threads, functions, args, strict=True)
-        ]
-        return await asyncio.gather(*calls)
-
-    async def close(self):
-        for thread in self.threads:
-            thread.shutdown()
+def executor_with(executor=None, host=None, **group):
+    """`Hosts` with other methods: of its own, of its hosts, of its groups."""
+    parts = {"host": type("WrongHost", (WorkerHost,), host or {}), "group": type("WrongGroup", (Workers,), group)}
+    return type("WrongExecutor", (Hosts,), {**parts, **(executor or {})})
 
 
-def executor_with(executor=None, **methods):
-    """`Threads` whose groups have these methods."""
-
-    class Wrong(Threads):
-        async def launch(self, name, target, *args, **kwargs):
-            group = await super().launch(name, target, *args, **kwargs)
-            group.__class__ = type("WrongGroup", (Group,), methods)
-            return group
-
-    return type("WrongExecutor", (Wrong,), executor or {})
+def local_with(**methods):
+    """The members of a contract whose executor is `local` with other methods."""
+    wrong = type("WrongLocal", (LocalExecutor,), methods)
+    return None, {"build": lambda self: wrong(context=self.context()), "sizes": (1,), "patience": 1.5}
 
 
 def test_right_executors_pass(passes):
-    passes(ExecutorContract, Threads)
+    passes(ExecutorContract, Hosts)
     passes(ExecutorContract, partial(InProcessExecutor, context=CONTEXT), sizes=(1,))
 
 
-def test_wrong_executors_are_caught(catches):
-    async def backwards(self, method, args, kwargs):
-        return (await Group.run(self, method, args, kwargs))[::-1]
+def test_wrong_executors_are_caught(catches, monkeypatch):
+    monkeypatch.setattr(process, "PATIENCE", 0.2)
+
+    async def backwards(self, *args, **kwargs):
+        return (await Workers.call(self, *args, **kwargs))[::-1]
 
     async def the_same_for_all(self, method, args):
-        return await Group.run(self, method, [args[0]] * self.size, {})
+        return await Workers.call(self, method, *args[0])
 
-    async def blocking(self, method, args, kwargs):
-        return [getattr(w, method)(*a, **kwargs) for w, a in zip(self.workers, args, strict=True)]
+    async def everybody(self, rank, *args, **kwargs):
+        return (await self.call(*args, **kwargs))[rank]
 
-    async def at_once(self, method, args, kwargs):
-        calls = zip(self.workers, args, strict=True)
-        return await asyncio.gather(*(asyncio.to_thread(getattr(w, method), *a, **kwargs) for w, a in calls))
+    async def the_first(self, rank, *args, **kwargs):
+        return await Workers.call_one(self, 0, *args, **kwargs)
 
-    async def silent(self, method, args, kwargs):
-        outcomes = await asyncio.gather(Group.run(self, method, args, kwargs), return_exceptions=True)
-        return [None] * self.size if isinstance(outcomes[0], Exception) else outcomes[0]
+    async def by_json(self, *args, **kwargs):
+        return [str(value) for value in await Workers.call(self, *args, **kwargs)]
 
-    async def terse(self, method, args, kwargs):
+    async def at_once(self, key, method, args, kwargs):
+        found = await asyncio.to_thread(getattr(self.objects[key], method), *args, **kwargs)
+        return await found if asyncio.iscoroutine(found) else found
+
+    async def blocking(self, key, method, args, kwargs):
+        found = getattr(self.objects[key], method)(*args, **kwargs)
+        return await found if asyncio.iscoroutine(found) else found
+
+    async def one_by_one(self, key, method, args, kwargs):
+        async with self.__dict__.setdefault("turn", asyncio.Lock()):
+            return await WorkerHost.call(self, key, method, args, kwargs)
+
+    async def coroutines_in_turn(self, key, method, args, kwargs):
+        if asyncio.iscoroutinefunction(getattr(self.objects[key], method)):
+            return await one_by_one(self, key, method, args, kwargs)
+        return await WorkerHost.call(self, key, method, args, kwargs)
+
+    async def touchy(self, *args, **kwargs):
+        if getattr(self, "spoilt", False):
+            raise WorkerError("the answer is somebody else's")
         try:
-            return await Group.run(self, method, args, kwargs)
+            return await Workers.call(self, *args, **kwargs)
+        except asyncio.CancelledError:
+            self.spoilt = True
+            raise
+
+    async def the_same_object(self, name, target, *args, **kwargs):
+        return self
+
+    async def in_its_place(self, name, target, *args, **kwargs):
+        return await Workers.build(self, target, args, kwargs)
+
+    async def silent(self, *args, **kwargs):
+        try:
+            return await Workers.call(self, *args, **kwargs)
+        except ZeroDivisionError:
+            return [None] * self.size
+
+    async def terse(self, *args, **kwargs):
+        try:
+            return await Workers.call(self, *args, **kwargs)
         except Exception:
             raise WorkerError("a worker failed") from None
 
-    async def by_json(self, method, args, kwargs):
-        return [str(value) for value in await Group.run(self, method, args, kwargs)]
+    async def fragile(self, *args, **kwargs):
+        self.fate = getattr(self, "fate", None)
+        if self.fate:
+            raise self.fate
+        try:
+            return await Workers.call(self, *args, **kwargs)
+        except Exception as error:
+            self.fate = error
+            raise
 
     async def lazily(self, name, target, *args, **kwargs):
         try:
-            return await Threads.launch(self, name, target, *args, **kwargs)
+            return await Hosts.launch(self, name, target, *args, **kwargs)
         except ValueError:
-            return Group([])
+            return Workers(name, [], address="", timeout=None)
 
     async def once(self):
-        del self.threads
+        del self.links
 
-    async def copying(self, method, args, kwargs):
-        return [type(value)() for value in await Group.run(self, method, args, kwargs)]
+    async def copying(self, *args, **kwargs):
+        return [type(value)() for value in await Workers.call(self, *args, **kwargs)]
+
+    async def unburied(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        for link in group.links:
+            link._bury = asyncio.Event().wait
+        return group
+
+    async def forgetful(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        group._first_cause = lambda method, errors, silent: WorkerError("rank 0 died")
+        for link in group.links:
+            link.request = unless_dead(link)
+        return group
+
+    def unless_dead(link):
+        async def request(*args):
+            try:
+                return await ProcessLink.request(link, *args)
+            except WorkerFailure:
+                if "die" in args:
+                    raise
+
+        return request
+
+    async def patient(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        group.timeout = None
+        return group
+
+    async def curt(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        group._whereabouts = lambda rank, why: asyncio.sleep(0, Failure(rank, "silent", why))
+        return group
+
+    async def merciful(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        for link in group.links:
+            link.kill = lambda: None
+        return group
+
+    async def unclosed(self, *args, **kwargs):
+        group = await LocalExecutor.launch(self, *args, **kwargs)
+        group.close = partial(asyncio.sleep, 0)
+        return group
 
     catches(
         ExecutorContract,
         {
-            "test_every_rank_answers_in_order": [executor_with(run=backwards)],
+            "test_every_rank_answers_in_order": [executor_with(call=backwards)],
             "test_each_rank_gets_its_own_arguments": [executor_with(call_each=the_same_for_all)],
-            "test_arrays_and_nested_data_cross_unchanged": [executor_with(run=by_json)],
-            "test_calls_to_a_rank_follow_one_another": [executor_with(run=at_once)],
-            "test_the_event_loop_is_not_blocked": [executor_with(run=blocking)],
-            "test_a_failure_says_what_and_where": [executor_with(run=silent), executor_with(run=terse)],
+            "test_one_rank_is_called_alone": [executor_with(call_one=everybody), executor_with(call_one=the_first)],
+            "test_arrays_and_nested_data_cross_unchanged": [executor_with(call=by_json)],
+            "test_calls_to_a_rank_follow_one_another": [executor_with(host={"call": at_once})],
+            "test_coroutine_methods_run_beside_all_others": [
+                (executor_with(host={"call": one_by_one}), {"patience": 1.0}),
+                (executor_with(host={"call": coroutines_in_turn}), {"patience": 1.0}),
+            ],
+            "test_the_event_loop_is_not_blocked": [executor_with(host={"call": blocking})],
+            "test_a_call_that_is_given_up_leaves_the_group_as_it_is": [executor_with(call=touchy)],
+            "test_another_object_lives_beside": [
+                executor_with(beside=the_same_object),
+                executor_with(beside=in_its_place),
+            ],
+            "test_workers_reach_the_driver": [
+                executor_with(
+                    __init__=lambda self, *args, **kwargs: Workers.__init__(self, *args, **{**kwargs, "address": "::1"})
+                )
+            ],
+            "test_ranks_find_each_other": [executor_with({"shares_process": False})],
+            "test_it_says_whether_it_shares_the_process": [executor_with(call=copying)],
+            "test_a_failure_says_what_and_where": [
+                executor_with(call=silent),
+                executor_with(call=terse),
+                executor_with(call=fragile),
+            ],
             "test_a_worker_that_cannot_be_built_is_an_error": [executor_with({"launch": lazily})],
-            "test_a_size_it_does_not_serve_is_refused": [(Threads, {"sizes": (1,)})],
-            "test_closing": [executor_with(close=once)],
-            "test_it_says_whether_it_shares_the_process": [executor_with(run=copying)],
+            "test_a_size_it_does_not_serve_is_refused": [(Hosts, {"sizes": (1,)})],
+            "test_a_worker_that_dies_is_an_error": [local_with(launch=unburied), local_with(launch=forgetful)],
+            "test_a_worker_that_hangs_is_an_error": [
+                local_with(launch=patient),
+                local_with(launch=curt),
+                local_with(launch=merciful),
+            ],
+            "test_closing": [executor_with(close=once), local_with(launch=unclosed)],
         },
     )
 
