@@ -165,21 +165,40 @@ class TeacherLogits:
         return torch.cat([span(start, end) for span in within or self.spans[:1]])
 
     @classmethod
-    def of(cls, batch: MicroBatch, lessons: Mapping[int, Lesson], models: Mapping[str, TrainBackend]) -> TeacherLogits:
-        """Has the teachers read a micro-batch. Holds their hidden states until it is dropped."""
-        taught = [lessons[i] for i in batch.sample_ids]
-        own = batch.tokens_T.cpu().numpy()
-        read = [
-            own[start:end] if lesson.tokens is None else lesson.tokens
-            for lesson, (start, end) in zip(taught, pairwise(batch.bounds), strict=True)
-        ]
-        spans = []
-        for model in sorted({lesson.model for lesson in taught}):
-            rows = [row for row, lesson in enumerate(taught) if lesson.model == model]
-            packed = build_micro_batch(rows, read, {}, device=batch.tokens_T.device)
-            (outputs,) = models[model].forward([packed], LOGITS)
-            assert outputs.logits is not None
-            for row, ends in zip(rows, packed.bounds[1:], strict=True):
-                start, end = batch.bounds[row : row + 2]
-                spans.append(_Span(start, end, outputs.logits, ends - end, end - min(end - start, len(read[row]))))
-        return cls(sorted(spans, key=lambda span: span.start))
+    def ask(
+        cls,
+        batches: Sequence[MicroBatch],
+        lessons: Mapping[int, Lesson],
+        models: Mapping[str, TrainBackend],
+        teachers: Sequence[str],
+    ) -> list[TeacherLogits]:
+        """Has the `teachers` among `models` read the micro-batches of a step. Ranks that share a teacher ask together:
+        all of them ask all teachers, in one order, each about every micro-batch, of which it may teach nothing. The
+        policy may be one of them, as it is before the step. Holds their hidden states until it is dropped."""
+        taught = [[lessons[i] for i in batch.sample_ids] for batch in batches]
+        read = [_readings(batch, of_batch) for batch, of_batch in zip(batches, taught, strict=True)]
+        spans: list[list[_Span]] = [[] for _ in batches]
+        for model in teachers:
+            rows = [[row for row, lesson in enumerate(of_batch) if lesson.model == model] for of_batch in taught]
+            asked = [
+                build_micro_batch(those, texts, {}, device=batch.tokens_T.device)
+                for those, texts, batch in zip(rows, read, batches, strict=True)
+            ]
+            for i, outputs in enumerate(models[model].forward(asked, LOGITS)):
+                assert outputs.logits is not None
+                for row, ends in zip(rows[i], asked[i].bounds[1:], strict=True):
+                    start, end = batches[i].bounds[row : row + 2]
+                    first = end - min(end - start, len(read[i][row]))
+                    spans[i].append(_Span(start, end, outputs.logits, ends - end, first))
+                if not len(batches[i]):
+                    spans[i].append(_Span(0, 0, outputs.logits, 0, 0))
+        return [cls(sorted(found, key=lambda span: span.start)) for found in spans]
+
+
+def _readings(batch: MicroBatch, lessons: Sequence[Lesson]) -> list[np.ndarray]:
+    """Each sample as its teacher reads it."""
+    own = batch.tokens_T.cpu().numpy()
+    return [
+        own[start:end] if lesson.tokens is None else lesson.tokens
+        for lesson, (start, end) in zip(lessons, pairwise(batch.bounds), strict=True)
+    ]

@@ -29,7 +29,7 @@ from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import build_micro_batch, split_micro_batch, take_samples
 from miles.training.table import Table
-from miles.training.teachers import TeacherLogits
+from miles.training.teachers import TeacherLogits, model_name
 from miles.types import Metrics, MicroBatch, StepReport
 from miles.workers.entry import enter, join_process_group
 
@@ -89,11 +89,6 @@ class TrainWorker:
         registry = registry or enter(config, rank, setup.provenance)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
         self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
-        if self.compares_logits and size > 1:  # a teacher's head is gathered by all ranks, and they ask at other times
-            raise ConfigError(
-                f"policy loss {config.algorithm.policy_loss.name!r} compares with the logits of teachers in the "
-                f"trainer, which works with one train rank, not {size}: --actor-num-gpus-per-node 1, or another loss"
-            )
         self.wants: dict[str, frozenset[Want]] = {
             "actor": loss_wants(config, registry),
             "critic": frozenset({"values"}),
@@ -153,18 +148,28 @@ class TrainWorker:
         """One optimizer step of a model on these micro-batches."""
         model, objective = self.models[name], self.losses[name]
         objective.scope = scope
-        if isinstance(objective, Objective) and self.compares_logits:
-            lessons = {i: lesson for t in tables for i, lesson in zip(t.ids, t.lessons, strict=True) if lesson.model}
-            objective.teacher_logits = partial(TeacherLogits.of, lessons=lessons, models=self.models)
+        taught = objective if isinstance(objective, Objective) and self.compares_logits else None
+        section = self.setup.config.teacher
+        teachers = sorted({model_name(section, name) for name in section.load})
 
         def step(batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], StepReport]:
             model.zero_grad()
             objective.losses = []
+            if taught is not None:
+                taught.teacher_logits = None  # of an attempt that did not fit
+                lessons = {
+                    i: lesson for t in tables for i, lesson in zip(t.ids, t.lessons, strict=True) if lesson.model
+                }
+                said = TeacherLogits.ask(batches, lessons, self.models, teachers)
+                of_samples = {tuple(b.sample_ids): logits for b, logits in zip(batches, said, strict=True)}
+                taught.teacher_logits = lambda batch: of_samples[tuple(batch.sample_ids)]
             sums = model.forward_backward(batches, objective, self.wants[name])
             return sums, model.optim_step()
 
         _, (sums, report), retries = self._fitting(model, tables, step)
         model.zero_grad()
+        if taught is not None:
+            taught.teacher_logits = None
         losses = {i: loss for ids, loss_N in objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)}
         return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries, losses)
 

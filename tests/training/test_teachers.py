@@ -134,7 +134,9 @@ def test_logits_of_several_teachers_lie_beside_the_policys(models):
     }
     batch = build_micro_batch([0, 1, 2], tokens, {})
     batch.sample_ids = [10, 11, 12]
-    logits = TeacherLogits.of(batch, lessons, models)
+    nothing = build_micro_batch([], [], {})
+    logits, of_nothing = TeacherLogits.ask([batch, nothing], lessons, models, sorted(models))
+    assert of_nothing(0, 0).shape == (0, alone(models["teacher/a"], tokens[0]).shape[1])
     first, second = models["teacher/a"], models["teacher/b"]
     expected = [alone(first, tokens[0]), alone(second, longer)[4:], alone(first, shorter)]
     expected[2] = torch.cat([torch.zeros(2, expected[2].shape[1]), expected[2]])

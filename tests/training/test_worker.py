@@ -122,14 +122,6 @@ def test_retries_are_bounded():
         worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))
 
 
-def test_teachers_logits_are_refused_where_ranks_would_wait_for_each_other():
-    section = {"advantage_estimator": "none", "policy_loss": "distill_full"}
-    config = Config.model_validate({"algorithm": section, "teacher": {"load": "t"}})
-    setup = WorkerSetup(config, {}, "cpu", 1.0)
-    with pytest.raises(ConfigError, match="works with one train rank, not 2"):
-        TrainWorker(0, 2, setup, Registry(load_plugins()))
-
-
 def test_logits_of_whole_samples_are_refused_where_ranks_have_parts_of_them():
     algorithm = {"advantage_estimator": "none", "policy_loss": "distill_full"}
     config = Config.model_validate({"algorithm": algorithm, "train": {"context_parallel_size": 2}})

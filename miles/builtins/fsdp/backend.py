@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from miles.api import (
     BackendContext,
@@ -39,6 +38,7 @@ from miles.builtins.fsdp.attention import WITHOUT_MASK, PackedLayout
 from miles.builtins.fsdp.checkpoint import read_state, write_state
 from miles.builtins.fsdp.exact_sums import ExactSums
 from miles.builtins.fsdp.keeping_step import Ranks
+from miles.builtins.fsdp.logits import Head, KeptLogits, Logits, kept_head
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
 from miles.builtins.fsdp.optimizer import Optimizer
@@ -98,14 +98,19 @@ class FsdpBackend:
     # ------------------------------------------------------------------------------------------------------ numbers
 
     def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
-        """Without gradient; outputs on the CPU, but for `logits`, which all ranks together may ask for until the
-        weights change."""
+        """Without gradient; outputs on the CPU. `logits` may be asked for until the weights change."""
         self.placement.need("parameters")
+        heads: list[Head] = []
+
+        def say(ready: Ready) -> Outputs:
+            outputs = self._score(ready, want)
+            if isinstance(outputs.logits, Logits):
+                heads[:] = heads or [kept_head(self.scorer)]
+                outputs.logits = KeptLogits(outputs.logits, heads[0])
+            return _on_cpu(outputs)
+
         with self._resharding(), torch.no_grad():
-            ready = self._ready(batches)
-            return self.ranks.work_through(
-                ready, lambda r: self._to_cpu(self._score(r, want)), lambda r: self._accompany(r, want)
-            )
+            return self.ranks.work_through(self._ready(batches), say, lambda r: self._accompany(r, want))
 
     def forward_backward(
         self, batches: Sequence[MicroBatch], loss: LossFunction, want: frozenset[Want] = LOG_PROBS
@@ -119,6 +124,8 @@ class FsdpBackend:
             outputs = self._score(ready, want, share=ready.batch.bounds[-1] / tokens if tokens else 0.0)
             result = loss(ready.batch, outputs)
             total = sum(outputs.aux_losses.values(), start=result.loss)
+            if not ready.batch.bounds[-1]:
+                total = total + _sum_of_all(outputs)  # 0: whatever the loss does with no tokens, the ranks keep step
             total.backward()
             self.loss_total += total.detach()
             reported = {f"train/{name}": value.detach() for name, value in outputs.aux_losses.items()}
@@ -164,7 +171,7 @@ class FsdpBackend:
         before_UH = found.pop("before")
         outputs = Outputs(**{f"{name}_T": found[name][:tokens] for name in want if name in found})
         if "logits" in want:
-            outputs.logits = lambda start, end: self.scorer.logits(before_UH[layout.tree.places(start, end)])
+            outputs.logits = Logits(self.scorer, before_UH, layout.tree)
         if "router_balance" in found:
             coefficient = self.scorer.lm.config.router_aux_loss_coef
             outputs.aux_losses["router_balance"] = found["router_balance"] * (coefficient * share)
@@ -178,38 +185,7 @@ class FsdpBackend:
             part.stands_for = ready.part
         outputs = self._score(Ready(batch, self._layout(batch), part), want)
         if torch.is_grad_enabled():
-            parts = [outputs.log_probs_T, outputs.entropy_T, outputs.values_T, *outputs.aux_losses.values()]
-            parts += [outputs.logits(0, 0)] if outputs.logits else []
-            torch.stack([part.sum() for part in parts if part is not None]).sum().backward()
-
-    def _to_cpu(self, outputs: Outputs) -> Outputs:
-        logits = outputs.logits
-
-        @torch.no_grad()
-        def gathered(start: int, end: int) -> Tensor:
-            assert logits is not None
-            with self._gathered_root():
-                return logits(start, end)
-
-        return Outputs(
-            log_probs_T=_cpu(outputs.log_probs_T),
-            entropy_T=_cpu(outputs.entropy_T),
-            values_T=_cpu(outputs.values_T),
-            logits=None if logits is None else gathered,
-            aux_losses={name: value.cpu() for name, value in outputs.aux_losses.items()},
-        )
-
-    @contextmanager
-    def _gathered_root(self) -> Iterator[None]:
-        """The head's weight, whole, outside of a forward."""
-        sharded = self.scorer if isinstance(self.scorer, FSDPModule) else None
-        if sharded is not None:
-            sharded.unshard()
-        try:
-            yield
-        finally:
-            if sharded is not None:
-                sharded.reshard()
+            _sum_of_all(outputs).backward()
 
     def _all_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """Tokens of all ranks' micro-batches; 0 where nobody needs to know."""
@@ -301,8 +277,18 @@ class FsdpBackend:
         self.placement.onload(parts)
 
 
-def _cpu(values_T: Tensor | None) -> Tensor | None:
-    return None if values_T is None else values_T.cpu()
+def _on_cpu(outputs: Outputs) -> Outputs:
+    quantities = {name: getattr(outputs, name) for name in ("log_probs_T", "entropy_T", "values_T")}
+    there = {name: None if values_T is None else values_T.cpu() for name, values_T in quantities.items()}
+    losses = {name: value.cpu() for name, value in outputs.aux_losses.items()}
+    return replace(outputs, **there, aux_losses=losses)
+
+
+def _sum_of_all(outputs: Outputs) -> Tensor:
+    """Of a micro-batch without tokens: 0, with a gradient of 0 for every parameter."""
+    parts = [outputs.log_probs_T, outputs.entropy_T, outputs.values_T, *outputs.aux_losses.values()]
+    parts += [outputs.logits(0, 0)] if outputs.logits else []
+    return torch.stack([part.sum() for part in parts if part is not None]).sum()
 
 
 def _mesh(context: BackendContext) -> DeviceMesh | None:

@@ -6,7 +6,7 @@ its root, before forward and frees them after backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,9 +95,9 @@ class TokenScorer(nn.Module):
             found["router_balance"] = router_balance(logits, self.lm.config)
         return found
 
-    def logits(self, before_XH: Tensor) -> Tensor:
-        """`[X, V]` at the temperature, at least float32."""
-        logits = self.lm.get_output_embeddings()(before_XH)
+    def logits(self, before_XH: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
+        """`[X, V]` at the temperature, at least float32; `head` is this model's, or a copy of it."""
+        logits = head(before_XH)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
 

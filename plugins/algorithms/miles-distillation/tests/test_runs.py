@@ -30,7 +30,7 @@ def folder(seed):
 def distil(tmp_path):
     """`distil(method, teacher section, metadata of rows, ...)`: a short run; its metrics, step by step."""
 
-    def run(algorithm, teacher, metadata=lambda i: {}, steps=1, lr=3e-3, **default_set):
+    def run(algorithm, teacher, metadata=lambda i: {}, steps=1, lr=3e-3, ranks=1, **default_set):
         rows = [{"input": f"{i} and {i}", "metadata": metadata(i)} for i in range(8)]
         data = tmp_path / "prompts.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,6 +46,8 @@ def distil(tmp_path):
                 "algorithm": algorithm,
                 "teacher": teacher,
                 "optimizer": {"lr": lr},
+                "train": {"max_tokens_per_gpu": 64},
+                "resources": {"executor": "local", "actor_num_gpus_per_node": ranks} if ranks > 1 else {},
             }
         )
         lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
@@ -111,6 +113,17 @@ def test_of_prompts_that_the_policy_teaches_itself_there_is_nothing_to_learn(dis
     halves = [lines[0]["train/distill_reverse"] for lines in (one, other)]
     assert min(halves) > 0
     assert sum(halves) == pytest.approx(whole[0]["train/distill_reverse"], rel=1e-4)
+
+
+def test_two_ranks_learn_what_one_does(distil):
+    """From a teacher of their own and from the policy itself, by whole vocabularies; some micro-batches have samples of
+    one of the two alone."""
+    load = {"default": folder(TEACHER), "odd": "policy"}
+    one, two = (distil(METHODS["distill_full"], {"load": load}, odd_one_out, steps=2, ranks=r) for r in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        for name in ("train/distill_reverse", "train/loss", "train/grad_norm"):
+            assert second[name] == pytest.approx(first[name], rel=1e-5)
+            assert first[name] > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
