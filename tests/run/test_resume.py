@@ -290,6 +290,18 @@ def test_where_a_teachers_server_stands_may_change(config, tmp_path):
         pass
 
 
+def test_where_everything_runs_may_change(config, tmp_path):
+    from miles.config.load import resolve
+    from miles.rundir import run_directory
+
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    apart = {"rollout": {**config["rollout"], "num_engines": 2}, "weight_sync": {"transport": "disk"}}
+    for changes in ({}, {"resources": {"actor_num_gpus_per_node": 2}}, apart):
+        resolved = resolve([{**config, **changes}])
+        with run_directory(resolved.config, resolved.registry.plugins):
+            pass
+
+
 def test_a_run_is_not_written_over_because_its_checkpoints_are_elsewhere(config, tmp_path):
     import miles
     from miles.errors import ConfigError
