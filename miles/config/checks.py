@@ -1,19 +1,21 @@
 """Values that are fine alone and contradict each other, or lack what they need.
 
-Each check is a small generator of faults; `check` runs them all. What needs a model, a file or a device to be known is
-checked where those are opened.
+Most are rows of a table: a key, when it is at fault, what is wrong and how to fix it; the others are small generators
+of faults. `check` goes through all of them. What needs a model, a file or a device to be known is checked where those
+are opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from miles.component import TEACHER_NEEDS, Component, Need
+from miles.component import TEACHER_NEEDS, Component
 from miles.config.base import NONE
 from miles.config.components import WITHOUT_REWARDS, Use, learns_without_rewards
-from miles.config.data import TaskSet
+from miles.config.data import Sampling, TaskSet
 from miles.config.derived import Misfit, Numbers
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import Path, pattern
@@ -47,9 +49,7 @@ def check(
         purpose: `train`, `eval` or `show`: what must be there.
     """
     checked = _Checked(config, uses, registry, origin)
-    faults = [fault for one in _CHECKS for fault in one(checked)]
-    faults += [fault for one in _NEEDED.get(purpose, ()) for fault in one(checked)]
-    return faults
+    return [fault for one in (*_CHECKS, *_NEEDED.get(purpose, ())) for fault in one(checked)]
 
 
 @dataclass(frozen=True)
@@ -76,114 +76,157 @@ class _Checked:
     def at_default(self, path: Path) -> bool:
         return self.value(path) == schema_leaves()[pattern(path)].default
 
+    def component(self, kind: str, name: str) -> Component:
+        """Or one that needs and provides nothing, where its name is at fault, which is reported already."""
+        try:
+            return self.registry.component(kind, name)
+        except MilesError:
+            return Component("nothing:nothing")
 
-def _kl(c: _Checked) -> Iterator[Fault]:
+    @cached_property
+    def needs(self) -> set[str]:
+        """What all chosen components need together."""
+        chosen = [use for use in self.uses if use.name not in KINDS[use.kind].words]
+        return {need for use in chosen for need in self.component(use.kind, use.name).needs}
+
+    @property
+    def taught(self) -> bool:
+        return bool(self.needs & TEACHER_NEEDS)
+
+    @property
+    def supervised(self) -> bool:
+        """Nothing estimates advantages."""
+        return self.config.algorithm.advantage_estimator.name == NONE
+
+    @property
+    def generates(self) -> bool:
+        """As the engine says; not, where its name is at fault."""
+        try:
+            return generates(self.config, self.registry)
+        except MilesError:
+            return False
+
+    @property
+    def all_sets(self) -> list[tuple[str, TaskSet]]:
+        data, held_out = self.config.data.sets, self.config.eval.sets
+        return [*(("data.sets", s) for s in data), *(("eval.sets", s) for s in held_out)]
+
+
+_RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
+    ("algorithm.kl_coef", lambda c: c.config.algorithm.kl_coef and c.config.algorithm.kl_loss_coef,
+     "the KL penalty is in the reward, and in the loss too (kl_loss_coef={algorithm.kl_loss_coef}): it counts twice",
+     "set one of algorithm.kl_coef and algorithm.kl_loss_coef to 0"),
+    ("algorithm.unbiased_kl", lambda c: c.config.algorithm.unbiased_kl and not c.config.algorithm.kl_loss_coef,
+     "corrects the KL of the loss, but algorithm.kl_loss_coef is 0",
+     "set --kl-loss-coef, or leave --use-unbiased-kl out"),
+    *((f"algorithm.{name}", lambda c, name=name: c.supervised and getattr(c.config.algorithm, name),
+       "is about advantages, and there are none", _ESTIMATE)
+      for name in ("advantage_terms", "normalize_advantages", "kl_coef")),
+    ("algorithm.advantage_estimator", lambda c: not c.supervised and WITHOUT_REWARDS in
+     c.component("policy_losses", c.config.algorithm.policy_loss.name).provides,
+     "policy loss {algorithm.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
+     "--advantage-estimator none, or another --policy-loss"),
+    ("algorithm.aggregation_constant", lambda c: c.config.algorithm.aggregation_constant is not None
+     and c.config.algorithm.loss_aggregation != "constant",
+     "is for loss aggregation 'constant', not {algorithm.loss_aggregation!r}",
+     "add --loss-aggregation constant, or leave the constant out"),
+    ("algorithm.is_correction", lambda c: c.config.algorithm.old_logprobs == "rollout"
+     and c.config.algorithm.is_correction.name not in KINDS["is_corrections"].words,
+     "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
+     "--old-logprobs recompute, or leave the correction out"),
+    ("critic.only_steps", lambda c: "critic" in c.needs
+     and 0 < (c.config.rollout.num_rollout or 0) <= c.config.critic.only_steps,
+     "leaves the policy nothing to learn from: the run has {rollout.num_rollout} rollout batches",
+     "lower --num-critic-only-steps or raise --num-rollout"),
+    ("teacher.load", lambda c: c.taught and not c.config.teacher.load and not c.config.teacher.urls
+     and all(s.generate.name in KINDS["generate_functions"].words for s in c.config.data.sets),  # others may teach
+     "who teaches? a chosen component learns from a teacher, and none is named",
+     "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls URL of a server"),
+    ("teacher.urls", lambda c: "teacher_logits" in c.needs and c.config.teacher.urls,
+     "the policy loss {algorithm.policy_loss.name!r} compares all logits, which no server sends",
+     "--opd-teacher-load CHECKPOINT, or another --policy-loss"),
+    ("teacher.urls", lambda c: "teacher_top_k" in c.needs and c.config.teacher.load and c.config.teacher.urls,
+     "teachers in the trainer say whole distributions and servers say a few tokens of them: one loss cannot compare "
+     "with both", "have all teachers in teacher.load, or all in teacher.urls"),
+    ("teacher.load", lambda c: c.taught and c.config.teacher.load and c.config.teacher.prompt_key is None
+     and {*c.config.teacher.load.values(), *c.config.teacher.urls} == {POLICY},
+     "the policy agrees with itself: it must be told more than it was asked",
+     "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
+    ("teacher.engine", lambda c: c.taught and c.config.teacher.engine is not None and not c.config.teacher.urls,
+     "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
+    ("rollout.mode", lambda c: c.config.rollout.mode not in MODES,
+     f"is not in this version, which has {', '.join(MODES)}", "--rollout-mode sync"),
+    ("resources.colocate", lambda c: c.config.rollout.mode != "sync" and c.config.resources.colocate,
+     "trainer and engines take turns, but rollout mode {rollout.mode!r} needs both at once",
+     "--rollout-mode sync, or --no-colocate"),
+    ("run.deterministic", lambda c: c.config.rollout.mode != "sync" and c.config.run.deterministic,
+     "cannot be promised in rollout mode {rollout.mode!r}", "--rollout-mode sync, or --no-deterministic-mode"),
+    ("run.deterministic", lambda c: c.config.run.deterministic and c.config.weight_sync.interval > 1,
+     "cannot be promised with weight_sync.interval={weight_sync.interval}: a run that is interrupted between two syncs "
+     "resumes with newer weights in the engines than it had",
+     "--update-weights-interval 1, or --no-deterministic-mode"),
+    ("optimizer.lr_decay_steps", lambda c: c.config.optimizer.lr_decay_steps is not None
+     and c.config.optimizer.lr_decay_steps <= c.config.optimizer.lr_warmup_steps,
+     "ends before the warm-up of {optimizer.lr_warmup_steps} steps does",
+     "raise --lr-decay-iters or lower --lr-warmup-iters"),
+    ("eval.interval", lambda c: c.config.eval.interval is not None and not c.config.eval.sets,
+     "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH"),
+    ("moe.routing_replay", lambda c: c.config.moe.routing_replay.name not in KINDS["routing_replays"].words,
+     "replaying expert choices is not in this version", "--routing-replay none"),
+)  # fmt: skip
+"""(key, when it is at fault, problem with values of the configuration in braces, remedy)"""
+
+_OTHER_POLICY = "so that the policy that acted is not the one that is trained: importance ratios would be wrong"
+_CUTS = f"cuts tokens off, {_OTHER_POLICY}"
+_SAMPLING: tuple[tuple[str, Callable[[Sampling], Any], str, str], ...] = (
+    ("top_p", lambda s: s.top_p != 1, _CUTS, "use top_p=1.0 in training; evaluation sets may truncate"),
+    ("top_k", lambda s: s.top_k > 0, _CUTS, "use top_k=-1 in training; evaluation sets may truncate"),
+    ("min_p", lambda s: s.min_p != 0, _CUTS, "use min_p=0.0 in training; evaluation sets may truncate"),
+    ("min_new_tokens", lambda s: s.min_new_tokens, f"forbids stop tokens at first, {_OTHER_POLICY}",
+     "use min_new_tokens=0 in training, and a reward for length if need be; evaluation sets may set it"),
+    ("temperature", lambda s: s.temperature == 0,
+     "greedy sampling gives every sample of a group the same response, and so nothing to learn from",
+     "use a temperature above 0 in training; evaluation sets may be greedy"),
+)  # fmt: skip
+"""The same for what training samples may not be drawn with."""
+
+
+def _rules(c: _Checked) -> Iterator[Fault]:
+    for key, at_fault, problem, remedy in _RULES:
+        if at_fault(c):
+            yield c.fault(key, problem.format(**dict(c.config)), remedy)
+
+
+def _terms(c: _Checked) -> Iterator[Fault]:
     a = c.config.algorithm
-    if a.kl_coef and a.kl_loss_coef:
-        yield c.fault(
-            "algorithm.kl_coef",
-            f"the KL penalty is in the reward, and in the loss too (kl_loss_coef={a.kl_loss_coef}): it counts twice",
-            "set one of algorithm.kl_coef and algorithm.kl_loss_coef to 0",
-        )
-    if a.unbiased_kl and not a.kl_loss_coef:
-        yield c.fault(
-            "algorithm.unbiased_kl",
-            "corrects the KL of the loss, but algorithm.kl_loss_coef is 0",
-            "set --kl-loss-coef, or leave --use-unbiased-kl out",
-        )
-
-
-def _losses(c: _Checked) -> Iterator[Fault]:
-    a = c.config.algorithm
-    for name in ("advantage_terms", "normalize_advantages", "kl_coef") if _supervised(c) else ():
-        if getattr(a, name):
-            yield c.fault(f"algorithm.{name}", "is about advantages, and there are none", _ESTIMATE)
-    if not _supervised(c) and WITHOUT_REWARDS in _component(c, "policy_losses", a.policy_loss.name).provides:
-        yield c.fault(
-            "algorithm.advantage_estimator",
-            f"policy loss {a.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
-            "--advantage-estimator none, or another --policy-loss",
-        )
     estimator, *terms = [spec.name.rpartition("/")[2] for spec in (a.advantage_estimator, *a.advantage_terms)]
     if estimator in terms:
         problem = f"{estimator!r} is the estimator and a term beside it too: it counts twice"
         yield c.fault("algorithm.advantage_terms", problem, "leave it out, or name another --advantage-estimator")
-    if a.aggregation_constant is not None and a.loss_aggregation != "constant":
-        yield c.fault(
-            "algorithm.aggregation_constant",
-            f"is for loss aggregation 'constant', not {a.loss_aggregation!r}",
-            "add --loss-aggregation constant, or leave the constant out",
-        )
-    if a.old_logprobs == "rollout" and a.is_correction.name not in KINDS["is_corrections"].words:
-        yield c.fault(
-            "algorithm.is_correction",
-            "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
-            "--old-logprobs recompute, or leave the correction out",
-        )
 
 
-def _chosen_needs(c: _Checked) -> set[str]:
-    """What all chosen components need together."""
-    chosen = [use for use in c.uses if use.name not in KINDS[use.kind].words]
-    return {need for use in chosen for need in _component(c, use.kind, use.name).needs}
-
-
-def _idle(c: _Checked, section: str, needs: Collection[Need]) -> Iterator[Fault]:
+def _idle(c: _Checked) -> Iterator[Fault]:
     """Settings of a model that no chosen component needs."""
-    every = (offer for kind in KINDS.values() if kind.protocol is not None for offer in c.registry.offers(kind.name))
-    names = sorted({offer.name for offer in every if offer.value.needs & set(needs)})
-    remedy = f"choose one that does ({', '.join(names) or 'none is installed'}), or leave it out"
-    for name in type(getattr(c.config, section)).model_fields:
-        if not c.at_default((section, name)):
-            yield c.fault(f"{section}.{name}", f"no chosen component needs a {section}", remedy)
-
-
-def _critic(c: _Checked) -> Iterator[Fault]:
-    if "critic" not in _chosen_needs(c):
-        yield from _idle(c, "critic", {"critic"})
-        return
-    only, steps = c.config.critic.only_steps, c.config.rollout.num_rollout
-    if steps is not None and 0 < steps <= only:
-        yield c.fault(
-            "critic.only_steps",
-            f"leaves the policy nothing to learn from: the run has {steps} rollout batches",
-            "lower --num-critic-only-steps or raise --num-rollout",
+    for section, needs in (("critic", {"critic"}), ("teacher", TEACHER_NEEDS)):
+        if c.needs & needs:
+            continue
+        every = (
+            offer for kind in KINDS.values() if kind.protocol is not None for offer in c.registry.offers(kind.name)
         )
+        names = sorted({offer.name for offer in every if offer.value.needs & needs})
+        remedy = f"choose one that does ({', '.join(names) or 'none is installed'}), or leave it out"
+        for name in type(getattr(c.config, section)).model_fields:
+            if not c.at_default((section, name)):
+                yield c.fault(f"{section}.{name}", f"no chosen component needs a {section}", remedy)
 
 
-def _teacher(c: _Checked) -> Iterator[Fault]:
-    section, needs = c.config.teacher, _chosen_needs(c)
-    if not needs & TEACHER_NEEDS:
-        yield from _idle(c, "teacher", TEACHER_NEEDS)
-        return
-    own_functions = any(s.generate.name not in KINDS["generate_functions"].words for s in c.config.data.sets)
-    if not section.load and not section.urls and not own_functions:  # which may bring a teacher's log-probs themselves
-        problem = "who teaches? a chosen component learns from a teacher, and none is named"
-        yield c.fault("teacher.load", problem, "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls URL of a server")
-    for name in sorted(set(section.load) & set(section.urls)):
+def _teachers(c: _Checked) -> Iterator[Fault]:
+    section = c.config.teacher
+    for name in sorted(set(section.load) & set(section.urls)) if c.taught else ():
         yield c.fault("teacher.urls", f"{name!r} is also in teacher.load", "give each teacher a name of its own")
-    if "teacher_logits" in needs and section.urls:
-        yield c.fault(
-            "teacher.urls",
-            f"the policy loss {c.config.algorithm.policy_loss.name!r} compares all logits, which no server sends",
-            "--opd-teacher-load CHECKPOINT, or another --policy-loss",
-        )
-    if "teacher_top_k" in needs and section.load and section.urls:
-        yield c.fault(
-            "teacher.urls",
-            "teachers in the trainer say whole distributions and servers say a few tokens of them: one loss cannot "
-            "compare with both",
-            "have all teachers in teacher.load, or all in teacher.urls",
-        )
-    if section.load and {*section.load.values(), *section.urls} == {POLICY} and section.prompt_key is None:
-        problem = "the policy agrees with itself: it must be told more than it was asked"
-        yield c.fault("teacher.load", problem, "--opd-teacher-prompt-key KEY, or the checkpoint of another model")
-    if section.engine is not None and not section.urls:
-        yield c.fault("teacher.engine", "there is no server to speak to", "give --opd-teacher-urls, or leave it out")
 
 
 def _sampling(c: _Checked) -> Iterator[Fault]:
-    """What training samples may not be drawn with."""
     temperatures = {s.name: s.sampling.temperature for s in c.config.data.sets}
     if len(set(temperatures.values())) > 1:
         yield c.fault(
@@ -192,34 +235,14 @@ def _sampling(c: _Checked) -> Iterator[Fault]:
             "give all training sets the same sampling.temperature",
         )
     for task_set in c.config.data.sets:
-        at = f"data.sets.{task_set.name}.sampling"
-        for name, off in (("top_p", 1.0), ("top_k", -1), ("min_p", 0.0)):
-            value = getattr(task_set.sampling, name)
-            if value != off and not (name == "top_k" and value <= 0):
-                yield c.fault(
-                    f"{at}.{name}",
-                    "cuts tokens off, so that the policy that acted is not the one that is trained: "
-                    "importance ratios would be wrong",
-                    f"use {name}={off} in training; evaluation sets may truncate",
-                )
-        if task_set.sampling.min_new_tokens:
-            yield c.fault(
-                f"{at}.min_new_tokens",
-                "forbids stop tokens at first, so that the policy that acted is not the one that is trained: "
-                "importance ratios would be wrong",
-                "use min_new_tokens=0 in training, and a reward for length if need be; evaluation sets may set it",
-            )
-        if task_set.sampling.temperature == 0:
-            yield c.fault(
-                f"{at}.temperature",
-                "greedy sampling gives every sample of a group the same response, and so nothing to learn from",
-                "use a temperature above 0 in training; evaluation sets may be greedy",
-            )
+        for name, at_fault, problem, remedy in _SAMPLING:
+            if at_fault(task_set.sampling):
+                yield c.fault(f"data.sets.{task_set.name}.sampling.{name}", problem, remedy)
 
 
 def _lengths(c: _Checked) -> Iterator[Fault]:
     limit = c.config.rollout.max_context_len
-    for where, task_set in _all_sets(c.config):
+    for where, task_set in c.all_sets:
         sampling, at = task_set.sampling, f"{where}.{task_set.name}.sampling"
         if sampling.min_new_tokens > sampling.max_new_tokens:
             yield c.fault(
@@ -244,56 +267,19 @@ def _placement(c: _Checked) -> Iterator[Fault]:
         return  # a name at fault, which is reported already
 
 
-def _modes(c: _Checked) -> Iterator[Fault]:
-    mode = c.config.rollout.mode
-    if mode not in MODES:
-        yield c.fault("rollout.mode", f"is not in this version, which has {', '.join(MODES)}", "--rollout-mode sync")
-    if mode != "sync" and c.config.resources.colocate:
-        yield c.fault(
-            "resources.colocate",
-            f"trainer and engines take turns, but rollout mode {mode!r} needs both at once",
-            "--rollout-mode sync, or --no-colocate",
-        )
-    if mode != "sync" and c.config.run.deterministic:
-        yield c.fault(
-            "run.deterministic",
-            f"cannot be promised in rollout mode {mode!r}",
-            "--rollout-mode sync, or --no-deterministic-mode",
-        )
-    if c.config.run.deterministic and c.config.weight_sync.interval > 1:
-        yield c.fault(
-            "run.deterministic",
-            f"cannot be promised with weight_sync.interval={c.config.weight_sync.interval}: a run that is interrupted "
-            "between two syncs resumes with newer weights in the engines than it had",
-            "--update-weights-interval 1, or --no-deterministic-mode",
-        )
-
-
-def _optimizer(c: _Checked) -> Iterator[Fault]:
+def _learning_rates(c: _Checked) -> Iterator[Fault]:
     o = c.config.optimizer
     for section, its, prefix in (("optimizer", o, "--"), ("critic", c.config.critic.optimizer(o), "--critic-")):
         if its.lr_schedule != "constant" and its.min_lr > its.lr:
             remedy = f"lower {prefix}min-lr or raise {prefix}lr"
             yield c.fault(f"{section}.min_lr", f"is above the peak lr={its.lr}", remedy)
-    if o.lr_decay_steps is not None and o.lr_decay_steps <= o.lr_warmup_steps:
-        yield c.fault(
-            "optimizer.lr_decay_steps",
-            f"ends before the warm-up of {o.lr_warmup_steps} steps does",
-            "raise --lr-decay-iters or lower --lr-warmup-iters",
-        )
 
 
-def _evaluation(c: _Checked) -> Iterator[Fault]:
-    section = c.config.eval
-    if section.interval is not None and not section.sets:
-        yield c.fault("eval.interval", "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH")
-    most = max((s.n_samples_per_prompt or 1 for s in section.sets), default=None)
-    if most is not None and any(k > most for k in section.pass_k):
-        yield c.fault(
-            "eval.pass_k",
-            f"pass@k needs k samples of each prompt; the sets draw {most} at most",
-            "raise --n-samples-per-eval-prompt or lower --eval-pass-k",
-        )
+def _pass_k(c: _Checked) -> Iterator[Fault]:
+    most = max((s.n_samples_per_prompt or 1 for s in c.config.eval.sets), default=None)
+    if most is not None and any(k > most for k in c.config.eval.pass_k):
+        problem = f"pass@k needs k samples of each prompt; the sets draw {most} at most"
+        yield c.fault("eval.pass_k", problem, "raise --n-samples-per-eval-prompt or lower --eval-pass-k")
 
 
 def _export(c: _Checked) -> Iterator[Fault]:
@@ -306,9 +292,9 @@ def _export(c: _Checked) -> Iterator[Fault]:
 
 def _needs(c: _Checked) -> Iterator[Fault]:
     """What components need of the core is there. Components that need an environment stand in sets that have one."""
-    sets = {f"{where}.{task_set.name}": task_set for where, task_set in _all_sets(c.config)}
+    sets = {f"{where}.{task_set.name}": task_set for where, task_set in c.all_sets}
     for use in c.uses:
-        needs = () if use.name in KINDS[use.kind].words else _component(c, use.kind, use.name).needs
+        needs = () if use.name in KINDS[use.kind].words else c.component(use.kind, use.name).needs
         task_set = sets.get(".".join(use.path[:3]))
         judged = [task_set] if task_set is not None else c.config.data.sets if use.kind == "rewards" else ()
         worldless = [one.name for one in judged if one.environment is None]
@@ -317,11 +303,11 @@ def _needs(c: _Checked) -> Iterator[Fault]:
             problem, remedy = "", ""
             if need in UNMET:
                 problem, remedy = f"{who} {UNMET[need]}, which is not in this version", "name another component"
-            elif need in GENERATED and not _generates(c):
+            elif need in GENERATED and not c.generates:
                 engine = c.config.rollout.engine.name
                 problem = f"{who} {GENERATED[need]}, but the engine {engine!r} generates nothing"
                 remedy = "name another component, or another --rollout-engine"
-            elif need == "advantages" and _supervised(c):
+            elif need == "advantages" and c.supervised:
                 problem, remedy = f"{who} advantages, and there are none", _ESTIMATE
             elif need == "environment" and worldless:
                 where = ".".join(use.path[:3]) if task_set is not None else f"data.sets.{worldless[0]}"
@@ -329,11 +315,6 @@ def _needs(c: _Checked) -> Iterator[Fault]:
             if problem:
                 key = ".".join(use.path[:4]) if task_set is not None else use.key
                 yield Fault(key, problem, remedy, use.name, c.origin(use.path))
-
-
-def _routing_replay(c: _Checked) -> Iterator[Fault]:
-    if c.config.moe.routing_replay.name not in KINDS["routing_replays"].words:
-        yield c.fault("moe.routing_replay", "replaying expert choices is not in this version", "--routing-replay none")
 
 
 def _plugins(c: _Checked) -> Iterator[Fault]:
@@ -350,8 +331,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _kl, _losses, _critic, _teacher, _sampling, _lengths, _placement, _modes, _optimizer, _evaluation,
-    _export, _needs, _routing_replay,
+    _plugins, _rules, _terms, _idle, _teachers, _sampling, _lengths, _placement, _learning_rates, _pass_k, _export,
+    _needs,
 )  # fmt: skip
 
 
@@ -379,7 +360,7 @@ def _evaluation_data(c: _Checked) -> Iterator[Fault]:
 
 
 def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
-    for set_where, task_set in _all_sets(c.config):
+    for set_where, task_set in c.all_sets:
         if set_where == where and task_set.path is None:
             yield c.fault(f"{where}.{task_set.name}.path", "which file?", remedy)
 
@@ -387,10 +368,10 @@ def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
 def _rewards(c: _Checked) -> Iterator[Fault]:
     """Responses that nobody judges teach nothing, unless the algorithm looks at no reward. Generate functions other
     than `auto` may reward by themselves."""
-    if not _generates(c):
+    if not c.generates:
         return
     unjudged = learns_without_rewards(c.config, c.registry)
-    for where, task_set in _all_sets(c.config):
+    for where, task_set in c.all_sets:
         if unjudged and where == "data.sets":
             continue
         at_default = c.at_default((*where.split("."), task_set.name, "generate"))
@@ -416,28 +397,3 @@ _NEEDED: dict[str, tuple[Callable[[_Checked], Iterator[Fault]], ...]] = {
     "train": (_checkpoint, _training_data, _rewards, _numbers),
     "eval": (_checkpoint, _evaluation_data, _rewards),
 }
-
-
-def _component(c: _Checked, kind: str, name: str) -> Component:
-    """The component, or one that needs and provides nothing where its name is at fault, which is reported already."""
-    try:
-        return c.registry.component(kind, name)
-    except MilesError:
-        return Component("nothing:nothing")
-
-
-def _supervised(c: _Checked) -> bool:
-    """Whether nothing estimates advantages."""
-    return c.config.algorithm.advantage_estimator.name == NONE
-
-
-def _generates(c: _Checked) -> bool:
-    """As the engine says; not, where its name is at fault."""
-    try:
-        return generates(c.config, c.registry)
-    except MilesError:
-        return False
-
-
-def _all_sets(config: Config) -> list[tuple[str, TaskSet]]:
-    return [*(("data.sets", s) for s in config.data.sets), *(("eval.sets", s) for s in config.eval.sets)]
