@@ -30,6 +30,7 @@ from miles.workers.failure import Failure, WorkerFailure, raised
 from miles.workers.group import DirectLink, Link, Workers
 from miles.workers.host import WorkerHost, torchrun_environment
 from miles.workers.process import ProcessLink
+from miles.workers.settling import when_idle, with_driver
 
 __all__ = [
     "COLUMN",
@@ -91,6 +92,8 @@ __all__ = [
     "take_samples",
     "this_process",
     "torchrun_environment",
+    "when_idle",
     "whiten",
+    "with_driver",
     "write_checkpoint",
 ]

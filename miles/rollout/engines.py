@@ -32,36 +32,36 @@ class EngineFront:
     def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
         self.engines = list(engines)
         self.traffic = Traffic()
-        self._in_flight = [0] * len(self.engines)
+        self._in_flight = 0
         self._busy_since = 0.0
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = [asyncio.Semaphore(-(-concurrency // len(self.engines))) for _ in self.engines]
 
     @property
     def generates(self) -> bool:
         return all(engine.generates for engine in self.engines)
 
     async def generate(self, request: GenerateRequest, affinity: int = 0) -> GenerateResult:
-        async with self._slots:
-            index = self._enter(affinity % len(self.engines))
+        index = affinity % len(self.engines)
+        async with self._slots[index]:
+            self._enter()
             try:
                 result = await self.engines[index].generate(request)
             finally:
-                self._leave(index)
+                self._leave()
         traffic = self.traffic
         traffic.prompt_tokens += len(request.tokens)
         traffic.cached_tokens += result.cached_tokens
         traffic.generated_tokens += len(result.tokens)
         return result
 
-    def _enter(self, index: int) -> int:
-        if not any(self._in_flight):
+    def _enter(self) -> None:
+        if not self._in_flight:
             self._busy_since = time.perf_counter()
-        self._in_flight[index] += 1
-        return index
+        self._in_flight += 1
 
-    def _leave(self, index: int) -> None:
-        self._in_flight[index] -= 1
-        if not any(self._in_flight):
+    def _leave(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
             self.traffic.seconds += time.perf_counter() - self._busy_since
 
     async def abort(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from miles.log import logger
 from miles.workers.failure import Failure, WorkerFailure
 from miles.workers.serve import NOTE
+from miles.workers.settling import when_idle
 from miles.workers.wire import Load, Wire
 
 PATIENCE = 5.0
@@ -39,6 +40,8 @@ class ProcessLink:
         self._wire = Wire(self._receive, self._lost)
         self._numbers = itertools.count(NOTE + 1)
         self._pending: dict[int, asyncio.Future] = {}
+        self._calls = self._answers = 0
+        self._speaking = False
         self._over = asyncio.Event()
         self._killed = False
         self._failure: Failure | None = None
@@ -79,6 +82,8 @@ class ProcessLink:
         self._pending[number] = future
         try:
             self._wire.post(number, (method, *args))
+            self._calls += 1
+            self._settle_soon()
             return await future
         except asyncio.CancelledError:
             self._wire.post(NOTE, number)
@@ -114,7 +119,10 @@ class ProcessLink:
         if number == NOTE:
             level, text = load()
             logger.log(level, "[%s %d] %s", self.name, self.rank, text)
-        elif (future := self._pending.get(number)) and not future.done():  # else it was given up
+            return
+        self._answers += 1
+        self._settle_soon()
+        if (future := self._pending.get(number)) and not future.done():  # else it was given up
             try:
                 answer = load()
             except Exception as error:
@@ -123,6 +131,19 @@ class ProcessLink:
                 future.set_exception(WorkerFailure(answer))
             else:
                 future.set_result(answer)
+
+    def _settle_soon(self) -> None:
+        """Tell the worker when everything that follows from what was said has been said."""
+
+        def tell() -> None:
+            self._speaking = False
+            if self._failure is None:
+                self._wire.post(NOTE, (self._calls, self._answers))
+
+        if not self._speaking:
+            self._speaking = True
+            loop = asyncio.get_running_loop()
+            loop.call_soon(when_idle, loop, tell)
 
     def _lost(self) -> None:
         self._burial = asyncio.ensure_future(self._bury())

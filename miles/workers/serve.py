@@ -63,17 +63,21 @@ async def _serve(connection: Any, rank: int, size: int, logged: bool) -> None:
 
     from miles.workers.failure import raised
     from miles.workers.host import WorkerHost
+    from miles.workers.settling import with_driver
     from miles.workers.wire import Wire
 
     host, calls = WorkerHost(rank, size), dict[int, asyncio.Task]()
 
     def receive(number: int, load: Load) -> None:
         if number != NOTE:
+            with_driver.called()
             calls[number] = asyncio.ensure_future(answer(number, load))
-        elif (abandoned := load()) is None:
+        elif (note := load()) is None:
             over.set()
-        elif abandoned in calls:
-            calls[abandoned].cancel()
+        elif isinstance(note, tuple):
+            with_driver.heard(*note)
+        elif note in calls:  # it was given up
+            calls[note].cancel()
 
     async def answer(number: int, load: Load) -> None:
         try:
@@ -82,6 +86,7 @@ async def _serve(connection: Any, rank: int, size: int, logged: bool) -> None:
         except BaseException as error:  # also SystemExit: no method of a worker may end the process
             wire.post(number, raised(rank, error))
         finally:
+            with_driver.answered()
             del calls[number]
 
     over = asyncio.Event()

@@ -3,8 +3,9 @@
 Two threads run free, so *when* a request reaches the engine would be an accident; and with it the company it is
 computed in, and the last bits of its log-probabilities. Two rules make it a matter of logic instead:
 
-- Requests are handed over in batches. A batch is closed when the event loop has nothing left to do, so it holds
-  everything that one cause (a start, a delivery of results) brought about.
+- Requests are handed over in batches. A batch is closed when the event loop has nothing left to do (and the driver's
+  neither, where the engine lives in a worker), so it holds everything that one cause (a start, a delivery of results)
+  brought about.
 - Results are delivered every few engine steps, and the engine takes in what they brought about a fixed number of steps
   later, waiting for it if it must. Only one delivery is under way at a time, so each batch has one cause.
 
@@ -18,10 +19,10 @@ import queue
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-HOPS = 100
-"""Turns of the event loop after which a batch is closed even if the loop is still busy."""
+from miles.toolkit import when_idle, with_driver
 
 Action = Callable[[], None]
 
@@ -64,21 +65,13 @@ class LoopSide:
     def _settle_soon(self) -> None:
         if not self._settling:
             self._settling = True
-            self.loop.call_soon(self._settle, 0)
+            self.loop.call_soon(when_idle, self.loop, partial(with_driver.when_settled, self._close_batch))
 
-    def _settle(self, hops: int) -> None:
-        if hops < HOPS and self._busy():
-            self.loop.call_soon(self._settle, hops + 1)
-            return
+    def _close_batch(self) -> None:
         self._settling = False
         batch, self._batch = self._batch, Batch()
         self.inbox.put(batch)
         self.handed_over()
-
-    def _busy(self) -> bool:
-        """Whether callbacks are waiting to run. A loop that does not tell (uvloop) is taken to be busy: it gets its
-        turns, and then the batch closes."""
-        return len(getattr(self.loop, "_ready", (None,))) > 0
 
 
 class EngineSide:
