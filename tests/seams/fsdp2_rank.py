@@ -60,12 +60,12 @@ PLAN = [[0, 1], [2], [3], [4, 5], [5], [1, 3], [2, 0], [4]]
 STEPS = 5
 
 
-def make_backend(case: str, rank: int, size: int) -> FsdpBackend:
+def make_backend(case: str, rank: int, size: int, **changes) -> FsdpBackend:
     hf_config, train, role = CASES[case]
     config = Config.model_validate(
         {
             "model": {"random_init": True},
-            "train": {"log_probs_chunk_size": 7, **train},
+            "train": {"log_probs_chunk_size": 7, **train, **changes},
             "optimizer": {"lr": 2e-3, "lr_schedule": "linear", "weight_decay": 0.1, "clip_grad": 0.5},
         }
     )

@@ -73,7 +73,7 @@ class FsdpBackend:
         self.data_rank, self.data_size = context.rank // together, context.world_size // together
         self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
         self.loss_total = torch.zeros((), device=self.device)
-        check_context(together, context.world_size, context.hf_config)
+        check_context(context.config, context.world_size, context.hf_config)
         with one_out_of_memory_error():
             self.built = build(context, _mesh(context))
             self.scorer = self.built.scorer
@@ -82,7 +82,8 @@ class FsdpBackend:
         self.shares_prompts = not self.scorer.routes  # a balance loss counts tokens, so all of them are computed
         self.placement = Placement(self.scorer, self.optimizer, self.device)
         self.ranks = Ranks(self.scorer, self.device)
-        self.accumulation = Accumulation(self.ranks, context.config.train.fsdp_reshard, self.dtype, self.device)
+        mode = context.config.train.fsdp_reshard if self.optimizer is None or self.optimizer.sums is None else "layer"
+        self.accumulation = Accumulation(self.ranks, mode, self.dtype, self.device)
         self.context_group = None if together == 1 else ContextGroup(together, self.ranks.collectives)
 
     def _make_optimizer(self) -> Optimizer | None:

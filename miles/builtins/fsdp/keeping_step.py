@@ -188,6 +188,9 @@ class Ranks:
                 fallen = piece.batch
                 done.clear()
                 self.recover()
+                gc.collect()
+                if self._word.is_cuda:
+                    torch.cuda.empty_cache()
                 self.collectives.again(gathered)
             if not self._fits(lambda piece=piece: accompany(piece)):  # type: ignore[misc]
                 raise TrainError(
@@ -237,9 +240,6 @@ class Ranks:
         """Ready for the next forward, whatever happened; gradients are worthless."""
         if isinstance(self.module, FSDPModule):
             forget_iteration(self.module)
-        gc.collect()
-        if self._word.is_cuda:
-            torch.cuda.empty_cache()
 
     def reshard(self) -> None:
         """Some units stay gathered after a forward that no backward follows."""

@@ -30,6 +30,7 @@ from miles.api import ConfigError
 from miles.builtins.fsdp.attention import KERNELS, PackedLayout
 from miles.builtins.fsdp.keeping_step import Collectives, all_gather
 from miles.builtins.fsdp.prefixes import TokenTree
+from miles.toolkit import Config
 
 
 class ContextGroup:
@@ -239,13 +240,21 @@ def register(attention: str) -> str:
     return name
 
 
-def check_context(size: int, world_size: int, hf_config: Any) -> None:
-    """Raises ConfigError: ranks or heads cannot be divided by `train.context_parallel_size`."""
-    heads = hf_config.get_text_config().num_attention_heads
+def check_context(config: Config, world_size: int, hf_config: Any) -> None:
+    """Raises ConfigError: ranks or heads cannot be divided by `train.context_parallel_size`, or bits would depend on
+    it."""
+    train = config.train
+    size, heads = train.context_parallel_size, hf_config.get_text_config().num_attention_heads
     for what, number in (("train ranks", world_size), ("attention heads of the model", heads)):
         if number % size:
-            fits = [str(n) for n in range(1, math.gcd(world_size, heads) + 1) if math.gcd(world_size, heads) % n == 0]
+            common = math.gcd(world_size, heads)
+            fits = [str(n) for n in range(1, common + 1) if common % n == 0]
             raise ConfigError(
                 f"train.context_parallel_size={size} does not divide the {number} {what}; "
                 f"--context-parallel-size {' or '.join(fits)} would"
             )
+    if train.reproducible_ranks is not None and (size > 1 or train.fsdp_reshard == "step"):
+        raise ConfigError(
+            "--reproducible-ranks adds up each micro-batch's gradient by itself, and whole: it needs "
+            "--context-parallel-size 1 and --fsdp-reshard layer or auto"
+        )
