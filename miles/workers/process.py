@@ -96,12 +96,12 @@ class ProcessLink:
         try:
             await self._wait_for_end()
         finally:
-            self._end_all()
+            self.kill()
         if not await self._wait_for_end():
             logger.warning("process %d (%s rank %d) does not end", self.process.pid, self.name, self.rank)
 
     def kill(self) -> None:
-        self._killed = self._burial is None
+        self._killed = self._killed or self._burial is None
         self._end_all()
 
     async def _wait_for_end(self) -> bool:

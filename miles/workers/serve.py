@@ -119,7 +119,7 @@ def _forward_logs(wire: Wire, rank: int, logged: bool) -> None:
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            loop.call_soon_threadsafe(wire.post, NOTE, (record.levelno, self.format(record)))
+            loop.call_soon_threadsafe(wire.post, NOTE, (record.levelno, self.format(record).rstrip()))
 
     handler = Forward(logging.INFO if rank == 0 else logging.WARNING)
     if logged:
