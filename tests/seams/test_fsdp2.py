@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 CASES = ("dense", "moe", "bf16", "critic")
 EXACT = ("exact", "exact-bf16", "exact-moe")
-SECONDS = 120
+SECONDS = 240
 """After which the ranks are taken to hang."""
 
 
@@ -46,7 +46,7 @@ def facts(folder: Path, rank: int, size: int, work: str = "run") -> dict:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_five_steps_end_at_the_same_weights(folder, case, size):
+def test_three_steps_end_at_the_same_weights(folder, case, size):
     one, several = (load_file(folder / f"{case}-{size}.safetensors") for size in (1, size))
     assert one.keys() == several.keys()
     for name in one:
@@ -66,7 +66,7 @@ def test_gradient_norms_and_scores_agree(folder, case, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", EXACT)
-def test_reproducible_ranks_end_at_the_same_bits(folder, case, size):
+def test_five_reproducible_steps_end_at_the_same_bits(folder, case, size):
     """Weights, moments and the reported norms."""
     one, several = (torch.load(folder / f"{case}-{size}.pt") for size in (1, size))
     differing = {name: int((several[name] != one[name]).sum()) for name in one}
@@ -88,6 +88,7 @@ def test_any_number_of_ranks_loads_what_any_other_saved(folder, size, saved_by):
     [
         "restored",  # load brings back what save wrote
         "moved_on",  # (and there was something to bring back)
+        "parked",  # what is offloaded has no memory
         "resumed",  # a step after save and load, offload and onload is the step without them, bit for bit
         "skipped",  # a loss that is not a number on one rank skips the step on both
         "retried",  # an out-of-memory in the middle of a step, and the step again, is the step without it
@@ -97,7 +98,7 @@ def test_any_number_of_ranks_loads_what_any_other_saved(folder, size, saved_by):
 def test_sharded_state(folder, fact):
     for rank in (0, 1):
         found = facts(folder, rank, 2)
-        assert {case: found[case][fact] for case in found} == dict.fromkeys((*CASES, *EXACT), True)
+        assert {case: found[case][fact] for case in CASES} == dict.fromkeys(CASES, True)
 
 
 def test_router_balance_is_counted_once(folder):

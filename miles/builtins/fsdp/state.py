@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from miles.api import TrainError, TrainPart
 from miles.builtins.fsdp.model import local
@@ -20,6 +19,9 @@ ORDER: tuple[TrainPart, ...] = ("parameters", "optimizer", "gradients")
 class Placement:
     """Which parts of a backend are on its device. Moving changes no value; on a CPU it moves nothing but still counts.
 
+    What is away keeps its tensors, which have no memory (`miles.builtins.parking`): parameters that FSDP2 shards, their
+    padding included, as those of a plain module.
+
     Args:
         module: its parameters are the part `parameters`.
         optimizer: masters and moments; None for a frozen model.
@@ -28,7 +30,7 @@ class Placement:
     def __init__(self, module: nn.Module, optimizer: Optimizer | None, device: torch.device):
         self.module = module
         self.optimizer = optimizer
-        self.device = device
+        self.moves = device.type == "cuda"
         self.away: set[TrainPart] = set()
         self._gradients: list[tuple[nn.Parameter, Tensor]] = []
         self._parking = {part: Parking() for part in ORDER}
@@ -41,43 +43,40 @@ class Placement:
     def offload(self, parts: Iterable[TrainPart]) -> None:
         for part in reversed(ORDER):
             if part in parts and part not in self.away:
-                self._move(part, torch.device("cpu"), away=True)
+                if part == "gradients":
+                    self._take_gradients()
+                if self.moves:
+                    self._parking[part].park(local(tensor) for tensor in self._tensors(part))
                 self.away.add(part)
-        if self.device.type == "cuda":
+        if self.moves and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def onload(self, parts: Iterable[TrainPart]) -> None:
         for part in ORDER:
             if part in parts and part in self.away:
-                self._move(part, self.device, away=False)
-                self.away.discard(part)
-
-    def _move(self, part: TrainPart, device: torch.device, away: bool) -> None:
-        if part == "gradients":
-            (self._park_gradients if away else self._return_gradients)(device)
-        elif part == "parameters" and isinstance(self.module, FSDPModule):
-            self.module.to(device)
-        elif self.device.type == "cuda":
-            if away:
-                self._parking[part].park(self._tensors(part))
-            else:
                 self._parking[part].bring_back()
+                if part == "gradients":
+                    self._return_gradients()
+                self.away.discard(part)
 
     def _tensors(self, part: TrainPart) -> list[Tensor]:
         if part == "parameters":
             return list(self.module.parameters())
-        return [local(t) for t in self.optimizer.tensors().values() if t.is_cuda] if self.optimizer else []
+        if part == "gradients":
+            sums = self.optimizer.sums.totals.values() if self.optimizer and self.optimizer.sums else ()
+            return [*(gradient for _, gradient in self._gradients), *sums]
+        return [t for name, t in self.optimizer.tensors().items() if name != "steps"] if self.optimizer else []
 
-    def _park_gradients(self, device: torch.device) -> None:
-        """A gradient may not live elsewhere than its parameter, so those that are away are kept here."""
+    def _take_gradients(self) -> None:
+        """Those that are away are kept here: a backward must not add to them."""
         owners = list(self.module.parameters())
         if self.optimizer is not None:
             owners += [m for name, m in self.optimizer.masters.items() if m is not self.optimizer.parameters[name]]
-        self._gradients = [(owner, owner.grad.to(device)) for owner in owners if owner.grad is not None]
+        self._gradients = [(owner, owner.grad) for owner in owners if owner.grad is not None]
         for owner, _ in self._gradients:
             owner.grad = None
 
-    def _return_gradients(self, device: torch.device) -> None:
+    def _return_gradients(self) -> None:
         for parameter, gradient in self._gradients:
-            parameter.grad = gradient.to(device)
+            parameter.grad = gradient
         self._gradients = []

@@ -9,6 +9,8 @@ from transformers import Qwen3ForSequenceClassification
 
 from miles.builtins.fsdp.backend import FsdpBackend
 from miles.builtins.fsdp.model import initial_weights
+from miles.builtins.fsdp.state import ORDER
+from miles.builtins.parking import Pages, Parking
 from miles.errors import TrainError
 
 EVERYTHING = frozenset({"parameters", "gradients", "optimizer"})
@@ -29,16 +31,40 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_offloading_leaves_no_trace(dtype, make_backend, samples, pack, weighted):
-    still, moved = (make_backend(train={"dtype": dtype}) for _ in range(2))
+@pytest.mark.parametrize("more", [{}, {"reproducible_ranks": 1}])
+def test_offloading_leaves_no_trace(dtype, more, make_backend, samples, pack, weighted):
+    still, moved = (make_backend(train={"dtype": dtype, **more}) for _ in range(2))
+    moved.placement.moves = True  # as on CUDA
     for backend in (still, moved):
         backend.forward_backward([pack(samples)], weighted)
+    expected = tensors(still)
     moved.offload(EVERYTHING)
     moved.offload(EVERYTHING)
+    away = [tensor for name, tensor in moved._state().items() if name != "steps"]
+    assert {tensor.untyped_storage().nbytes() for tensor in away} == {0}
     moved.onload(frozenset({"parameters"}))
     moved.onload(EVERYTHING)
+    assert same(tensors(moved), expected)
     assert still.optim_step() == moved.optim_step()
     assert same(tensors(still), tensors(moved))
+
+
+def test_the_host_holds_what_is_parked_and_no_more(make_backend, samples, pack, weighted):
+    """Rounded up to pages, whatever moves how often: two models that take turns need the pages of one."""
+    backends, pages = (make_backend(train={"dtype": "bf16"}), make_backend()), Pages(page_bytes=4096)
+    for backend in backends:
+        backend.placement.moves = True
+        backend.placement._parking = {part: Parking(pages) for part in ORDER}
+    for _ in range(3):
+        for backend in backends:
+            backend.zero_grad()
+            backend.forward_backward([pack(samples)], weighted)
+            backend.offload(frozenset({"optimizer"}))
+            backend.offload(frozenset({"gradients", "parameters"}))
+            backend.onload(frozenset({"parameters", "optimizer", "gradients"}))
+    numbers = sum(parameter.numel() for parameter in backends[0].scorer.parameters())
+    parked = numbers * (2 + 12 + 4)  # bf16; master and moments; gradient
+    assert parked <= pages.count * 4096 <= parked + 3 * 4096 + 4 * len(backends[0].optimizer.masters)
 
 
 def test_gradients_that_are_away_are_not_held(make_backend, samples, pack, weighted):
