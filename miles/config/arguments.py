@@ -23,14 +23,17 @@ EVAL_PROMPT_DATA = "--eval-prompt-data"
 UNKNOWN_FLAG = "unknown flag"
 
 
+ComponentFlag = tuple[str, Any, Origin]
+"""Flag and value, of a flag that components declare or an `--<engine>-<option>`: whose it is depends on which
+components are selected."""
+
+
 @dataclass
 class Arguments:
     """What a command line said."""
 
     settings: list[Setting] = field(default_factory=list)
-    component_flags: list[tuple[str, Any]] = field(default_factory=list)
-    """(flag, value) of flags that components declare, or `--<engine>-<option>`: whose they are depends on which
-    components are selected."""
+    component_flags: list[ComponentFlag] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -77,7 +80,7 @@ class _Reader:
         elif positive in self._component_flags and self._component_flags[positive] is bool:
             self._component(positive, flag, False)
         elif engine_of(flag, self._registry):
-            self._out.component_flags.append((flag, self._free_value(text)))
+            self._out.component_flags.append((flag, self._free_value(text), Origin("flag", flag)))
         else:
             self._words(text)
             self._unknown(flag)
@@ -138,10 +141,10 @@ class _Reader:
 
     def _component(self, flag: str, written: str, value: Any) -> None:
         if flag not in self._selecting:
-            self._out.component_flags.append((flag, value))
+            self._out.component_flags.append((flag, value, Origin("flag", flag)))
             return
-        offer, origin = self._selecting[flag], Origin("flag", written)
-        self._out.settings += selecting(offer, flag, value, origin, self._out.faults)
+        origin = Origin("flag", written)
+        self._out.settings += selecting(self._selecting[flag], flag, value, origin, self._out.faults)
 
     def _component_value(self, flag: str, text: str | None) -> Any:
         if self._component_flags[flag] is bool:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from miles.config.arguments import component_flags, engine_of, offers, read_arguments, selecting_flags
+from miles.config.arguments import ComponentFlag, component_flags, engine_of, offers, read_arguments, selecting_flags
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
@@ -144,10 +144,8 @@ class _Resolution:
         for layer in self._with_preset(layers):
             tree.put_all(layer)
         tree.inherit()
-        for flag, value in read.component_flags:
-            self._component_flag(tree, flag, value, Origin("flag", flag))
-        for flag, value in flags:
-            self._component_flag(tree, flag, value, _PYTHON)
+        for flag, value, origin in (*read.component_flags, *flags):
+            self._component_flag(tree, flag, value, origin)
         nested = tree.nested()
         self._components(tree, nested)
         config = self._validated(tree, nested)
@@ -173,23 +171,22 @@ class _Resolution:
         self.faults += contradictions(settings)
         return selections_last(settings)
 
-    def _python(self, overrides: Mapping[str, Any]) -> tuple[list[Setting], list[tuple[str, Any]]]:
+    def _python(self, overrides: Mapping[str, Any]) -> tuple[list[Setting], list[ComponentFlag]]:
         """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
         settings: list[Setting] = []
-        flags: list[tuple[str, Any]] = []
+        flags: list[ComponentFlag] = []
         where = fixed_origin(_PYTHON)
         for key, value in overrides.items():
-            path, flag = tuple(key.split(".")), f"--{key.replace('_', '-')}"
-            leaf = flag_table().get(flag)
-            if len(path) == 1 and path[0] not in children(()) and leaf is not None:
-                settings += self.flattener.value(leaf.flat, value, where, Origin("python", f"{key}, given in Python"))
-            elif len(path) == 1 and path[0] not in children(()) and flag in self.selecting:
-                origin = Origin("python", f"{key}, given in Python")
+            origin = Origin("python", f"{key}, given in Python")
+            flag = "" if "." in key or key in children(()) else f"--{key.replace('_', '-')}"
+            if leaf := flag_table().get(flag):
+                settings += self.flattener.value(leaf.flat, value, where, origin)
+            elif flag in self.selecting:
                 settings += selecting(self.selecting[flag], flag, value, origin, self.faults)
-            elif len(path) == 1 and path[0] not in children(()) and flag in self.component_flags:
-                flags.append((flag, value))
+            elif flag in self.component_flags:
+                flags.append((flag, value, _PYTHON))
             else:
-                settings += self.flattener.value(path, value, where, _PYTHON)
+                settings += self.flattener.value(tuple(key.split(".")), value, where, _PYTHON)
         return settings, flags
 
     def _with_preset(self, layers: list[list[Setting]]) -> list[list[Setting]]:
@@ -237,13 +234,10 @@ class _Resolution:
 
     def _component_flag(self, tree: Tree, flag: str, value: Any, origin: Origin) -> None:
         """Set the option that a flag stands for, in every selected component that declares it."""
-        found = False
-        for use, _ in uses_in(tree.nested()):
-            option = self._option_of(use.kind, use.name, flag)
-            if option is not None:
-                found = True
-                tree.put(Setting((*use.path, "options", option), value, origin))
-        if not found:
+        options = [(use, self._option_of(use.kind, use.name, flag)) for use, _ in uses_in(tree.nested())]
+        places = [(*use.path, "options", option) for use, option in options if option is not None]
+        tree.put_all(Setting(place, value, origin) for place in places)
+        if not places:
             self._unselected(flag, origin)
 
     def _option_of(self, kind: str, name: str, flag: str) -> str | None:
@@ -259,18 +253,16 @@ class _Resolution:
         return engine[1] if engine and engine[0] == name.rpartition("/")[2] else None
 
     def _unselected(self, flag: str, origin: Origin) -> None:
-        owners = [(KINDS[offer.kind], offer) for offer in offers(self.registry) if flag in offer.value.flags]
-        engine = engine_of(flag, self.registry)
+        owners = [offer for offer in offers(self.registry) if flag in offer.value.flags]
         if owners:
-            whose = " or ".join(
-                f"{kind.singular} {offer.name!r} of {offer.plugin.distribution}" for kind, offer in owners
-            )
-            remedy = f"{', or '.join(how_to_select(offer) for _, offer in owners)}, or leave the flag out"
-            self.faults.append(Fault(flag, f"belongs to {whose}, which is not selected", remedy, origin=origin))
-        elif engine:
-            problem = f"goes to the rollout engine {engine[0]!r}, which is not selected"
-            remedy = f"--rollout-engine {engine[0]}, or leave the flag out"
-            self.faults.append(Fault(flag, problem, remedy, origin=origin))
+            named = [f"{KINDS[own.kind].singular} {own.name!r} of {own.plugin.distribution}" for own in owners]
+            whose, remedy = f"belongs to {' or '.join(named)}", ", or ".join(map(how_to_select, owners))
+        elif engine := engine_of(flag, self.registry):
+            whose, remedy = f"goes to the rollout engine {engine[0]!r}", f"--rollout-engine {engine[0]}"
+        else:
+            return
+        problem = f"{whose}, which is not selected"
+        self.faults.append(Fault(flag, problem, f"{remedy}, or leave the flag out", origin=origin))
 
     def _components(self, tree: Tree, nested: dict[str, Any]) -> None:
         """Names and options of everything that is named; values typed on the command line get their types."""
@@ -290,13 +282,11 @@ class _Resolution:
                 self._fault(path, f"{KINDS[use.kind].singular} {use.name!r}: {fault.problem}", "", fault.value, place)
 
     def _unknown_name(self, use: Use, problem: str, origin: Origin) -> None:
-        answer = known_name(use.kind, use.name)
-        if answer is None:
-            self._fault(use.path, problem, "", use.name, origin)
-        elif answer.fate == "replaced":
-            self._fault(use.path, problem, answer.text, use.name, origin)
-        else:
-            self._fault(use.path, answer.problem, "name another component", use.name, origin)
+        answer, remedy = known_name(use.kind, use.name), ""
+        if answer is not None:
+            replaced = answer.fate == "replaced"
+            problem, remedy = (problem, answer.text) if replaced else (answer.problem, "name another component")
+        self._fault(use.path, problem, remedy, use.name, origin)
 
     # ------------------------------------------------------------------------------------------------------- the whole
 

@@ -183,12 +183,11 @@ class Tree:
         if setting.path[3] == "path" and not name.isdigit():
             names.append(name)
             return [name]
-        close = get_close_matches(name, names, n=1)
-        known = f"there are {', '.join(names)}" if names else "there are none"
-        remedy = (
-            f"did you mean {close[0]}?" if close else f"a new set begins with --{'.'.join((*where, name))}.path=FILE"
-        )
-        self._faults.append(Fault(".".join(setting.path), f"no such task set; {known}", remedy, origin=setting.origin))
+        known = f"no such task set; there are {', '.join(names) or 'none'}"
+        remedy = f"a new set begins with --{'.'.join((*where, name))}.path=FILE"
+        for close in get_close_matches(name, names, n=1):
+            remedy = f"did you mean {close}?"
+        self._faults.append(Fault(".".join(setting.path), known, remedy, origin=setting.origin))
         return []
 
     def _flat(self, setting: Setting, where: Path, names: list[str]) -> list[str]:
@@ -202,14 +201,8 @@ class Tree:
             return ["default"]
         if len(names) == 1:
             return list(names)
-        below = ".".join(setting.path[3:])
-        self._faults.append(
-            Fault(
-                flag,
-                f"which task set? data.sets has {', '.join(names)}, and none is called 'default'",
-                f"write --data.sets.{names[0]}.{below}=...",
-            )
-        )
+        problem = f"which task set? data.sets has {', '.join(names)}, and none is called 'default'"
+        self._faults.append(Fault(flag, problem, f"write --data.sets.{names[0]}.{'.'.join(setting.path[3:])}=..."))
         return []
 
 
