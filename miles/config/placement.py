@@ -52,7 +52,8 @@ class Placement:
         Misfit: the configuration asks for what cannot be.
         UnknownNameError: no installed plugin offers the engine, the executor or the transport that it names.
         """
-        resources, ranks = config.resources, _train_ranks(config)
+        resources = config.resources
+        ranks = resources.actor_num_nodes * resources.actor_num_gpus_per_node
         trainer = f"{counted(ranks, 'train rank')} ({_nodes(config)})"
         if ranks % config.train.context_parallel_size:
             problem = f"does not divide the {trainer}, which share the tokens of a sample by it"
@@ -93,10 +94,6 @@ def _nodes(config: Config) -> str:
     return f"{counted(resources.actor_num_nodes, 'node')} x {resources.actor_num_gpus_per_node}"
 
 
-def _train_ranks(config: Config) -> int:
-    return config.resources.actor_num_nodes * config.resources.actor_num_gpus_per_node
-
-
 def generates(config: Config, registry: Registry) -> bool:
     """Whether the engine says that it gives responses; one given as an object says so itself."""
     entry = registry.entry("rollout_engines", config.rollout.engine.name)
@@ -107,13 +104,12 @@ def _engines(config: Config, registry: Registry, ranks: int) -> tuple[int, int]:
     """How many engines have workers of their own, 0 for none, and the GPUs of each."""
     resources, count, name = config.resources, config.rollout.num_engines, config.rollout.engine.name
     gpus, per_engine = resources.rollout_num_gpus, resources.rollout_num_gpus_per_engine
-    given = [("resources.rollout_num_gpus", gpus), ("rollout.num_engines", count)]
-    given = [(key, value) for key, value in given if value is not None]
-    if given and not generates(config, registry):
-        raise Misfit(
-            *given[0], f"the engine {name!r} generates nothing: there is one, and it needs no GPU", "leave it out"
-        )
-    shared, key = resources.colocate or not given, "resources.rollout_num_gpus_per_engine"
+    for key, value in {"resources.rollout_num_gpus": gpus, "rollout.num_engines": count}.items():
+        if value is not None and not generates(config, registry):
+            problem = f"the engine {name!r} generates nothing: there is one, and it needs no GPU"
+            raise Misfit(key, value, problem, "leave it out")
+    shared = resources.colocate or (gpus is None and count is None)
+    key = "resources.rollout_num_gpus_per_engine"
     if per_engine > 1 and "several gpus" not in registry.component("rollout_engines", name).provides:
         remedy = "--rollout-num-gpus-per-engine 1, or another --rollout-engine"
         raise Misfit(key, per_engine, f"the engine {name!r} runs on one GPU", remedy)
@@ -135,9 +131,7 @@ def _engines(config: Config, registry: Registry, ranks: int) -> tuple[int, int]:
         raise Misfit("resources.rollout_num_gpus", gpus, problem, f"give {-(-gpus // per_engine) * per_engine}")
     engines = gpus // per_engine
     if count not in (None, engines):
-        problem = (
-            f"--rollout-num-gpus {gpus} / --rollout-num-gpus-per-engine {per_engine} = {counted(engines, 'engine')}"
-        )
+        problem = f"rollout_num_gpus={gpus} / rollout_num_gpus_per_engine={per_engine} = {counted(engines, 'engine')}"
         raise Misfit("rollout.num_engines", count, problem, "give one of the two")
     return engines, per_engine
 

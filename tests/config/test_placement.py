@@ -130,7 +130,7 @@ def test_who_makes_room(registry, settings, expected):
         ),
         (
             {"engine": "wide", "rollout_num_gpus": 8, "rollout_num_gpus_per_engine": 4, "engines": 4},
-            "rollout.num_engines", "--rollout-num-gpus 8 / --rollout-num-gpus-per-engine 4 = 2 engines",
+            "rollout.num_engines", "rollout_num_gpus=8 / rollout_num_gpus_per_engine=4 = 2 engines",
         ),
         (
             {"rollout_num_gpus": 4, "rollout_num_gpus_per_engine": 2}, "resources.rollout_num_gpus_per_engine",
