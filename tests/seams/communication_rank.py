@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 import ulysses_rank
 
-PATIENCE = timedelta(seconds=90)
+PATIENCE = timedelta(seconds=200)
+"""Two of the ranks wait for the others, which are first among themselves."""
 
 
 def main(rank: int, folder: Path) -> None:

@@ -42,5 +42,5 @@ def run_ranks() -> Callable[..., None]:
 def communication(tmp_path_factory, run_ranks) -> Path:
     """What four ranks wrote of themselves: see communication_rank.py."""
     folder = tmp_path_factory.mktemp("communication")
-    run_ranks("communication_rank.py", [[str(rank), str(folder)] for rank in range(4)], seconds=240)
+    run_ranks("communication_rank.py", [[str(rank), str(folder)] for rank in range(4)], seconds=400)
     return folder

@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -10,7 +12,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from miles.builtins.fsdp.memory import OutOfMemoryOnRank
 from miles.builtins.fsdp.model import local
+from miles.config import Config
+from miles.training.objective import StepScope
 from miles.training.packing import build_micro_batch
+from miles.training.table import Table
+from miles.training.worker import TrainWorker
+from miles.types import LossResult
 
 LAST = -1
 NOWHERE = ("nowhere", 0, 0)
@@ -182,6 +189,54 @@ def adapts(rank: int, size: int) -> list[bool]:
     return [*seen, (backend.ranks.collectives.counts - before)["gather"] > len(backend.ranks.units)]
 
 
+def worker(rank: int, size: int) -> dict:
+    """A train worker's step, in which memory runs out on rank 1: one micro-batch of one sample, one of two."""
+    found, losses, batches = {}, {}, make_batches(rank)
+    for name, place in (("calm", NOWHERE), ("hit", ("backward", 1, 2) if rank == 1 else NOWHERE)):
+        one = TrainWorker.__new__(TrainWorker)
+        one.rank, one.size, one.wants = rank, size, {"actor": frozenset({"log_probs"})}
+        one.compares_logits, one.setup = False, SimpleNamespace(config=Config(), device="cpu")
+        one.models = {"actor": make_backend("dense", rank, size, dtype="fp64")}
+        one.losses = {"actor": Weighted()}
+        with failing(one.models["actor"], *place):
+            outcome = one.train_step("actor", [table(batch) for batch in batches], StepScope(tokens=1.0))
+        found[name] = outcome.out_of_memory
+        losses[name] = outcome.sums["loss"]
+        found[f"{name} seen"] = one.losses["actor"].seen[-4:]
+        found[f"{name} weights"] = {k: w.double().flatten().tolist() for k, w in weights(one.models["actor"]).items()}
+    with failing(one.models["actor"], *(("forward", 0, 1) if rank == 0 else NOWHERE)):
+        answers = one.forward("actor", [table(batch) for batch in batches], ("log_probs",))
+    found["forward"] = [[len(row) for row in answer["log_probs"]] for answer in answers]
+    return found | {"losses": losses}
+
+
+class Weighted:
+    """As `loss`; remembers how many samples the micro-batches had."""
+
+    scope, losses = None, ()
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, batch, outputs):
+        self.seen.append(len(batch))
+        result = loss(batch, outputs)
+        return LossResult(result.loss, {"loss": result.loss.detach()})
+
+
+def table(batch) -> Table:
+    bounds = list(pairwise(batch.bounds))
+    count = len(batch)
+    return Table(
+        tokens=[batch.tokens_T[a:b].numpy() for a, b in bounds],
+        columns={"weights": [batch.columns["weights"][a:b].numpy() for a, b in bounds]},
+        rewards_N=torch.zeros(count),
+        group_N=torch.arange(count),
+        rollout_N=torch.arange(count),
+        multimodal=[{}] * count,
+    )
+
+
 FOUR = ("both, forward and forward", "the last rank", "step: backward, second micro-batch")
 """Scenarios that are played with four ranks, too."""
 
@@ -189,5 +244,5 @@ FOUR = ("both, forward and forward", "the last rank", "step: backward, second mi
 def run(rank: int, size: int) -> dict:
     """In a process group of that size."""
     facts = {name: play(name, rank, size) for name in (SCENARIOS if size == 2 else FOUR)}
-    others = (log_probs, first_of_all, counted, adapts) if size == 2 else ()
+    others = (log_probs, first_of_all, counted, adapts, worker) if size == 2 else ()
     return {"scenarios": facts} | {one.__name__: one(rank, size) for one in others}

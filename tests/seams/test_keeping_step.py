@@ -81,3 +81,18 @@ def test_what_fits_is_gathered_once_a_step_until_memory_runs_out_anywhere(commun
     at_first, after, gathers_again = True, False, True
     for rank in (0, 1):
         assert facts(communication, rank, 2)["adapts"] == [at_first, after, gathers_again]
+
+
+def test_a_train_worker_takes_the_step_again_with_halves_alike_on_all_ranks(communication):
+    first, second = (facts(communication, rank, 2)["worker"] for rank in (0, 1))
+    for found in (first, second):
+        assert (found["calm"], found["hit"]) == (0, 1)
+        assert found["losses"]["hit"] == pytest.approx(found["losses"]["calm"], abs=1e-9)
+        for name, weight in found["calm weights"].items():
+            assert found["hit weights"][name] == pytest.approx(weight, abs=1e-9)
+    assert (first["hit seen"], second["hit seen"]) == ([1, 1, 1, 0], [1, 0, 1, 1])  # samples of the micro-batches
+
+
+def test_a_train_workers_forward_keeps_its_order(communication):
+    assert facts(communication, 0, 2)["worker"]["forward"] == [[9, 4], [12]]
+    assert facts(communication, 1, 2)["worker"]["forward"] == [[5], [7, 11]]
