@@ -102,7 +102,7 @@ def checksum(data: np.ndarray, kind: str) -> str:
         WeightSyncError: it cannot be computed here.
     """
     if kind == "blake2b":
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
+        return hashlib.blake2b(data.data, digest_size=16).hexdigest()
     xxhash = _first_of("xxhash")
     if kind != "xxh3-128" or xxhash is None:
         raise WeightSyncError(f"checksums of kind {kind!r} cannot be computed here: pip install 'miles[delta]'")

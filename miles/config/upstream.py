@@ -202,6 +202,11 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("the profilers of torch, started in the hook miles_on_worker_start of a plugin",
      "memory-snapshot-dir memory-snapshot-num-steps memory-snapshot-path profile-target memory-recorder "
      "record-memory-history use-pytorch-profiler profile-step-start profile-step-end"),
+    ("--weight-sync broadcast or disk", "update-weight-transport"),
+    ("leave it out: the two newest folders stay", "update-weight-disk-keep-files"),
+    ("leave it out: engines read --update-weight-disk-dir themselves", "update-weight-local-checkpoint-dir"),
+    ("leave it out: xxh3-128 where xxhash is installed, else blake2b", "update-weight-delta-checksum"),
+    ("a weight sync of your own: --weight-sync my_module:MySync", "custom-update-weight-post-write-path"),
     ("environment variables are set in the shell: workers inherit them", "train-env-vars"),
     ("HTTP_PROXY in the environment", "http-proxy"),
 )  # fmt: skip
@@ -258,12 +263,7 @@ LATER: tuple[tuple[str, str], ...] = (
         "miles-router-health-check-failure-threshold rollout-health-check-interval rollout-health-check-timeout "
         "rollout-health-check-first-wait no-sglang-lora-use-virtual-experts",
     ),
-    (
-        "sending weights to another process; trainer and engine share one",
-        "update-weight-mode update-weight-transport update-weight-disk-dir update-weight-local-checkpoint-dir "
-        "update-weight-delta-encoding update-weight-delta-checksum update-weight-disk-keep-files "
-        "custom-update-weight-post-write-path p2p-transfer-num-workers p2p-transfer-timeout",
-    ),
+    ("weights by RDMA; `broadcast` sends them over NCCL", "p2p-transfer-num-workers p2p-transfer-timeout"),
     (
         "asynchronous rollouts",
         "fully-async rollout-submission-granularity partial-rollout mask-offpolicy-in-partial-rollout "
@@ -374,9 +374,8 @@ VALUES: dict[tuple[str, str], Answer] = {
     ("rewards", "gpqa"): Answer("not in this version", "letters of choices; write it as --rm-type my_module:my_reward"),
     ("rewards", "ifbench"): Answer("not in this version", "the checks of IFBench"),
     ("train_backends", "megatron"): Answer("not in this version", "Megatron (miles-megatron); `fsdp` is the backend"),
-    ("weight_syncs", "broadcast"): Answer("not in this version", "sending weights to another process; leave it out"),
-    ("weight_syncs", "p2p"): Answer("not in this version", "sending weights to another process; leave it out"),
-    ("weight_syncs", "disk-delta"): Answer("not in this version", "sending weights to another process; leave it out"),
+    ("weight_syncs", "p2p"): Answer("not in this version", "weights by RDMA; `broadcast` sends them over NCCL"),
+    ("weight_syncs", "disk-delta"): Answer("replaced", "--weight-sync disk --update-weight-mode delta"),
 }
 """(kind of component, upstream's name) -> what to use instead, while no plugin offers the name."""
 
