@@ -212,7 +212,8 @@ class FsdpBackend:
         optimizer = self._learning()
         with self.ranks.agreeing():
             squares = optimizer.measure()
-        return optimizer.step(self.loss_total, squares)
+        with one_out_of_memory_error():
+            return optimizer.step(self.loss_total, squares)
 
     def zero_grad(self) -> None:
         self.loss_total.zero_()
