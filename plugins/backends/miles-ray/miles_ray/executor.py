@@ -30,6 +30,8 @@ from miles_ray.versions import differences, versions
 AT_ONCE = 100_000
 """Requests that a worker takes at the same time: more than an engine will ever have. Ray's own limit, 1000, would stop
 those that the others wait for."""
+START = 600.0
+"""Seconds that actors have to start at least, however short the time limit of calls is."""
 PASSED_ON = ("NCCL_", "NVSHMEM_", "GLOO_", "TORCH_", "PYTORCH_", "CUBLAS_", "MILES_", "OMP_", "HF_")
 """Beginnings of environment variables that workers get from the driver."""
 KEPT_BACK = ("TOKEN", "KEY", "SECRET", "PASSWORD")
@@ -128,16 +130,17 @@ class RayExecutor:
         """
         with _marked(log_dir) as mark:
             path, here = [entry or os.getcwd() for entry in sys.path], os.getcwd()
+            limit = max(self.context.timeout, START)
             entering = [link.enter(Surroundings(path, here, link.log, mark)) for link in links]
             try:
-                async with asyncio.timeout(self.context.timeout):
+                async with asyncio.timeout(limit):
                     places: list[Place] = await asyncio.gather(*entering)
             except WorkerFailure as error:
                 text, rank = error.failure.text, error.failure.rank
                 hint = "Every machine of the cluster needs the same packages as this one, miles-ray among them."
                 raise WorkerError(f"{links[0].name} rank {rank} does not start:\n{text}\n{hint}") from None
             except TimeoutError:
-                raise WorkerError(f"{links[0].name}: no actor of Ray within {self.context.timeout:g} s") from None
+                raise WorkerError(f"{links[0].name}: no actor of Ray within {limit:g} s") from None
         if lines := differences(versions(), {place.node: place.versions for place in places}):
             told = "\n".join(f"  {line}" for line in lines)
             raise WorkerError(f"workers have other versions than the driver; install the same everywhere:\n{told}")
