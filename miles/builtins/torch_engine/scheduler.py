@@ -347,7 +347,8 @@ class Scheduler:
         self.release()
 
     def _score(self) -> None:
-        jobs, self.scores = self.scores, []
+        jobs = list(self.scores)
+        self.scores.clear()  # and not another list: who is about to add to it may know this one
         try:
             scored = score(self.decoder, jobs, self.max_prefill_tokens)
             self.finished += [(job.future, log_probs) for job, log_probs in zip(jobs, scored, strict=True)]

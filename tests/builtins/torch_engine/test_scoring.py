@@ -88,3 +88,28 @@ def test_routed_experts_are_transformers_choices(lab, family, prefix_cache_token
         assert result.routed_experts.shape == (len(tokens) - 1, 3, 2)
         expected = router_choices(model, tokens, layers=3, k=2)
         np.testing.assert_array_equal(np.sort(result.routed_experts, -1), expected)
+
+
+def test_a_request_that_comes_as_another_is_taken_up_is_not_lost(lab):
+    """What puts it into its place is made in the event loop, before the engine's thread is through with the first."""
+
+    async def main():
+        engine = await lab.started(lab.model("qwen3"))
+        loop, score, late = asyncio.get_running_loop(), engine.scheduler._score, []
+
+        async def ask():
+            late.append(asyncio.ensure_future(engine.score([7, 8, 9])))
+            await asyncio.sleep(0)
+
+        def interrupted():
+            if not late:
+                asyncio.run_coroutine_threadsafe(ask(), loop).result()
+            score()
+
+        engine.scheduler._score = interrupted
+        await engine.score([1, 2])
+        scores = await asyncio.wait_for(late[0], 10)
+        await engine.close()
+        return scores
+
+    assert asyncio.run(main()).shape == (3,)
