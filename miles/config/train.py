@@ -38,7 +38,7 @@ class TrainSection(Section):
     attention: Annotated[Literal["auto", "sdpa", "varlen", "flex", "flash"], Flag("--attention")] = "auto"
     """Attention kernel of the trainer; `auto` is varlen for bf16 on CUDA, else sdpa."""
     compile: Annotated[bool | None, Flag("--compile")] = None
-    """Compile the model's layers with torch.compile; on CUDA unless `run.deterministic`, when not given."""
+    """Compile the model's layers with torch.compile; when not given, on CUDA unless every bit is to be the same."""
     fsdp_reshard: Annotated[Literal["auto", "layer", "step"], Flag("--fsdp-reshard")] = "auto"
     """When sharded parameters are gathered and gradients reduced: around each layer, or once an optimizer step, which
     takes the memory of the whole model; `auto` where that is at most a quarter of the device's."""

@@ -1,10 +1,13 @@
 """Chunked log-probabilities against the textbook formula, in float64 and with their gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from miles.training import logprobs
 from miles.training.logprobs import (
     _LinearScores,
     align_with_tokens,
@@ -67,8 +70,11 @@ def test_gradients_numerically():
     assert torch.autograd.gradcheck(scores, (hidden, head.weight, head.bias))
 
 
-def test_compiled_is_the_same_for_chunks_of_any_size():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_the_same_for_chunks_of_any_size(backend, monkeypatch):
     """With entropy or not two graphs forward and two backward, whatever the sizes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    logprobs._compiled.cache_clear()
     torch._dynamo.reset()
     counters.clear()
     for tokens, chunk_size in ((11, 4), (13, 5), (30, 30)):
@@ -92,6 +98,7 @@ def test_compiled_is_the_same_for_chunks_of_any_size():
                 scores.append([*(found[i] for i in used), *torch.autograd.grad(loss, inputs)])
             for a, b in zip(*scores, strict=True):
                 torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
+    logprobs._compiled.cache_clear()
     assert counters["stats"]["unique_graphs"] == 4
 
 

@@ -36,6 +36,7 @@ from miles.api import (
 from miles.builtins.fsdp.accumulation import Accumulation
 from miles.builtins.fsdp.attention import WITHOUT_MASK, PackedLayout
 from miles.builtins.fsdp.checkpoint import read_state, write_state
+from miles.builtins.fsdp.compiled import add_into
 from miles.builtins.fsdp.exact_sums import ExactSums
 from miles.builtins.fsdp.keeping_step import Ranks
 from miles.builtins.fsdp.logits import Head, KeptLogits, Logits, kept_head
@@ -94,7 +95,8 @@ class FsdpBackend:
         if self.context.config.train.reproducible_ranks is not None:
             sums = ExactSums()
             sums.follow(self.scorer)
-        return Optimizer(trainable, self.context.optimizer, self.context.total_steps, sums)
+        add = add_into if self.scorer.compiled else Tensor.add_
+        return Optimizer(trainable, self.context.optimizer, self.context.total_steps, sums, add)
 
     # ------------------------------------------------------------------------------------------------------ numbers
 

@@ -9,7 +9,7 @@ the bfloat16 one is dropped; after a step the parameters are the masters, rounde
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Optimizer:
     Args:
         parameters: the trainable ones, by name.
         sums: add gradients there; every bit of a step is then the same however parameters are sharded.
+        add: to a master's gradient what a micro-batch adds.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Optimizer:
         section: OptimizerSection,
         total_steps: int,
         sums: ExactSums | None = None,
+        add: Callable[[Tensor, Tensor], object] = Tensor.add_,
     ):
         self.section = section
         self.sums = sums
@@ -47,7 +49,7 @@ class Optimizer:
         self.taken = torch.zeros((), dtype=torch.int64)
         """Steps taken, on the CPU; skipped ones do not count."""
         self.parameters = dict(parameters)
-        self.masters = {name: _master(parameter, sums) for name, parameter in parameters.items()}
+        self.masters = {name: _master(parameter, sums, add) for name, parameter in parameters.items()}
         self._master_of = {id(parameter): self.masters[name] for name, parameter in parameters.items()}
         matrices = [master for master in self.masters.values() if master.ndim >= 2]
         others = [master for master in self.masters.values() if master.ndim < 2]
@@ -142,7 +144,7 @@ class Optimizer:
         return {**state, **masters, "steps": self.taken}
 
 
-def _master(parameter: nn.Parameter, sums: ExactSums | None) -> nn.Parameter:
+def _master(parameter: nn.Parameter, sums: ExactSums | None, add: Callable[[Tensor, Tensor], object]) -> nn.Parameter:
     """The parameter itself, or a float32 copy of a narrower one, that collects its gradients."""
     narrow = parameter.dtype in (torch.bfloat16, torch.float16)
     master = nn.Parameter(parameter.detach().float()) if narrow else parameter
@@ -155,7 +157,7 @@ def _master(parameter: nn.Parameter, sums: ExactSums | None) -> nn.Parameter:
         elif master.grad is None:
             master.grad = gradient.float()
         else:
-            master.grad += gradient
+            add(master.grad, gradient)
 
     if narrow or (sums is not None and not isinstance(parameter, DTensor)):
         parameter.register_post_accumulate_grad_hook(collect)

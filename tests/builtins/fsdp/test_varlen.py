@@ -5,6 +5,7 @@ everything above it (the operator, its autograd, what the compiler sees) is torc
 """
 
 import sys
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import InternalTorchDynamoError
 
-from miles.builtins.fsdp import attention, varlen
+from miles.builtins.fsdp import attention, compiled, varlen
 from miles.builtins.fsdp.attention import PackedLayout
 from miles.builtins.fsdp.varlen import flash_packed, varlen_packed
-from miles.errors import ConfigError
+from miles.errors import ConfigError, TrainError
 from miles.training.packing import build_micro_batch
 from miles.types import LossResult
 
@@ -154,36 +156,35 @@ def masked(batch, outputs):
     return LossResult(-(outputs.log_probs_T * batch.columns["mask"]).sum(), {})
 
 
-def test_fifty_packings_are_a_few_compilations(make_varlen, make_backend, gradients):
+def test_fifty_packings_are_a_few_compilations(make_varlen, make_backend, gradients, monkeypatch):
     """With prompts shared or not, with gradient or not, one graph for all layers; and two for the logits."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    compiled, plainly = make_varlen(train={"compile": True}), make_backend()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # as often, but no code is made
+    fast, plainly = make_varlen(train={"compile": True}), make_backend()
     generator = np.random.default_rng(0)
     batches = [draw_batch(generator) for _ in range(50)]
-    assert 5 < sum(compiled._layout(batch).spans.key_places is not None for batch in batches) < 45
-    for backend in (compiled, plainly):
+    assert 5 < sum(fast._layout(batch).spans.key_places is not None for batch in batches) < 45
+    for backend in (fast, plainly):
         backend.forward_backward(batches, masked)
-    found, expected = gradients(compiled), gradients(plainly)
+    found, expected = gradients(fast), gradients(plainly)
     for name, gradient in found.items():
         close(gradient, expected[name])
-    for a, b in zip(compiled.forward(batches, LOG_PROBS), plainly.forward(batches, LOG_PROBS), strict=True):
+    for a, b in zip(fast.forward(batches, LOG_PROBS), plainly.forward(batches, LOG_PROBS), strict=True):
         torch.testing.assert_close(a.log_probs_T, b.log_probs_T, atol=1e-5, rtol=0)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_other_kernels_interrupt_a_compiled_layer_and_change_nothing(
-    checkpointing, make_backend, samples, pack, weighted, gradients
-):
-    train = {"gradient_checkpointing": checkpointing}
-    compiled, plainly = (make_backend(train={**train, "compile": compile}) for compile in (True, False))
-    for backend in (compiled, plainly):
+@pytest.mark.slow
+def test_other_kernels_interrupt_a_compiled_layer_and_change_nothing(make_backend, samples, pack, weighted, gradients):
+    train = {"gradient_checkpointing": True}
+    fast, plainly = (make_backend(train={**train, "compile": compile}) for compile in (True, False))
+    for backend in (fast, plainly):
         backend.forward_backward([pack(samples)], weighted)
-    for name, gradient in gradients(compiled).items():
+    for name, gradient in gradients(fast).items():
         close(gradient, gradients(plainly)[name])
 
 
@@ -237,3 +238,24 @@ def test_flash_without_its_package():
     varlen.flash_kernel.cache_clear()
     with pytest.raises(ConfigError, match="--attention varlen"):
         attention.choose("flash", "cuda", torch.bfloat16, 128)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (3, 5), (128,)])
+def test_a_narrower_gradient_is_added_in_its_own_precision(shape, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled._adding.cache_clear()
+    total, part = torch.randn(shape), torch.randn(shape, dtype=torch.bfloat16)
+    expected = total + part.float()
+    compiled.add_into(total, part)
+    compiled._adding.cache_clear()
+    assert torch.equal(total, expected)
+
+
+def test_what_cannot_be_compiled_says_how_to_do_without(make_backend, samples, pack, monkeypatch):
+    def fails(*args, **kwargs):
+        raise InternalTorchDynamoError("no such thing")
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: fails)
+    backend = make_backend(train={"compile": True})
+    with pytest.raises(TrainError, match=r"--no-compile .*no such thing"):
+        backend.forward([pack(samples)], LOG_PROBS)
