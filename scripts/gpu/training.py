@@ -61,6 +61,7 @@ from miles.builtins.losses import ppo_clip
 from miles.builtins.options import PpoClipOptions
 from miles.config import Config
 from miles.toolkit import build_micro_batch
+from miles.training.flops import ForwardCost
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import plan_micro_batches
 
@@ -149,17 +150,6 @@ def make_batches(lengths: list[int], tokens: int, vocabulary: int, seed: int, de
     return [build_micro_batch(plan, samples, columns, device=device) for plan in plans]
 
 
-def flops(shape: dict[str, Any], lengths: list[int]) -> float:
-    """Of the matrix products of a forward pass over samples of these lengths."""
-    shape = {**COMMON, **shape}
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-    kv = 2 * shape["num_key_value_heads"] * shape["head_dim"]
-    layer = hidden * (2 * heads + kv) + 3 * hidden * shape["intermediate_size"]
-    weights = shape["num_hidden_layers"] * layer + shape["vocab_size"] * hidden
-    pairs = sum(n * n for n in lengths) / 2  # causal
-    return 2 * weights * sum(lengths) + 4 * pairs * heads * shape["num_hidden_layers"]
-
-
 def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[str, Any]) -> dict[str, Any]:
     """One case."""
     shape = {**SHAPES[model], **arguments.shape}
@@ -202,6 +192,9 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
     backend.forward(steps[0], frozenset({"log_probs"}))
     clock("log_probs")
     phases = {name: median(values) for name, values in seconds.items()}
+    cost = ForwardCost.of(backend.context.hf_config)
+    assert cost is not None
+    work = sum(cost(lengths))
     step = sum(phases[name] for name in ("zero_grad", "forward_backward", "optimizer"))
     found = {
         "parameters": sum(p.numel() for p in backend.scorer.parameters()),
@@ -214,8 +207,8 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
         "seconds_of_each_forward_backward": seconds["forward_backward"],
         "step_seconds": step,
         "tokens_per_second": sum(lengths) / step,
-        "tflops": 3 * flops(shape, lengths) / step / 1e12,
-        "tflops_log_probs": flops(shape, lengths) / phases["log_probs"] / 1e12,
+        "tflops": 3 * work / step / 1e12,
+        "tflops_log_probs": work / phases["log_probs"] / 1e12,
         "grad_norm": norms[0],
         "held_gib": held / GIB,
         "peak_gib": peak() / GIB,
