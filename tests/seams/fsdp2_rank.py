@@ -51,7 +51,7 @@ CASES = {
     "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16", "fsdp_reshard": "step"}, "actor"),
     "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "step"}, "critic"),
     "exact": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "layer"}, "actor"),
-    "exact-bf16": (Qwen3Config(**SHAPE), {"fsdp_reshard": "step", "dtype": "bf16"}, "actor"),
+    "exact-bf16": (Qwen3Config(**SHAPE), {"dtype": "bf16"}, "actor"),
     "exact-moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS), {}, "critic"),
 }
 SIZES = (1, 2, 4)

@@ -41,7 +41,7 @@ from miles.builtins.fsdp.exact_sums import ExactSums
 from miles.builtins.fsdp.keeping_step import Ranks
 from miles.builtins.fsdp.logits import Head, KeptLogits, Logits, kept_head
 from miles.builtins.fsdp.memory import one_out_of_memory_error
-from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, whole
+from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, one_by_one
 from miles.builtins.fsdp.optimizer import Optimizer
 from miles.builtins.fsdp.state import Placement
 from miles.builtins.fsdp.ulysses import ContextGroup, TokenSlice, check_context
@@ -231,7 +231,8 @@ class FsdpBackend:
     def named_weights(self) -> Iterator[WeightGroup]:
         """Full tensors in the compute dtype, as the model's own forward sees them; gathered one at a time."""
         self.placement.need("parameters")
-        yield from self.context.bridge.from_world("torch", self.context.hf_config, self._module_weights())
+        weights = one_by_one(self._module_weights())
+        yield from self.context.bridge.from_world("torch", self.context.hf_config, weights)
 
     def take_weights(self, weights: Iterable[WeightGroup]) -> None:
         """See the protocol. The optimizer's moments stay as they are."""
@@ -241,11 +242,11 @@ class FsdpBackend:
     def _fill(self, stream: Iterable[WeightGroup]) -> None:
         fill(self.built, stream, self.optimizer.write if self.optimizer else copy_into)
 
-    def _module_weights(self) -> Iterator[WeightGroup]:
+    def _module_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, slot in self.built.slots.items():
             tensor = slot.tensor.detach()
             lowered = isinstance(slot.tensor, torch.nn.Parameter) and tensor.is_floating_point()
-            yield {name: whole(tensor.to(self.dtype) if lowered else tensor)}
+            yield name, tensor.to(self.dtype) if lowered else tensor
 
     # -------------------------------------------------------------------------------------------------------- state
 

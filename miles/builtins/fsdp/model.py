@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from miles.api import BackendContext, ConfigError, TrainError, WeightGroup
@@ -265,6 +266,30 @@ def copy_into(tensor: Tensor, full: Tensor) -> None:
         moved = full.to(tensor.device, tensor.dtype)
         full = distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
     tensor.copy_(full)
+
+
+def one_by_one(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[WeightGroup]:
+    """Each of the tensors whole, in a group of its own; all ranks take them together. The next one is on its way while
+    one is used: two are held at a time."""
+    coming: tuple[str, Tensor] | None = None
+    for name, tensor in tensors:
+        begun = name, _begin_gathering(tensor)
+        if coming is not None:
+            yield {coming[0]: _arrived(coming[1])}
+        coming = begun
+    if coming is not None:
+        yield {coming[0]: _arrived(coming[1])}
+
+
+@torch.no_grad()
+def _begin_gathering(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=True).to_local()
+
+
+def _arrived(tensor: Tensor) -> Tensor:
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

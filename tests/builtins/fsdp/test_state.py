@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import Qwen3ForSequenceClassification
 
 from miles.builtins.fsdp.backend import FsdpBackend
-from miles.builtins.fsdp.model import initial_weights
+from miles.builtins.fsdp.model import initial_weights, one_by_one
 from miles.builtins.fsdp.state import ORDER
 from miles.builtins.parking import Pages, Parking
 from miles.errors import TrainError
@@ -88,6 +88,25 @@ def test_work_on_what_is_away_is_refused(part, call, make_backend, samples, pack
     backend.offload(frozenset({part}))
     with pytest.raises(TrainError, match=f"{part} are offloaded"):
         call(backend, pack(samples), weighted)
+
+
+def test_weights_go_out_one_by_one():
+    """The next is taken when one is given, and no more than that."""
+    taken = []
+
+    def source():
+        for number in range(4):
+            taken.append(number)
+            yield str(number), torch.tensor(number)
+
+    stream = one_by_one(source())
+    assert [(next(stream), len(taken)) for _ in range(4)] == [
+        ({"0": torch.tensor(0)}, 2),
+        ({"1": torch.tensor(1)}, 3),
+        ({"2": torch.tensor(2)}, 4),
+        ({"3": torch.tensor(3)}, 4),
+    ]
+    assert list(one_by_one([])) == list(stream) == []
 
 
 # ------------------------------------------------------------------------------------------------------ initial weights
