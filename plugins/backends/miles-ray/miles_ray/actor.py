@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -75,6 +76,9 @@ class Actor:
 
     async def enter(self, name: str, around: Surroundings) -> Place:
         """Take the driver's surroundings, send output to the log."""
+        # Ray blocks what Ctrl-C sends, and in a cluster of the driver SIGTERM is blocked too: programs that are started
+        # here could not be ended with either. No terminal sends them to this process: it leads a process group.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
         sys.path[:0] = [entry for entry in around.path if entry not in sys.path]
         if Path(around.directory).is_dir():
             os.chdir(around.directory)

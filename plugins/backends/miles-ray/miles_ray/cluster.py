@@ -45,7 +45,11 @@ def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], 
     with _signals_kept():
         try:
             ray.init(
-                address or "local", include_dashboard=False, log_to_driver=log_to_driver, logging_level=logging.ERROR
+                address or "local",
+                include_dashboard=False,
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,
+                _system_config=None if address else {"worker_niceness": 0},  # 15 by Ray: after everything else
             )
         except (ConnectionError, OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             doing = f"join the Ray cluster at {address}" if address else "start a Ray cluster on this machine"
@@ -56,12 +60,15 @@ def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], 
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
-    """Ray takes SIGTERM, which a run uses to stop at a safe place."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """SIGTERM asks a run to stop at a safe place, for which it needs its workers. Ray takes it for itself; and the
+    processes it starts, which are in the driver's process group, would end when all of that get it (`timeout` and batch
+    systems do so): they inherit that it is blocked."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
