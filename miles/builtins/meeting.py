@@ -29,7 +29,6 @@ FAILED, ENDED = "failed", "ended"
 """What anybody says who fails, and what the sender says (or the driver, if the sender died)."""
 _kept: dict[str, tuple[str, Any]] = {}
 """Of this process, by sync: the name of its group, and the group."""
-atexit.register(_kept.clear)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Member:
 
     def forget(self) -> None:
         """Let another group be formed next time."""
-        _kept.pop(self.meeting.sync, None)
+        _drop(self.meeting.sync)
 
     # ----------------------------------------------------------------------------------------------------------- bytes
 
@@ -125,6 +124,19 @@ class Member:
     def broadcast(self, run: Tensor) -> Any:
         """Rank 0's bytes into everybody's; the result's `wait()` returns when they may be used again."""
         return self.group.broadcast(run, 0)
+
+
+def _drop(sync: str) -> None:
+    name, group = _kept.pop(sync, ("", None))
+    if name.startswith("cuda"):  # it would wait for whoever left; gloo's sockets close by themselves
+        group.abort()
+
+
+@atexit.register
+def _drop_all() -> None:
+    """While the threads of groups can still be joined."""
+    for sync in [*_kept]:
+        _drop(sync)
 
 
 def _form(name: str, store: Any, rank: int, meeting: Meeting) -> Any:
