@@ -1,7 +1,8 @@
-"""A whole job in miniature: a model of 20 thousand parameters, two dozen sums, one optimizer thread."""
+"""A whole job in miniature: a model of 20 thousand parameters, two dozen sums, one optimizer thread. `miniature`
+can be imported by every test here."""
 
 import importlib.util
-import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 ROOT = Path(__file__).parents[2]
+_miniature = importlib.util.spec_from_file_location("miniature", Path(__file__).with_name("miniature.py"))
+sys.modules["miniature"] = importlib.util.module_from_spec(_miniature)
+_miniature.loader.exec_module(sys.modules["miniature"])
+
+
+from miniature import job, sums_in  # noqa: E402
 
 
 def load_prepare():
@@ -37,35 +44,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def sums(tmp_path):
-    path = tmp_path / "sums.jsonl"
-    path.write_text("".join(json.dumps({"input": f"{i}+{i}=", "label": str(2 * i)}) + "\n" for i in range(24)))
-    return path
-
-
-def short(sample):
-    """Rewards short answers that hold a digit: something that varies between samples."""
-    return float(any(c.isdigit() for c in sample.text)) - 0.1 * sample.response_length
+    return sums_in(tmp_path)
 
 
 @pytest.fixture
 def config(checkpoint, sums, tmp_path):
-    """Two steps of GRPO with two optimizer steps each."""
-    return {
-        "run": {"dir": str(tmp_path / "run"), "num_threads": 1, "deterministic": True},
-        "model": {"hf_checkpoint": str(checkpoint)},
-        "data": {"sets": [{"name": "default", "path": str(sums), "sampling": {"max_new_tokens": 6}, "reward": short}]},
-        "rollout": {"num_rollout": 2, "batch_size": 4, "n_samples_per_prompt": 4},
-        "algorithm": {"advantage_estimator": "grpo", "policy_loss": "ppo_clip"},
-        "train": {"num_steps_per_rollout": 2},
-        "optimizer": {"lr": 1e-3},
-        "eval": {
-            "sets": [
-                {
-                    "name": "heldout",
-                    "path": f"{sums}@[0:8]",
-                    "sampling": {"temperature": 0, "max_new_tokens": 6},
-                    "reward": short,
-                }
-            ]
-        },
-    }
+    return job(checkpoint, sums, tmp_path)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from miniature import assert_same_end, final_state, metrics
 
 ROOT = Path(__file__).parents[2]
 JUDGE = """
@@ -55,37 +55,6 @@ def finish(process, code=0):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == code, errors
     return errors
-
-
-def metrics(run_dir):
-    """Every step's metrics but for clock times and the check of a process's first weight sync."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("perf/", "weight_sync/", "time"))} for line in lines]
-
-
-def final_state(run_dir):
-    """Of every model that learns: what is in its files."""
-    found = {}
-    for metadata in sorted((run_dir / "checkpoints" / "step_000008").glob("*/.metadata")):
-        model = metadata.parent.name
-        dcp_to_torch_save(metadata.parent, run_dir / f"{model}.pt")
-        found |= {f"{model}/{name}": tensor for name, tensor in torch.load(run_dir / f"{model}.pt").items()}
-    return found
-
-
-def assert_same_end(one: Path, two: Path):
-    first, second = final_state(one), final_state(two)
-    assert first.keys() == second.keys()
-    assert first, "no state was found"
-    for name in first:
-        if not torch.equal(first[name], second[name]):
-            where = (first[name] != second[name]).nonzero()[0].tolist()
-            raise AssertionError(f"first differing tensor: {name} at {where}")
-    for before, after in zip(metrics(one), metrics(two), strict=True):
-        assert before == after
-    rollouts = [sorted((run_dir / "rollouts").iterdir()) for run_dir in (one, two)]
-    for before, after in zip(*rollouts, strict=True):
-        assert before.read_text() == after.read_text(), before.name
 
 
 def kill_and_restart(command, run_dir, times, seed):
