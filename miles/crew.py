@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from miles.config import Config, Spec
 from miles.config.placement import Placement
+from miles.errors import WorkerError
 from miles.log import logger
 from miles.modeling import resolve_device
 from miles.protocols import Executor, ExecutorContext, RolloutEngine, Seats, WorkerGroup
@@ -109,6 +110,8 @@ def closing(stack: AsyncExitStack, part: Closable) -> None:
     async def close() -> None:
         try:
             await part.close()
+        except WorkerError as error:  # its process has died, or will in a moment, with all that it holds
+            logger.debug("%s could not be closed: %s", type(part).__name__, error)
         except Exception:
             logger.warning("%s could not be closed", type(part).__name__, exc_info=True)
 
