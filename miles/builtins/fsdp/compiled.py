@@ -46,18 +46,25 @@ def _has_compilers() -> bool:
 
 def compile_layers(lm: nn.Module) -> int:
     """Compile a transformers model's layers in place, before sharding and after all other changes; returns how many."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-    # The backward pass makes normed states and products of activations again instead of keeping them: a quarter of a
-    # layer's memory for hardly any time, since it reads what they are made of anyway.
-    torch._functorch.config.ban_recompute_materialized_backward = False
     layers = decoder_layers(lm)
     for layer in layers:
         layer.forward = _explaining(torch.compile(layer.forward, dynamic=True))
     return len(layers)
 
 
+def _configure() -> None:
+    """The compiler's settings, which a thread has for itself."""
+    if torch._dynamo.config.recompile_limit < COMPILATIONS:
+        torch._dynamo.config.recompile_limit = COMPILATIONS
+    # The backward pass makes normed states and products of activations again instead of keeping them: a quarter of a
+    # layer's memory for hardly any time, since it reads what they are made of anyway.
+    if torch._functorch.config.ban_recompute_materialized_backward:
+        torch._functorch.config.ban_recompute_materialized_backward = False
+
+
 def _explaining(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
+        _configure()
         try:
             return compiled(*args, **kwargs)
         except TorchDynamoException as error:

@@ -5,6 +5,7 @@ everything above it (the operator, its autograd, what the compiler sees) is torc
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
@@ -17,6 +18,7 @@ from torch._dynamo.exc import InternalTorchDynamoError
 
 from miles.builtins.fsdp import attention, compiled, varlen
 from miles.builtins.fsdp.attention import PackedLayout
+from miles.builtins.fsdp.compiled import decoder_layers
 from miles.builtins.fsdp.varlen import flash_packed, varlen_packed
 from miles.errors import ConfigError, TrainError
 from miles.training.packing import build_micro_batch
@@ -249,6 +251,33 @@ def test_a_narrower_gradient_is_added_in_its_own_precision(shape, monkeypatch):
     compiled.add_into(total, part)
     compiled._adding.cache_clear()
     assert torch.equal(total, expected)
+
+
+def test_a_compiled_layer_keeps_what_it_cannot_make_again_cheaply(
+    make_varlen, dense, samples, pack, weighted, monkeypatch
+):
+    """Built in one thread, run in another. Of the MLP of 48 numbers a token keeps two, not their product, too."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    config = dense(intermediate_size=48, num_hidden_layers=1)
+    with ThreadPoolExecutor(1) as thread:
+        backend = thread.submit(make_varlen, config, train={"compile": True}).result()
+    torch._dynamo.reset()
+    shapes = []
+
+    def keep(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    (layer,) = decoder_layers(backend.scorer.lm)
+    run = layer.forward
+
+    def watched(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return run(*args, **kwargs)
+
+    layer.forward = watched
+    backend.forward_backward([pack(samples)], weighted)
+    assert shapes.count((sum(map(len, samples)), 48)) == 2
 
 
 def test_what_cannot_be_compiled_says_how_to_do_without(make_backend, samples, pack, monkeypatch):
