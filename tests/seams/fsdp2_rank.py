@@ -7,16 +7,14 @@ is a plain module and sees the samples of all ranks. The ranks are forks of one 
 """
 
 import json
-import os
 import sys
-import traceback
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from forked_ranks import fork, join, wait
 from miles_qwen.bridge import QwenBridge
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3MoeConfig
@@ -223,37 +221,14 @@ def same(a: dict, b: dict) -> bool:
 
 def one_rank(work, rank: int, size: int, folder: Path, cases: list[str]) -> None:
     if size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{work.__name__}-{size}",
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=60),
-        )
+        join(rank, size, folder / f"{work.__name__}-{size}")
     facts = {case: work(case, rank, size, folder) for case in cases if work is run or case not in EXACT}
     (folder / f"{work.__name__}-{rank}-of-{size}.json").write_text(json.dumps(facts))
     if size > 1:
         dist.barrier()
 
 
-def fork(work, rank: int, size: int, folder: Path, cases: list[str]) -> int:
-    """A rank in a process of its own, which says what went wrong and ends."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        one_rank(work, rank, size, folder, cases)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    os._exit(code)  # threads of gloo now and then abort a process that ends otherwise, when all is written
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     for work in (run, read):
-        ranks = [fork(work, rank, size, Path(sys.argv[1]), sys.argv[2:]) for size in SIZES for rank in range(size)]
-        ends = [os.waitpid(rank, 0)[1] for rank in ranks]
-        if any(ends):
-            sys.exit(1)
+        own = (Path(sys.argv[1]), sys.argv[2:])
+        wait([fork(one_rank, work, rank, size, *own) for size in SIZES for rank in range(size)])

@@ -1,11 +1,6 @@
 """FSDP2 behind the train-backend protocol: two and four gloo ranks do what one process does."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,29 +9,13 @@ from safetensors.torch import load_file
 
 CASES = ("dense", "moe", "bf16", "critic")
 EXACT = ("exact", "exact-bf16", "exact-moe")
-SECONDS = 240
-"""After which the ranks are taken to hang."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, run_ranks) -> Path:
     """What groups of one, two and four ranks wrote."""
     folder = tmp_path_factory.mktemp("fsdp2")
-    script = Path(__file__).with_name("fsdp2_rank.py")
-    ranks = subprocess.Popen(
-        [sys.executable, str(script), str(folder), *CASES, *EXACT],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said = ranks.communicate(timeout=SECONDS)[0]
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(ranks.pid, signal.SIGKILL)
-    assert ranks.returncode == 0, said
+    run_ranks("fsdp2_rank.py", str(folder), *CASES, *EXACT)
     return folder
 
 
