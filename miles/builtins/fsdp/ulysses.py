@@ -101,22 +101,22 @@ class TokenSlice:
             return values_tH.index_select(0, self._before_t)
         sent = values_tH.new_zeros(self.sent, *values_tH.shape[1:])
         sent = sent.index_copy(0, self._sent_slots, values_tH.index_select(0, self._sent_rows))
-        return torch.cat([values_tH, _AddUp.apply(sent, self)]).index_select(0, self._before_t)
+        return torch.cat([values_tH, _SelfAdjoint.apply(sent, self.add_up)]).index_select(0, self._before_t)
 
     def heads(self, values_tX: Tensor) -> Tensor:
         """`[t, R, X]`, one `X` for each rank -> `[T, X]`, what all ranks have for this one."""
-        rows = _Exchange.apply(values_tX.transpose(0, 1).contiguous(), self)
+        rows = _SelfAdjoint.apply(values_tX.transpose(0, 1).contiguous(), self.exchange)
         return rows.flatten(0, 1)[: self.tokens]
 
     def slices(self, values_TX: Tensor) -> Tensor:
         """The inverse: `[T, X]` -> `[t, R, X]`."""
         rows = self._padded(values_TX).unflatten(0, (self.group.size, self.length))
-        return _Exchange.apply(rows.contiguous(), self).transpose(0, 1)
+        return _SelfAdjoint.apply(rows.contiguous(), self.exchange).transpose(0, 1)
 
     # ----------------------------------------------------------------------------------------------------- collectives
 
     def exchange(self, rows_RtX: Tensor) -> Tensor:
-        """Row `r` goes to rank `r`, and comes from it. Its own inverse, so its own gradient."""
+        """Row `r` goes to rank `r`, and comes from it."""
 
         def communicate(given: Tensor) -> Tensor:
             received = torch.empty_like(given)
@@ -136,6 +136,8 @@ class TokenSlice:
         return self._take_part("collect", communicate, rows_tX, lambda there: (there.length,))
 
     def add_up(self, rows_SH: Tensor) -> Tensor:
+        """Each row is one rank's, zeros on the others."""
+
         def communicate(given: Tensor) -> Tensor:
             total = given.clone()
             dist.all_reduce(total, group=self.group.group)
@@ -163,16 +165,18 @@ class TokenSlice:
         return given.new_zeros(len(given) * (self.group.size if kind == "collect" else 1), *given.shape[1:])
 
 
-class _Exchange(torch.autograd.Function):
+class _SelfAdjoint(torch.autograd.Function):
+    """What is its own gradient: rows that are exchanged come back, and what all add up all may use."""
+
     @staticmethod
-    def forward(ctx: Any, rows_RtX: Tensor, part: TokenSlice) -> Tensor:
-        ctx.part = part
-        return part.exchange(rows_RtX)
+    def forward(ctx: Any, rows: Tensor, communicate: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.communicate = communicate
+        return communicate(rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RtX: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.exchange(grad_RtX), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.communicate(grad), None
 
 
 class _Collect(torch.autograd.Function):
@@ -185,20 +189,6 @@ class _Collect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_RX: Tensor) -> tuple[Tensor, None]:
         return grad_RX[ctx.rows], None
-
-
-class _AddUp(torch.autograd.Function):
-    """Each row is one rank's, zeros on the others; all of them may use it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_SH: Tensor, part: TokenSlice) -> Tensor:
-        ctx.part = part
-        return part.add_up(rows_SH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None]:
-        return ctx.part.add_up(grad_SH), None
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
