@@ -31,7 +31,7 @@ FLASH_PACKAGES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 """FlashAttention 3 and 4, which want a GPU of compute capability 9.0, and 2."""
 
 
-GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 """torch's kernel takes fewer key heads than query heads; later versions want to be told so."""
 
 
@@ -77,7 +77,8 @@ def varlen_packed(
     `[1, T, A, D]`."""
     refuse(module, kwargs)
     spans: Spans = packed.spans
-    out_TAD = varlen_attn(
+    kernel: Callable[..., Any] = varlen_attn
+    out_TAD = kernel(
         *_per_token(query, key, value, spans),
         *spans[:4],
         scale=scaling,
@@ -138,7 +139,7 @@ def flash_kernel() -> Callable[..., Any]:
     missing: ImportError | AttributeError | None = None
     for package in FLASH_PACKAGES if recent else FLASH_PACKAGES[-1:]:
         try:
-            return import_module(package).flash_attn_varlen_func  # type: ignore[no-any-return]
+            return import_module(package).flash_attn_varlen_func
         except (ImportError, AttributeError) as error:
             missing = error
     raise ConfigError(
