@@ -96,8 +96,11 @@ def first_cause(failures: Sequence[Failure], who: str, method: str) -> tuple[Mil
     of miles is returned itself: its message is made for people.
     """
     first, *others = sorted(failures, key=lambda failure: (SEVERITY.index(failure.kind), failure.waits_for_others))
-    verb = {"died": "died", "raised": "failed", "silent": "does not answer"}[first.kind]
-    headline = f"{who} rank {first.rank} {verb} in {method}"
+    headline = {
+        "died": f"{who} rank {first.rank} died in {method}",
+        "raised": f"{who} rank {first.rank} failed in {method}",
+        "silent": f"{who} rank {first.rank} does not answer in {method}",
+    }[first.kind]
     if first.error is not None:
         first.error.add_note(f"raised by {who} rank {first.rank} in {method}")
         return first.error, f"{headline}: {first.last_line}"
