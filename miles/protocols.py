@@ -394,7 +394,11 @@ class TrainBackend(Protocol):
     ) -> dict[str, Tensor]:
         """Accumulate gradients of `loss` (plus the model's own auxiliary losses) over the batches; returns the sums
         over all batches of this rank. `want` says which outputs the loss is given. On OutOfMemory the accumulated
-        gradients are worthless: call `zero_grad`."""
+        gradients are worthless: call `zero_grad`.
+
+        Like `forward` and `optim_step` it raises `torch.OutOfMemoryError`. A backend that lets the step be taken again
+        with several ranks raises it on all of them alike, with the attributes `rank` (who ran out), `alone` (one sample
+        was too much) and `tokens`; without these the worker passes the error on."""
 
     def optim_step(self) -> StepReport:
         """Clip, step, advance the schedule. A non-finite gradient skips the step on all ranks."""
