@@ -1,0 +1,147 @@
+"""The main job over several GPUs, at the shape of Qwen3-0.6B with random weights: what each step costs.
+
+    python scripts/gpu/several.py [CASE ...] [--steps 3] [--device cpu --shape hidden_size=64 ...]
+
+Cases, each a `miles train` of the recipe examples/qwen3-0.6b-grpo on made-up problems:
+
+    one          one process, trainer and engine take turns on one GPU
+    colocated    two train ranks, each with an engine beside it, taking turns
+    ray          the same on a Ray cluster
+    apart        one train rank and one engine, a GPU each; weights by broadcast (NCCL)
+    delta        the same, weights by what changed on disk
+    killed       `colocated`, a rank killed with SIGKILL in the second step, and one restart
+
+Prints, for every case, seconds of the last step's phases, what a weight sync cost how far engine and trainer differ,
+and the least and most memory that each GPU held while the run was at it, in the order of their indices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from main_job import RECIPE, make_inputs, overlay
+
+PHASES = ("step", "generate", "workers", "move", "sync", "rollout", "train")
+SHOWN = ("rollout/reward", "train/grad_norm", "train/train_rollout_logprob_abs_diff", "perf/generate_tokens_per_second")
+TWO = ("--actor-num-gpus-per-node", "2", "--colocate")
+APART = ("--rollout-num-gpus", "1", "--no-colocate")
+CASES: dict[str, tuple[str, ...]] = {
+    "one": ("--executor", "inprocess"),
+    "colocated": TWO,
+    "ray": (*TWO, "--executor", "ray"),
+    "apart": APART,
+    "delta": (*APART, "--weight-sync", "disk", "--update-weight-mode", "delta"),
+    "killed": (*TWO, "--max-restarts", "1", "--save-interval", "1"),
+}
+
+
+class Memory:
+    """Watches what each GPU holds, in MiB."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        while not self._over.wait(0.25):
+            with suppress(OSError):
+                said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+                self.seen.append([int(number) for number in said])
+
+    def most(self) -> list[int]:
+        return [max(column) for column in zip(*self.seen, strict=True)]
+
+
+def run(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One case, and what came of it."""
+    run_dir = folder / case
+    settings = overlay(
+        folder,
+        run_dir,
+        arguments.new_tokens,
+        rollout={"num_rollout": arguments.steps},
+        weight_sync={"verify": "always"},
+    )
+    settings["data"]["sets"][0]["reward"] = "main_job:even"
+    file = folder / f"{case}.yaml"
+    file.write_text(json.dumps(settings))  # JSON is YAML
+    words = [sys.executable, "-m", "miles", "train", str(RECIPE / "config.yaml"), str(file)]
+    words += ["--no-report", "--device", arguments.device, *CASES[case], *arguments.flags]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    start = time.perf_counter()
+    with Memory() as memory:
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if case == "killed" and line.startswith("step 1/"):
+                os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+        code = process.wait()
+    figures: dict[str, Any] = {"code": code, "seconds": time.perf_counter() - start, "gpu_mib": memory.most()}
+    figures["left_behind"] = workers_of(process.pid)
+    if code:
+        return figures | {"said": "".join(said[-40:])}
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = metrics[-1]
+    figures["phases"] = {phase: last.get(f"perf/{phase}_time") for phase in PHASES}
+    figures |= {name: last.get(name) for name in SHOWN}
+    figures["syncs"] = [{k: v for k, v in line.items() if k.startswith("weight_sync/")} for line in metrics]
+    figures["restarts"] = json.loads((run_dir / "summary.json").read_text())["restarts"]
+    return figures
+
+
+def workers_of(driver: int) -> list[int]:
+    """Worker processes that a driver has started and that are there."""
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError):
+            words = Path(f"/proc/{entry}/cmdline").read_text().split("\0")
+            if "miles.workers.serve" in words and str(driver) in words:
+                found.append(int(entry))
+    return sorted(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shape", nargs="*", default=[], metavar="KEY=VALUE")
+    arguments, arguments_flags = parser.parse_known_args()
+    arguments.flags = arguments_flags
+    shape = {key: int(value) for key, value in (pair.split("=") for pair in arguments.shape)}
+    every = {}
+    with tempfile.TemporaryDirectory() as name:
+        make_inputs(Path(name), shape, arguments.device)
+        for case in arguments.cases or list(CASES):
+            every[case] = run(case, arguments, Path(name))
+            print(json.dumps({case: every[case]}), flush=True)
+            if out := os.environ.get("OUT"):
+                (Path(out) / "several.json").write_text(json.dumps(every, indent=1))
+
+
+if __name__ == "__main__":
+    main()
