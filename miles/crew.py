@@ -17,7 +17,7 @@ from miles.modeling import resolve_device
 from miles.protocols import Executor, ExecutorContext, RolloutEngine, Seats, WorkerGroup
 from miles.registry import Registry
 from miles.rollout.engine_worker import WORKER as ENGINE_WORKER
-from miles.rollout.engine_worker import EngineSetup, remote_engines
+from miles.rollout.engine_worker import EngineSetup, Together, remote_engines
 from miles.training.worker import ModelSetup, WorkerSetup
 
 
@@ -94,8 +94,7 @@ async def make_engines(crew: Crew, checkpoint: Path, stack: AsyncExitStack, load
         workers = await crew.executor.launch("rollout", ENGINE_WORKER, setup)
     closing(stack, workers)
     engines = await remote_engines(workers)
-    for engine in engines:
-        closing(stack, engine)
+    closing(stack, Together(engines))
     await asyncio.gather(*(engine.start() for engine in engines))
     return engines
 

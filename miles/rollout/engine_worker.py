@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from miles.registry import Registry
 from miles.workers.entry import enter
 
 WORKER = f"{__name__}:EngineWorker"
+CLOSING = 5.0
+"""Seconds that engines have to close by themselves."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ class RemoteEngine:
         if name in self.__dict__.get("coroutines", ()):
             return partial(self._workers.call_one, self._rank, "ask", name)
         raise AttributeError(f"the engine in worker {self._rank} has no {name!r}")
+
+
+@dataclass(frozen=True)
+class Together:
+    """Engines of one group, which end with their processes if they do not close by themselves."""
+
+    engines: Sequence[RemoteEngine]
+
+    async def close(self) -> None:
+        closing = [asyncio.ensure_future(engine.close()) for engine in self.engines]
+        closed, hanging = await asyncio.wait(closing, timeout=CLOSING)
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*closed)
 
 
 async def remote_engines(workers: WorkerGroup) -> list[Any]:

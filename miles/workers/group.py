@@ -101,8 +101,11 @@ class Workers:
         if self.key == "0":
             await asyncio.gather(*(link.stop() for link in self.links))
         else:
-            requests = (link.request("drop", self.key) for link in self.links)
-            await asyncio.gather(*requests, return_exceptions=True)
+            drops = [asyncio.ensure_future(link.request("drop", self.key)) for link in self.links]
+            await asyncio.wait(drops, timeout=PATIENCE)  # one that hangs ends with its process
+            for drop in drops:
+                drop.cancel()
+            _failures(drops)
 
     def _request(self, link: Link, method: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Awaitable[Any]:
         self._check()
@@ -138,7 +141,7 @@ class Workers:
         finally:
             for task in tasks:
                 task.cancel()
-            _failures(tasks)  # looks at every exception, so that none is reported as never retrieved
+            _failures(tasks)
 
     def _first_cause(self, method: str, errors: Sequence[BaseException], silent: Sequence[Failure]) -> BaseException:
         """What to raise, after ending the processes if they cannot go on together."""
@@ -166,7 +169,7 @@ class Workers:
 
 
 def _failures(tasks: Sequence[asyncio.Future]) -> list[BaseException]:
-    """What was raised so far, in the order of ranks."""
+    """What was raised so far, in the order of ranks. (Exceptions that nobody looks at are reported by asyncio.)"""
     return [error for task in tasks if task.done() and not task.cancelled() and (error := task.exception())]
 
 

@@ -208,6 +208,13 @@ def test_groups_in_the_same_processes_end_together():
     assert links[0].ended == ["killed", "stopped"]
 
 
+def test_closing_a_group_beside_does_not_wait_for_a_process_that_hangs():
+    hanging = FakeLink("a")
+    engines = asyncio.run(workers(hanging, FakeLink("b")).beside("rollout", "module:Engine"))
+    hanging.request = lambda *call: asyncio.sleep(60)
+    asyncio.run(asyncio.wait_for(engines.close(), 5))
+
+
 def test_a_call_under_way_while_another_group_ends_the_processes():
     links = FakeLink(died(0, "ended by the driver"), after=0.1), FakeLink(died(1, "ended by the driver"), after=0.1)
     train = workers(*links)
