@@ -93,13 +93,18 @@ def run(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     with Memory() as memory:
         process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
         assert process.stderr is not None
+        limit = threading.Timer(arguments.limit, process.kill)
+        limit.start()
         said = []
         for line in process.stderr:
-            said.append(line)
+            said.append(f"{time.perf_counter() - start:6.1f}  {line}")
+            (Path(os.environ.get("OUT", folder)) / f"{case}.log").write_text("".join(said))
             if case == "killed" and line.startswith("step 1/"):
                 os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
         code = process.wait()
+        limit.cancel()
     figures: dict[str, Any] = {"code": code, "seconds": time.perf_counter() - start, "gpu_mib": memory.most()}
+    time.sleep(1)  # the kernel takes its time to end the workers of a driver that was killed
     figures["left_behind"] = workers_of(process.pid)
     if code:
         return figures | {"said": "".join(said[-40:])}
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--limit", type=float, default=200, help="seconds after which a case is killed")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", nargs="*", default=[], metavar="KEY=VALUE")
     arguments, arguments_flags = parser.parse_known_args()
