@@ -99,7 +99,7 @@ def run(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         for line in process.stderr:
             said.append(f"{time.perf_counter() - start:6.1f}  {line}")
             (Path(os.environ.get("OUT", folder)) / f"{case}.log").write_text("".join(said))
-            if case == "killed" and line.startswith("step 1/"):
+            if case == "killed" and line.startswith("step 1/") and not any("restart" in earlier for earlier in said):
                 os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
         code = process.wait()
         limit.cancel()
