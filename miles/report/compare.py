@@ -74,14 +74,14 @@ def compare(first: Path, second: Path) -> Comparison:
         for name in sorted(ours[step].keys() & theirs[step].keys()):
             pair = ours[step][name], theirs[step][name]
             if not name.startswith(MANNER) and all(isinstance(value, int | float) for value in pair):
-                _, a, b = found.metrics.get(name, (0, 0.0, 0.0))
-                if name not in found.metrics or abs(pair[0] - pair[1]) > abs(a - b):
+                _, *before = found.metrics.get(name, (0, 0.0, 0.0))
+                if name not in found.metrics or abs(pair[0] - pair[1]) > abs(before[0] - before[1]):
                     found.metrics[name] = (step, *pair)
     for step in steps:
-        for a, b in _samples(first, second, step):
-            found.tokens += len(a["tokens"])
-            if a["tokens"] != b["tokens"] and found.first_token is None:
-                found.first_token = _parting(step, a, b)
+        for ours_of_it, theirs_of_it in _samples(first, second, step):
+            found.tokens += len(ours_of_it["tokens"])
+            if ours_of_it["tokens"] != theirs_of_it["tokens"] and found.first_token is None:
+                found.first_token = _parting(step, ours_of_it, theirs_of_it)
     _weights(found, first, second)
     return found
 
