@@ -9,6 +9,9 @@ Cases, each a `miles train` of the recipe examples/qwen3-0.6b-grpo on made-up pr
     ray          the same on a Ray cluster
     apart        one train rank and one engine, a GPU each; weights by broadcast (NCCL)
     delta        the same, weights by what changed on disk
+    context      `colocated`, the two ranks sharing the tokens of each sample (context parallelism)
+    cramped      `colocated`, rank 1 capped at 9/10 of the memory that its first micro-batch took
+    exact-1, exact-2     one process and two ranks in fp32 with --reproducible-ranks 2, to be compared to the bit
     killed       `colocated`, a rank killed with SIGKILL in the second step, and one restart
 
 Prints, for every case, seconds of the last step's phases, what a weight sync cost how far engine and trainer differ,
@@ -30,20 +33,45 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from main_job import RECIPE, make_inputs, overlay
 
+from miles.builtins.losses import ppo_clip
+from miles.builtins.options import PpoClipOptions
+from miles.report.compare import compare
+
 PHASES = ("step", "generate", "workers", "move", "sync", "rollout", "train")
-SHOWN = ("rollout/reward", "train/grad_norm", "train/train_rollout_logprob_abs_diff", "perf/generate_tokens_per_second")
+CAPPED: list[float] = []
+SHOWN = (
+    "train/oom_retries",
+    "rollout/reward",
+    "train/grad_norm",
+    "train/train_rollout_logprob_abs_diff",
+    "perf/generate_tokens_per_second",
+)
 TWO = ("--actor-num-gpus-per-node", "2", "--colocate")
 APART = ("--rollout-num-gpus", "1", "--no-colocate")
+EXACT = ("--reproducible-ranks", "2", "--train-dtype", "fp32", "--dump-samples", "256", "--save-hf", "hf")
 CASES: dict[str, tuple[str, ...]] = {
     "one": ("--executor", "inprocess"),
     "colocated": TWO,
     "ray": (*TWO, "--executor", "ray"),
     "apart": APART,
     "delta": (*APART, "--weight-sync", "disk", "--update-weight-mode", "delta"),
+    "context": (*TWO, "--context-parallel-size", "2"),
+    "cramped": (*TWO, "--policy-loss", "several:cramped", "--max-oom-retries", "8"),
+    "exact-1": ("--executor", "inprocess", *EXACT),
+    "exact-2": (*TWO, *EXACT),
     "killed": (*TWO, "--max-restarts", "1", "--save-interval", "1"),
 }
+
+
+def cramped(inputs: Any) -> Any:
+    """The recipe's policy loss; when rank 1 first computes it, its process gets a tenth less memory than it held."""
+    if torch.cuda.is_available() and os.environ.get("RANK") == "1" and not CAPPED:
+        CAPPED.append(0.9 * torch.cuda.max_memory_allocated() / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(CAPPED[0])
+    return ppo_clip(inputs, options=PpoClipOptions(eps=0.2, eps_high=0.28))
 
 
 class Memory:
@@ -144,6 +172,9 @@ def main() -> None:
         make_inputs(Path(name), shape, arguments.device)
         for case in arguments.cases or list(CASES):
             every[case] = run(case, arguments, Path(name))
+            if case == "exact-2" and "exact-1" in every:
+                found = compare(Path(name) / "exact-1", Path(name) / "exact-2")
+                every[case] |= {"first_differing_token": str(found.first_token), "weights_apart": found.weights}
             print(json.dumps({case: every[case]}), flush=True)
             if out := os.environ.get("OUT"):
                 (Path(out) / "several.json").write_text(json.dumps(every, indent=1))
