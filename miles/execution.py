@@ -51,7 +51,11 @@ class WorkerGroup(Protocol):
         """Like `call`, with one tuple of arguments for each rank."""
 
     async def call_one(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Of one rank alone, however long it takes."""
+        """Of one rank alone, however long it takes.
+
+        Raises:
+            WorkerError: it failed or died; or while it was waited for, a process stood still for the time limit.
+        """
 
     async def beside(self, name: str, target: str, *args: Any, **kwargs: Any) -> WorkerGroup:
         """Another object in each of these workers' processes, `Target(rank, size, ...)`, as a group of its own. The

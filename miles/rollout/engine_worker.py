@@ -64,8 +64,9 @@ class EngineWorker:
         plain: dict[str, Any] = {n: getattr(self.engine, n) for n in ("accepts", "generates", "max_len") if n in names}
         return {**plain, "coroutines": frozenset(coroutines)}
 
-    async def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self.engine, method)(*args, **kwargs)
+    def __getattr__(self, name: str) -> Any:
+        """All else that is called here is the engine's."""
+        return getattr(self.__dict__["engine"], name)
 
 
 class RemoteEngine:
@@ -77,7 +78,7 @@ class RemoteEngine:
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("coroutines", ()):
-            return partial(self._workers.call_one, self._rank, "ask", name)
+            return partial(self._workers.call_one, self._rank, name)
         raise AttributeError(f"the engine in worker {self._rank} has no {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""One front for all engines: sends each request to the least busy one and counts what comes back."""
+"""One front for all engines: decides which of them a request goes to, and counts what comes back."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class Workers:
     Args:
         name: what the group is called in messages: `train`, `rollout`.
         address: at which the workers' machines reach the driver's.
-        timeout: seconds after which a call without an answer is taken to hang; None to wait for ever.
+        timeout: seconds after which a call without an answer is taken to hang, and processes are asked for a pulse
+            while `call_one` waits; None to wait for ever.
         key, fate: of these objects in their processes, and of the processes; for groups that `beside` makes.
     """
 
@@ -83,12 +84,19 @@ class Workers:
         return await self._answers(method, [self._request(link, method, own, {}) for link, own in pairs], self.timeout)
 
     async def call_one(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Of one rank alone, without a time limit: engines take their time."""
+        """Of one rank alone, as long as the processes have a pulse: engines take their time."""
+        answer = asyncio.ensure_future(self._request(self.links[rank], method, args, kwargs))
         try:
-            return await self._request(self.links[rank], method, args, kwargs)
+            while not (await asyncio.wait([answer], timeout=self.timeout))[0]:
+                await self._answers(method, [link.request("pulse") for link in self.links], self.timeout)
+            return answer.result()
         except WorkerFailure as error:
             self._check()
             raise first_cause([error.failure], self.name, method)[0] from None
+        finally:
+            answer.cancel()
+            await asyncio.wait([answer])  # until the worker has been told
+            _failures([answer])
 
     async def beside(self, name: str, target: str, *args: Any, **kwargs: Any) -> Workers:
         """Another object in each of these processes, `Target(rank, size, ...)`, as a group of its own."""

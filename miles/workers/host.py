@@ -43,6 +43,10 @@ class WorkerHost:
         """Forget an object, once the calls to it that were made before have ended."""
         await _compute(lambda: self.objects.pop(key, None))
 
+    async def pulse(self) -> None:
+        """Returns when event loop and computing thread have both had a turn: neither of them hangs."""
+        await _compute(lambda: None)
+
     async def stacks(self) -> str:
         """Where threads of the process stand, the one that computes first, idle ones left out: asked of a process that
         does not answer."""

@@ -76,8 +76,8 @@ async def _serve(connection: Any, rank: int, size: int, logged: bool) -> None:
             over.set()
         elif isinstance(note, tuple):
             with_driver.heard(*note)
-        elif note in calls:  # it was given up
-            calls[note].cancel()
+        elif note in calls:  # it was given up: after its first step, as the other ranks do their plain methods
+            asyncio.get_running_loop().call_soon(calls[note].cancel)
 
     async def answer(number: int, load: Load) -> None:
         try:

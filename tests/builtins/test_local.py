@@ -17,6 +17,7 @@ from miles.builtins.local import LocalExecutor
 from miles.testing import ExecutorContract
 from miles.workers import group as groups
 from miles.workers import process as processes
+from miles.workers.serve import NOTE
 
 PROJECT = '''
 import asyncio, ctypes, logging, os, signal, subprocess, sys, threading, time, warnings
@@ -74,6 +75,13 @@ class Worker:
             await asyncio.sleep(100)
         finally:
             self.given_up = True
+
+    def note(self):
+        self.given_up = True
+
+    async def stall(self):
+        """Nothing else runs in the event loop."""
+        time.sleep(100)
 
     def was_given_up(self):
         return self.given_up
@@ -172,6 +180,16 @@ def test_what_cannot_cross_or_is_given_up_fails_alone(launched, monkeypatch):
     assert launched(use, workers=1) == [True], "the coroutine was not cancelled in the worker"
 
 
+def test_a_plain_method_that_is_given_up_as_it_is_asked_for_is_done_all_the_same(launched):
+    async def use(group):
+        wire = group.links[0]._wire
+        wire.post(1000, ("call", "0", "note", (), {}))
+        wire.post(NOTE, 1000)
+        return await group.call("was_given_up")
+
+    assert launched(use, workers=1) == [True], "other ranks would wait for this one's part"
+
+
 def test_each_worker_has_its_share_of_the_machine(monkeypatch):
     monkeypatch.setattr(local, "_cores", lambda: 13)
     monkeypatch.setattr(local, "_visible_gpus", lambda: ["3", "5", "7", "9", "11"])
@@ -260,6 +278,25 @@ def test_a_rank_that_fails_while_others_wait_for_it(launched, monkeypatch):
     assert lines[0] == "train rank 1 failed in reduce_all_but:"
     assert lines[-2] == "ZeroDivisionError: on purpose"
     assert lines[-1].startswith("then train rank 0: was waiting when it was ended, in all_reduce (")
+    assert gone(pids)
+
+
+def test_a_rank_that_stands_still_while_it_is_asked_alone(launched, monkeypatch):
+    monkeypatch.setattr(groups, "PATIENCE", 0.5)
+
+    async def use(group):
+        pids = await group.call("pid")
+        group.timeout = 0.3
+        with pytest.raises(WorkerError) as caught:
+            await asyncio.wait_for(group.call_one(1, "stall"), 20)
+        return pids, str(caught.value).splitlines()
+
+    pids, lines = launched(use)
+    assert lines == [
+        "train rank 1 does not answer in stall:",
+        "nor does it say where it stands",
+        "no answer in 0.3 s",
+    ]
     assert gone(pids)
 
 

@@ -35,17 +35,17 @@ IN_OWN_CODE = """thread miles-compute_0:
 class FakeLink:
     """Answers what it is told to: a value, an exception to raise, or nothing (None), `after` so many seconds."""
 
-    def __init__(self, answer=None, after=0.0, stacks="thread miles-compute_0:\n"):
-        self.answer, self.after, self.stacks, self.asked, self.ended = answer, after, stacks, [], []
+    def __init__(self, answer=None, after=0.0, stacks="thread miles-compute_0:\n", pulse=True):
+        self.answer, self.after, self.stacks, self.pulse, self.asked, self.ended = answer, after, stacks, pulse, [], []
 
     async def request(self, method, *args):
         self.asked.append((method, *args))
         if method == "stacks" and self.stacks is not None:
             return self.stacks
-        if method == "drop":
+        if method == "drop" or (method == "pulse" and self.pulse):
             return None
         await asyncio.sleep(self.after)
-        if self.answer is None or method == "stacks":
+        if self.answer is None or method in ("stacks", "pulse"):
             await asyncio.sleep(60)
         if isinstance(self.answer, Exception):
             raise self.answer
@@ -183,12 +183,23 @@ def test_a_call_that_is_given_up_leaves_the_group_as_it_is():
     assert [link.ended for link in group.links] == [[], []]
 
 
-def test_one_rank_alone_has_no_time_limit_and_ends_nobody():
+def test_one_rank_alone_takes_its_time_and_ends_nobody():
     group = workers(FakeLink("a"), FakeLink(failing(1, ValueError("one"))), FakeLink("c", after=0.1), timeout=0.02)
     assert asyncio.run(group.call_one(2, "generate")) == "c"
+    assert group.links[0].asked[0] == group.links[2].asked[1] == ("pulse",)
     with pytest.raises(WorkerError, match="train rank 1 failed in generate"):
         asyncio.run(group.call_one(1, "generate"))
     assert [link.ended for link in group.links] == [[], [], []]
+
+
+def test_one_rank_alone_is_waited_for_as_long_as_all_have_a_pulse():
+    group = workers(FakeLink(), FakeLink(stacks=IN_OWN_CODE, pulse=False), timeout=0.05)
+    with pytest.raises(WorkerError) as caught:
+        asyncio.run(group.call_one(0, "generate"))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "train rank 1 does not answer in generate:"
+    assert lines[-1] == "no answer in 0.05 s, in mix (/home/me/train.py:20)"
+    assert [link.ended for link in group.links] == [["killed"], ["killed"]]
 
 
 def test_groups_in_the_same_processes_end_together():

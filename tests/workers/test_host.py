@@ -71,6 +71,18 @@ def test_a_plain_method_that_is_given_up_is_done_all_the_same(target):
     assert hosted(body, target) == 8
 
 
+def test_a_pulse_is_felt_in_the_thread_that_computes(target):
+    async def body(host):
+        working = asyncio.ensure_future(call(host, "add", 1, 0.05))
+        await asyncio.to_thread(host.objects["0"].begun.wait)
+        await host.pulse()
+        counted = host.objects["0"].count
+        await working
+        return counted
+
+    assert hosted(body, target) == 6
+
+
 def test_stop_iteration_is_an_error_like_others(target):
     with pytest.raises(RuntimeError, match="StopIteration"):
         hosted(lambda host: asyncio.wait_for(call(host, "exhausted"), 5), target)
