@@ -27,15 +27,15 @@ def run(call: Call) -> int:
         tolerance = float(text)
     except ValueError as error:
         raise ConfigError(f"--tolerance {text}: a number is expected, such as 1e-5") from error
-    from miles.report.compare import compare
+    from miles.report.compare import compare, distance_of
 
     found = compare(*(Path(word) for word in call.words))
     print(f"{found.steps} steps and {found.tokens} tokens of samples compared")
     print(f"first differing token: {found.first_token or 'none'}")
-    apart = sorted(found.metrics.items(), key=lambda item: -abs(item[1][1] - item[1][2]))
+    apart = sorted(found.metrics.items(), key=lambda item: -distance_of(*item[1][1:]))
     for name, (step, a, b) in apart[:MOST]:
-        if a != b:
-            print(f"{name}: {a!r} and {b!r} at step {step}, {abs(a - b):.2g} apart")
+        if away := distance_of(a, b):
+            print(f"{name}: {a!r} and {b!r} at step {step}, {away:.2g} apart")
     if found.weights is not None:
         print(f"weights: at most {found.weights:.2g} apart ({found.weights_name})")
     same = found.within(tolerance)

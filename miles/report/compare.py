@@ -8,6 +8,7 @@ different. The first differing token says when, and in which sample.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -57,8 +58,8 @@ class Comparison:
 
     def within(self, tolerance: float) -> bool:
         """Whether the runs are the same: every token, and every number to a tolerance relative to its size, or to 1."""
-        apart = [abs(a - b) for _, a, b in self.metrics.values()]
-        sizes = [max(abs(a), abs(b), 1.0) for _, a, b in self.metrics.values()]
+        apart = [distance_of(a, b) for _, a, b in self.metrics.values()]
+        sizes = [max(1.0, abs(a), abs(b)) for _, a, b in self.metrics.values()]
         near = all(distance <= tolerance * size for distance, size in zip(apart, sizes, strict=True))
         return self.first_token is None and near and (self.weights or 0.0) <= tolerance
 
@@ -72,11 +73,11 @@ def compare(first: Path, second: Path) -> Comparison:
     found = Comparison(steps=len(steps))
     for step in steps:
         for name in sorted(ours[step].keys() & theirs[step].keys()):
-            pair = ours[step][name], theirs[step][name]
-            if not name.startswith(MANNER) and all(isinstance(value, int | float) for value in pair):
+            a, b = (math.nan if line[name] is None else line[name] for line in (ours[step], theirs[step]))
+            if not name.startswith(MANNER) and all(isinstance(value, int | float) for value in (a, b)):
                 _, *before = found.metrics.get(name, (0, 0.0, 0.0))
-                if name not in found.metrics or abs(pair[0] - pair[1]) > abs(before[0] - before[1]):
-                    found.metrics[name] = (step, *pair)
+                if name not in found.metrics or distance_of(a, b) > distance_of(*before):
+                    found.metrics[name] = (step, a, b)
     for step in steps:
         for ours_of_it, theirs_of_it in _samples(first, second, step):
             found.tokens += len(ours_of_it["tokens"])
@@ -84,6 +85,13 @@ def compare(first: Path, second: Path) -> Comparison:
                 found.first_token = _parting(step, ours_of_it, theirs_of_it)
     _weights(found, first, second)
     return found
+
+
+def distance_of(a: float, b: float) -> float:
+    """Of two metrics; what is no number (NaN) is infinitely far from what is one."""
+    if math.isnan(a) or math.isnan(b):
+        return 0.0 if math.isnan(a) and math.isnan(b) else math.inf
+    return abs(a - b)
 
 
 def _metrics(run: Path) -> dict[int, Mapping[str, Any]]:

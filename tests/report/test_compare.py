@@ -56,6 +56,13 @@ def test_numbers_to_a_tolerance(tmp_path, change, tolerance):
     assert not found.within(tolerance / 2)
 
 
+def test_a_metric_that_is_no_number_in_one_run_alone(tmp_path):
+    first, nan, as_nan = (run_directory(tmp_path / n, reward=r) for n, r in (("a", 0.5), ("b", None), ("c", None)))
+    assert not compare(first, nan).within(1.0)
+    assert not compare(nan, first).within(1.0)
+    assert compare(nan, as_nan).within(0.0)
+
+
 def test_the_command(tmp_path, capsys):
     a, b = (str(run_directory(tmp_path / name, reward=reward)) for name, reward in (("a", 0.5), ("b", 0.75)))
     assert main(["compare", a, a]) == 0
