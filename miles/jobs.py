@@ -18,6 +18,7 @@ from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepared_process
 from miles.diagnosis.preflight import require_ready
 from miles.errors import RunInterrupted, WorkerError
+from miles.interrupt import Interrupt
 from miles.log import counted, logger, speak
 from miles.loop import train as train_loop
 from miles.plugins import load_plugins
@@ -84,12 +85,12 @@ async def run_job(resolved: Resolved) -> Run:
     registry.plugins.hook.miles_configure(config=config)
     with run_directory(config, registry.plugins):
         try:
-            restarts = 0
+            restarts, interrupt = 0, Interrupt()
             while True:
                 try:
-                    return await _attempt(config, registry, restarts)
+                    return await _attempt(config, registry, restarts, interrupt)
                 except WorkerError as error:
-                    if restarts == config.resources.max_restarts:
+                    if restarts == config.resources.max_restarts or interrupt.signal is not None:
                         raise
                     restarts += 1
                     logger.error("%s\nrestart %d of %d", error, restarts, config.resources.max_restarts)
@@ -103,13 +104,13 @@ async def run_job(resolved: Resolved) -> Run:
                 leave_report(config.run.dir)
 
 
-async def _attempt(config: Config, registry: Registry, restarts: int) -> Run:
+async def _attempt(config: Config, registry: Registry, restarts: int, interrupt: Interrupt) -> Run:
     """The run from its last checkpoint, or its beginning, to its end. Nothing that it started is left behind."""
     with prepared_process(config.run):
         async with AsyncExitStack() as stack:
             tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
             derived, parts = await build(config, registry, tracking, stack)
-            run = Run(config, derived, parts, restarts=restarts)
+            run = Run(config, derived, parts, restarts=restarts, interrupt=interrupt)
             for line in run.header:
                 logger.info("%s", line)
             _settle_garbage()
@@ -125,17 +126,18 @@ async def _drive(run: Run) -> None:
         await run.restore()
         run.tracking.start(run.info())
         run.hook.miles_on_run_start(run=run)
-        with run.interrupt.listening():
-            await train_loop(run)
+        try:
+            with run.interrupt.listening():
+                await train_loop(run)
+        except RunInterrupted as stop:
+            async with run.residency.training():
+                path = await run.save()
+            logger.warning("%s; saved %s: the same command goes on from there", stop, path)
+            raise
         run.status = "completed"
         logger.info("completed: %s; everything is in %s", counted(run.step, "step"), run.directory)
-    except RunInterrupted as stop:
-        error, run.status = stop, "interrupted"
-        async with run.residency.training():
-            path = await run.save()
-        logger.warning("%s; saved %s: the same command goes on from there", stop, path)
     except BaseException as failure:
-        error, run.status = failure, "failed"
+        error, run.status = failure, "interrupted" if isinstance(failure, RunInterrupted) else "failed"
     for last in (
         run.write_summary,
         partial(run.tracking.finish, run.status),

@@ -76,11 +76,11 @@ class Run:
     resumed_from: int | None = None
     restarts: int = 0
     """Times that this process started it again, having lost a worker."""
+    interrupt: Interrupt = field(default_factory=Interrupt)
 
     def __post_init__(self) -> None:
         self.directory: Path = self.config.run.dir
         self.hook = self.parts.registry.plugins.hook
-        self.interrupt = Interrupt()
         self.progress = Progress(self.derived.num_rollout)
         self.store = CheckpointStore(
             self.config.checkpoint.dir or self.directory / "checkpoints", self.config.checkpoint.keep

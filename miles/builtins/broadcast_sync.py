@@ -19,7 +19,7 @@ from torch import distributed as dist
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
 from miles.builtins.buckets import pack, unpack
 from miles.builtins.meeting import ENDED, FAILED, Meeting, Member
-from miles.builtins.sync_partners import ranks, receivers, rounds, together, walked
+from miles.builtins.sync_partners import delivering, ranks, receivers, rounds, together, walked
 from miles.toolkit import Shipment
 
 SEND, RECEIVED = f"{__name__}:send", f"{__name__}:received"
@@ -116,12 +116,8 @@ class BroadcastSync:
 
     async def push(self, version: int) -> Metrics:
         """One walk for all engines; where several share a process, one for the first of each, then for the second."""
-        try:
+        with delivering(self.transport, version):
             sent = [await self._push(i, list(members.values()), version) for i, members in enumerate(self.rounds)]
-        except Exception as error:
-            raise WeightSyncError(
-                f"weight sync broadcast: version {version} did not arrive: {type(error).__name__}: {error}"
-            ) from error
         return {"weight_sync/bytes": float(sum(sent))}
 
     async def _push(self, number: int, engines: Sequence[RolloutEngine], version: int) -> int:

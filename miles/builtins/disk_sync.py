@@ -28,7 +28,7 @@ from torch import Tensor
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
 from miles.builtins.delta import apply, best_checksum, best_compression, bytes_of, checksum, codec, encode
 from miles.builtins.options import DiskOptions
-from miles.builtins.sync_partners import receivers, together, walked
+from miles.builtins.sync_partners import delivering, receivers, together, walked
 from miles.toolkit import Shipment, put_in_place, read_weights, sync_tree, write_checkpoint
 
 WRITE, WRITE_CHANGES, READ, READ_CHANGES = (
@@ -225,7 +225,8 @@ class DiskSync:
         self._name = uuid4().hex
         self._base: int | None = None
         """What every engine and the sender's copy are at, if that is known."""
-        self._folders: list[Path] = []
+        # Those of an earlier life of this run go as others come; of a folder that was named nothing is known.
+        self._folders = [] if self.options.dir else sorted(self.directory.glob("weight_v*"))
 
     async def connect(self, workers: WorkerGroup, engines: Sequence[RolloutEngine]) -> None:
         """Raises WeightSyncError when an engine cannot receive this way."""
@@ -237,7 +238,7 @@ class DiskSync:
         if not self.engines:
             return {"weight_sync/bytes": 0.0}
         folder = self.directory / f"weight_v{version:06d}"
-        try:
+        with delivering(self.transport, version):
             base = await self._common_base()
             self._base = None
             if base is None:
@@ -248,10 +249,6 @@ class DiskSync:
                 written = await self._write(partial(self._changes, folder, form))
                 shipment = Shipment(READ_CHANGES, {"folder": str(folder)}, changes=True)
             await together(engine.receive(self.transport, version, shipment) for engine in self.engines)
-        except Exception as error:
-            raise WeightSyncError(
-                f"weight sync disk: version {version} did not arrive: {type(error).__name__}: {error}"
-            ) from error
         self._base = version
         self._tidy(folder)
         density = {"weight_sync/density": written.changed / written.total} if self.options.mode == "delta" else {}

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
-from miles.builtins.sync_partners import ranks, receivers, rounds, together
+from miles.builtins.sync_partners import delivering, ranks, receivers, rounds, together
 from miles.toolkit import Shipment
 
 SEND, ARRIVED, FINISH = (f"{__name__}:{function}" for function in ("send", "arrived", "finish"))
@@ -82,22 +82,16 @@ class InProcessSync:
 
     async def push(self, version: int) -> Metrics:
         """Of several engines in one process, one after the other gets a walk over the trainer's weights."""
-        sent = [await self._push(members, version) for members in self.rounds]
+        with delivering(self.transport, version):
+            sent = [await self._push(members, version) for members in self.rounds]
         return {"weight_sync/bytes": float(sum(sent))}
 
     async def _push(self, members: Mapping[str, RolloutEngine], version: int) -> int:
         number = next(_numbers)
-        try:
-            await self.workers.call("send_weights", SEND, number)
-            handed = (self._hand_over(self.places.index(place), members[place], version, number) for place in members)
-            await together(handed)
-            return sum(await self.workers.call("send_weights", FINISH, number))
-        except WeightSyncError:
-            raise
-        except Exception as error:
-            raise WeightSyncError(
-                f"weight sync inprocess: version {version} did not arrive: {type(error).__name__}: {error}"
-            ) from error
+        await self.workers.call("send_weights", SEND, number)
+        handed = (self._hand_over(self.places.index(place), members[place], version, number) for place in members)
+        await together(handed)
+        return sum(await self.workers.call("send_weights", FINISH, number))
 
     async def _hand_over(self, rank: int, engine: RolloutEngine, version: int, number: int) -> None:
         try:

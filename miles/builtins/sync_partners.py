@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from miles.api import RolloutEngine, WeightGroup, WeightSyncError, WorkerGroup
+from miles.api import RolloutEngine, WeightGroup, WeightSyncError, WorkerError, WorkerGroup
 from miles.toolkit import this_process
 
 ANSWER = f"{__name__}:answer"
@@ -49,6 +49,20 @@ def walked(weights: Iterable[WeightGroup]) -> Iterator[Iterator[WeightGroup]]:
     finally:
         for _ in walk:
             pass
+
+
+@contextmanager
+def delivering(transport: str, version: int) -> Iterator[None]:
+    """Around a push. Raises WeightSyncError when it fails; or WorkerError, after which a run may start again."""
+    failed = f"weight sync {transport}: version {version} did not arrive"
+    try:
+        yield
+    except WorkerError as error:
+        raise WorkerError(f"{failed}: {error}") from error
+    except WeightSyncError as error:
+        raise WeightSyncError(f"{failed}: {error}") from error
+    except Exception as error:
+        raise WeightSyncError(f"{failed}: {type(error).__name__}: {error}") from error
 
 
 async def ranks(workers: WorkerGroup) -> list[str]:

@@ -15,7 +15,7 @@ from miles.builtins.inprocess import InProcessExecutor
 from miles.builtins.local import LocalExecutor
 from miles.builtins.sync_partners import PATIENCE
 from miles.config import Config, Spec
-from miles.errors import WeightSyncError
+from miles.errors import WeightSyncError, WorkerError
 from miles.protocols import ExecutorContext, Seats
 from miles.rollout.engine_worker import WORKER, EngineSetup, remote_engines
 from miles.testing import WeightSyncContract, installed, tiny
@@ -52,10 +52,10 @@ async def serves(engine, model):
     np.testing.assert_allclose(await engine.score(PROMPT), CONTRACT.expected(model), atol=2e-4)
 
 
-async def fails(sync, version, why):
+async def fails(sync, version, why, error=WeightSyncError):
     """At once: whoever waits for somebody who is not coming waits longer than this takes."""
     began = time.monotonic()
-    with pytest.raises(WeightSyncError, match=f"(?s)version {version} did not arrive: {why}"):
+    with pytest.raises(error, match=f"(?s)version {version} did not arrive: {why}"):
         await sync.push(version)
     assert time.monotonic() - began < PATIENCE
 
@@ -116,7 +116,7 @@ def test_engines_in_workers_of_their_own():
             await serves(engines[1], 0)
             await engines[0].wake(frozenset({"weights"}))
             await workers.call("become", 1, breaks=True)
-            await fails(sync, 3, ".*deliberate failure of the sender")
+            await fails(sync, 3, ".*deliberate failure of the sender", WorkerError)
             await workers.call("become", 1)
             await sync.push(4)
             for engine in engines:
@@ -133,7 +133,7 @@ def test_a_train_rank_that_dies_is_a_sync_that_failed():
     async def work(sync, workers, engines):
         await sync.push(1)
         os.kill(workers.links[0].process.pid, signal.SIGKILL)
-        await fails(sync, 2, "WorkerError: train rank 0 died")
+        await fails(sync, 2, "train rank 0 died", WorkerError)
         await serves(engines[0], 0)
 
     stage(work)

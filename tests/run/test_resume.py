@@ -192,6 +192,41 @@ def test_a_full_disk_is_a_clear_error_and_the_last_good_checkpoint_stays(config,
     assert miles.train(config, num_rollout=2, run_dir=str(run_dir)).resumed_from == 1
 
 
+def test_a_run_that_was_asked_to_stop_is_not_started_again(config, monkeypatch):
+    import miles
+    from miles import jobs
+    from miles.errors import WorkerError
+
+    attempts = []
+
+    async def lost(config, registry, restarts, interrupt):
+        attempts.append(restarts)
+        interrupt.signal = signal.SIGTERM if restarts else None
+        raise WorkerError("a rank died")
+
+    monkeypatch.setattr(jobs, "_attempt", lost)
+    with pytest.raises(WorkerError, match="a rank died"):
+        miles.train(config, max_restarts=5)
+    assert attempts == [0, 1]
+
+
+def test_a_stop_that_cannot_save_is_a_failure_and_still_has_a_summary(config, tmp_path):
+    import miles
+    from miles.api import hookimpl
+    from miles.errors import CheckpointError
+
+    class Stop:
+        @hookimpl
+        def miles_on_run_start(self, run):
+            run.interrupt.signal = signal.SIGTERM
+            run.store.directory = tmp_path / "config.yaml" / "no folder"
+
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        miles.train(config, plugins=[Stop()])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
 def test_checkpoints_kept_elsewhere_move_aside_too(config, tmp_path):
     import miles
 
