@@ -71,9 +71,9 @@ class Placement:
         if engines:
             arithmetic += f" + {engines * per_engine} for {counted(engines, 'engine')}"
         arithmetic += f" = {counted(gpus, 'GPU')}"
-        if gpus > 1 and ":" in resources.device:
-            problem = f"names one device, and {gpus} are needed: {arithmetic}"
-            raise Misfit("resources.device", resources.device, problem, "--device cuda: each worker gets one")
+        if ":" in resources.device and not one_process:
+            problem = f"names one device, and executor {executor.name!r} gives each worker its own: {arithmetic}"
+            raise Misfit("resources.device", resources.device, problem, "--device cuda, or CUDA_VISIBLE_DEVICES")
         return cls(
             train_ranks=ranks,
             executor=executor,

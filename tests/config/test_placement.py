@@ -154,7 +154,8 @@ def test_who_makes_room(registry, settings, expected):
         ),
         ({"engines": 1, "sync": "inprocess"}, "weight_sync.transport", "workers.*--weight-sync broadcast or disk"),
         ({"each": 2, "sync": "broadcast"}, "weight_sync.transport", "itself; --weight-sync disk or inprocess"),
-        ({"each": 2, "device": "cuda:1"}, "resources.device", r"2 are needed: 2 train ranks \(1 node x 2\) = 2 GPUs"),
+        ({"each": 2, "device": "cuda:1"}, "resources.device", r"own: 2 train ranks \(1 node x 2\) = 2 GPUs"),
+        ({"executor": "local", "device": "cuda:1"}, "resources.device", "'local' gives each.*CUDA_VISIBLE_DEVICES"),
     ],
 )  # fmt: skip
 def test_what_cannot_be(registry, settings, key, words):
