@@ -176,8 +176,8 @@ class Trainer:
             self._watch_skips(whose, report.skipped, "had a non-finite loss or gradient and were skipped")
             if not report.skipped:
                 totals[f"{prefix}/grad_norm"].append(report.grad_norm)
-                for name in outcomes[0].sums:
-                    totals[name].append(sum(outcome.sums[name] for outcome in outcomes))
+                for name in dict.fromkeys(name for outcome in outcomes for name in outcome.sums):
+                    totals[name].append(sum(outcome.sums.get(name, 0.0) for outcome in outcomes))
         metrics = {name: float(np.mean(values)) for name, values in totals.items()}
         mismatch = {k.removeprefix("mismatch/"): metrics.pop(k) for k in list(metrics) if k.startswith("mismatch/")}
         if mismatch:

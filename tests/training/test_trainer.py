@@ -116,6 +116,23 @@ def test_one_optimizer_step_needs_no_extra_forward_and_measures_the_mismatch_ins
     assert (metrics["train/loss"], metrics["train/grad_norm"], metrics["train/lr"]) == (2.0, 0.7, 1e-3)
 
 
+def test_a_number_that_some_ranks_alone_report_is_added_up():
+    trainer, _ = make()
+    trainer.shares = [0, 1]
+
+    class Two:
+        async def call_each(self, method, arguments):
+            report = StepReport(0.7, False, 1e-3)
+            return [
+                StepOutcome({"train/loss": 2.0}, report, 0),
+                StepOutcome({"train/x": 1.0, "train/loss": 1.0}, report, 0),
+            ]
+
+    trainer.workers = Two()
+    metrics = step(trainer, groups())
+    assert (metrics["train/loss"], metrics["train/x"]) == (3.0, 1.0)
+
+
 def test_several_optimizer_steps_recompute_the_old_log_probs_once():
     trainer, workers = make(num_steps_per_rollout=2)
     metrics = step(trainer, groups(log_prob=-0.6))
