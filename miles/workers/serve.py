@@ -112,6 +112,7 @@ def _forward_logs(wire: Wire, rank: int, logged: bool) -> None:
     """Have the driver repeat what is worth a person's attention: warnings, and of rank 0 everything."""
     import asyncio
     import logging
+    from contextlib import suppress
 
     from miles.log import logger, speak
 
@@ -119,7 +120,8 @@ def _forward_logs(wire: Wire, rank: int, logged: bool) -> None:
 
     class Forward(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            loop.call_soon_threadsafe(wire.post, NOTE, (record.levelno, self.format(record).rstrip()))
+            with suppress(RuntimeError):  # the loop has ended, and the process is about to
+                loop.call_soon_threadsafe(wire.post, NOTE, (record.levelno, self.format(record).rstrip()))
 
     handler = Forward(logging.INFO if rank == 0 else logging.WARNING)
     if logged:
