@@ -19,7 +19,7 @@ def value_loss(values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, clip: 
     free_T = (values_T - returns_T).square()
     if clip is None:
         return free_T / 2, torch.zeros_like(free_T)
-    near_T = old_values_T + (values_T - old_values_T).clamp(-clip, clip)
+    near_T = values_T.clamp(old_values_T - clip, old_values_T + clip)  # what has not moved far stays the same number
     clipped_T = (near_T - returns_T).square()
     return clipped_T.maximum(free_T) / 2, (clipped_T > free_T).float()
 

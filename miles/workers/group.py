@@ -91,8 +91,9 @@ class Workers:
                 await self._answers(method, [link.request("pulse") for link in self.links], self.timeout)
             return answer.result()
         except WorkerFailure as error:
+            failures = [error.failure, *await self._ends(error.failure)]
             self._check()
-            raise first_cause([error.failure], self.name, method)[0] from None
+            raise first_cause(failures, self.name, method)[0] from None
         finally:
             answer.cancel()
             await asyncio.wait([answer])  # until the worker has been told
@@ -166,6 +167,17 @@ class Workers:
             for link in self.links:
                 link.kill()
         return error
+
+    async def _ends(self, failure: Failure) -> list[Failure]:
+        """Of other ranks, where they may be why one raised: it knows of a broken connection before the driver does."""
+        if failure.kind != "raised" or failure.error is not None:
+            return []
+        alive = [asyncio.ensure_future(link.request("stacks")) for link in self.links]
+        await asyncio.wait(alive, timeout=PATIENCE)
+        for asked in alive:
+            asked.cancel()
+        ends = [error.failure for error in _failures(alive) if isinstance(error, WorkerFailure)]
+        return [end for end in ends if end.kind == "died" and end.rank != failure.rank]
 
     async def _whereabouts(self, rank: int, why: str) -> Failure:
         """Of a rank that does not answer."""

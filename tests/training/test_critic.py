@@ -19,6 +19,13 @@ def test_value_loss_by_hand():
     assert none.tolist() == [0, 0, 0]
 
 
+def test_rounding_clips_nothing():
+    old, moves, returns = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
+    loss, clipped = value_loss(old + (moves - 0.5), old, 3 * returns, clip=0.6)
+    assert not clipped.any()
+    assert torch.equal(loss, (old + (moves - 0.5) - 3 * returns).square() / 2)
+
+
 def test_a_move_that_is_clipped_has_no_gradient():
     values = torch.tensor([3.0, 1.2], requires_grad=True)
     value_loss(values, torch.tensor([1.0, 1.0]), torch.tensor([4.0, 4.0]), clip=0.5)[0].sum().backward()

@@ -192,6 +192,24 @@ def test_one_rank_alone_takes_its_time_and_ends_nobody():
     assert [link.ended for link in group.links] == [[], [], []]
 
 
+def test_one_rank_alone_that_fails_because_another_died_names_that_one():
+    gone = FakeLink()
+    group = workers(FakeLink(failing(0, RuntimeError("connection reset"))), gone)
+
+    async def request(method, *args):
+        await asyncio.sleep(0.03)
+        raise died(1)
+
+    gone.request = request
+    with pytest.raises(WorkerError) as caught:
+        asyncio.run(group.call_one(0, "receive"))
+    assert str(caught.value).splitlines() == [
+        "train rank 1 died in receive:",
+        "killed by SIGKILL",
+        "then train rank 0: RuntimeError: connection reset",
+    ]
+
+
 def test_one_rank_alone_is_waited_for_as_long_as_all_have_a_pulse():
     group = workers(FakeLink(), FakeLink(stacks=IN_OWN_CODE, pulse=False), timeout=0.05)
     with pytest.raises(WorkerError) as caught:
