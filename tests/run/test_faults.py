@@ -13,8 +13,10 @@ from miniature import assert_same_end, job, sums_in
 
 SABOTEUR = """
 import os, signal, time
+from contextlib import suppress
 from pathlib import Path
 
+from miles.builtins.generate import single_turn
 from miles.builtins.losses import ppo_clip
 from miles.builtins.options import PpoClipOptions
 
@@ -33,6 +35,17 @@ def loss(inputs, options=None):
         raise ArithmeticError("deliberate failure")
     return ppo_clip(inputs, options=PpoClipOptions())
 
+async def generate(context, sample):
+    marker = Path(os.environ["MARKER"])
+    if os.environ.get("SABOTAGE") == "freeze" and sample.id == 40 and not marker.exists():
+        marker.touch()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile
+                words = (folder / "cmdline").read_text().split("\\0")
+                if "miles.workers.serve" in words and str(os.getpid()) in words and words[-5] == "1":
+                    os.kill(int(folder.name), signal.SIGSTOP)
+    return await single_turn(context, sample)
+
 def judge(sample):
     return float(any(c.isdigit() for c in sample.text)) - 0.1 * sample.response_length
 """
@@ -46,6 +59,7 @@ def command(checkpoint, tmp_path_factory):
     (tmp_path / "saboteur.py").write_text(SABOTEUR)
     for task_set in (*config["data"]["sets"], *config["eval"]["sets"]):
         task_set["reward"] = "saboteur:judge"
+        task_set["generate"] = "saboteur:generate"
     config["algorithm"]["policy_loss"] = "saboteur:loss"
     config["rollout"]["num_rollout"] = 6
     config["checkpoint"] = {"interval": 2, "keep": 8}
@@ -99,6 +113,7 @@ def workers_of(driver):
         ("kill", "train rank 1 died in train_step", ()),
         ("raise", "train rank 1 failed in train_step", ()),
         ("hang", "train rank 1 does not answer in train_step", ("--worker-timeout", "8")),
+        ("freeze", "rollout rank 1 does not answer in generate", ("--worker-timeout", "8")),
     ],
 )
 def test_a_run_that_lost_a_rank_goes_on_by_itself(command, whole, how, first, flags):
