@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from miles.api import ConfigError, Metrics, RolloutEngine, WeightGroup, WeightSyncError, WorkerGroup
+from miles.api import ConfigError, Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
 
 SEND = f"{__name__}:send"
 _numbers = itertools.count()
@@ -44,7 +44,7 @@ class Delayed:
 
     transport = "inprocess"
 
-    def __init__(self, options: DelayedOptions):
+    def __init__(self, options: DelayedOptions, *, context: SyncContext):
         self.lag = options.lag
         self.kept: dict[int, list[WeightGroup]] = {}
         """Version -> its weights; the last `lag + 1` versions."""

@@ -120,9 +120,10 @@ def test_two_ranks_learn_what_one_does(distil):
     one of the two alone."""
     load = {"default": folder(TEACHER), "odd": "policy"}
     one, two = (distil(METHODS["distill_full"], {"load": load}, odd_one_out, steps=2, ranks=r) for r in (1, 2))
-    for first, second in zip(one, two, strict=True):
+    # Adam makes steps of one size out of gradients that are all but zero: after the first, rounding is no longer small
+    for first, second, tolerance in zip(one, two, (1e-5, 1e-3), strict=True):
         for name in ("train/distill_reverse", "train/loss", "train/grad_norm"):
-            assert second[name] == pytest.approx(first[name], rel=1e-5)
+            assert second[name] == pytest.approx(first[name], rel=tolerance)
             assert first[name] > 0
 
 
