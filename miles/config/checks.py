@@ -26,6 +26,7 @@ from miles.config.teacher import POLICY
 from miles.errors import MilesError
 from miles.kinds import KINDS
 from miles.registry import Registry
+from miles.targets import import_target
 
 MODES = ("sync",)
 """Rollout modes that this version has."""
@@ -34,6 +35,11 @@ UNMET = {
 }
 """Needs of components that the core of this version cannot meet."""
 _ESTIMATE = "--advantage-estimator grpo (`miles plugins --kind advantage_estimators` lists them), or leave it out"
+IN_WORKERS = (
+    "bridges", "model_transforms", "precision_schemes", "routing_replays", "train_backends", "policy_losses",
+    "loss_masks",
+)  # fmt: skip
+"""Kinds that train workers build; engines besides, where they are not the driver's."""
 GENERATED = {"rollout_log_probs": "rollout log-probs", "greedy_rollout": "a greedy rollout of each prompt"}
 """Needs that an engine meets which generates."""
 
@@ -267,6 +273,34 @@ def _placement(c: _Checked) -> Iterator[Fault]:
         return  # a name at fault, which is reported already
 
 
+def _objects(c: _Checked) -> Iterator[Fault]:
+    """Workers build their parts by name: an object given in Python is lost unless its name leads to it."""
+    try:
+        placement = Placement.of(c.config, c.registry)
+    except MilesError:
+        return  # reported already
+    kinds = (*IN_WORKERS, *(("rollout_engines",) if placement.engines != "driver" else ()))
+    for use in () if placement.one_process else c.uses:
+        if use.kind in kinds and use.path[0] != "teacher" and not _found_by_name(use, c.registry):
+            problem = f"workers are other processes, and know {KINDS[use.kind].singular} {use.name!r} by its name alone"
+            remedy = "give a function or a class of a module that can be imported (not the script), options beside it"
+            yield Fault(use.key, problem, remedy, use.name, c.origin(use.path))
+
+
+def _found_by_name(use: Use, registry: Registry) -> bool:
+    """Whether another process gets the same from a component's name."""
+    try:
+        entry = registry.entry(use.kind, use.name)
+    except MilesError:
+        return True  # `auto`, or a name at fault, which is reported already
+    if entry.live is None:
+        return True
+    try:
+        return not use.name.startswith("__main__:") and import_target(entry.component.target) is entry.live
+    except MilesError:
+        return False
+
+
 def _learning_rates(c: _Checked) -> Iterator[Fault]:
     o = c.config.optimizer
     for section, its, prefix in (("optimizer", o, "--"), ("critic", c.config.critic.optimizer(o), "--critic-")):
@@ -331,8 +365,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _rules, _terms, _idle, _teachers, _sampling, _lengths, _placement, _learning_rates, _pass_k, _export,
-    _needs,
+    _plugins, _rules, _terms, _idle, _teachers, _sampling, _lengths, _placement, _objects, _learning_rates, _pass_k,
+    _export, _needs,
 )  # fmt: skip
 
 

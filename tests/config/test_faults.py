@@ -281,3 +281,28 @@ def test_batches_that_do_not_divide_are_told_which_would(solve):
 def test_a_reward_of_the_wrong_type(solve):
     faults = faults_of(solve, overrides={"data.sets.*.reward": 3})
     assert "a function, a name, a mapping from names to weights" in faults["data.sets.default.reward"].problem
+
+
+def test_objects_that_workers_cannot_find(solve, tmp_path, monkeypatch):
+    (tmp_path / "losses_of_mine.py").write_text(
+        "class Loss:\n    def __init__(self, scale=1.0):\n        self.scale = scale\n"
+        "    def __call__(self, inputs):\n        return inputs\n\n"
+        "def make():\n    return lambda inputs: inputs\n\n"
+        "def plain(inputs):\n    return inputs\n\n"
+        "def reward(sample):\n    return 1.0\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import losses_of_mine as mine
+
+    def of_script(inputs):
+        return inputs
+
+    of_script.__module__, of_script.__qualname__ = "__main__", "of_script"
+    monkeypatch.setattr("__main__.of_script", of_script, raising=False)
+    several = ("--actor-num-gpus-per-node", "2")
+    for loss in (mine.Loss(2.0), mine.make(), of_script):
+        solve(overrides={"policy_loss": loss})
+        fault = faults_of(solve, *several, overrides={"policy_loss": loss})["algorithm.policy_loss"]
+        assert "by its name alone" in fault.problem
+    for loss in (mine.Loss, mine.plain):
+        solve((), *several, overrides={"policy_loss": loss, "reward": lambda sample: 1.0})
