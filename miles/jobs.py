@@ -183,9 +183,12 @@ def _settle_garbage() -> None:
 def _in_event_loop(job: Coroutine[Any, Any, T]) -> T:
     """Run a job to its end, also from inside a running event loop (a notebook), then in a thread of its own."""
     speak()
+    running = True
     try:
         asyncio.get_running_loop()
     except RuntimeError:
+        running = False
+    if not running:  # out here, an error of the job has no other one before it
         return asyncio.run(job)
     with ThreadPoolExecutor(1, thread_name_prefix="miles") as thread:
         return thread.submit(asyncio.run, job).result()

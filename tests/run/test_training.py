@@ -412,3 +412,9 @@ def test_evaluation_alone_agrees_with_the_run(config, run_dir):
     for checkpoint in (run_dir, run_dir / "hf"):
         alone = run_evaluation(resolve((only_eval,), purpose="eval"), checkpoint)
         assert alone["heldout"]["reward"] == last["reward"]
+
+
+def test_an_error_has_no_other_one_before_it(config):
+    with pytest.raises(RolloutError) as caught:
+        miles.train(config, reward=lambda sample: float("nan"))
+    assert "event loop" not in str(caught.value.__context__)
