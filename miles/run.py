@@ -316,10 +316,11 @@ class Run:
         """What a person wants to know before it begins."""
         config, model = self.config, self.parts.model
         device, steps = resolve_device(config.resources.device), self.derived.num_rollout
-        answers = self.hook.miles_report_header(config=config)
+        answers, ranks = self.hook.miles_report_header(config=config), self.parts.workers.size
+        several = f", {ranks} train ranks" if ranks > 1 else ""
         prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
         return [
-            f"{config.run.name} in {self.directory}: {counted(steps, 'step')} on {device}",
+            f"{config.run.name} in {self.directory}: {counted(steps, 'step')} on {device}{several}",
             f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",
             *(line for said in answers for line in ([said] if isinstance(said, str) else said)),
         ]

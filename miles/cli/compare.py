@@ -37,7 +37,8 @@ def run(call: Call) -> int:
         if away := distance_of(a, b):
             print(f"{name}: {a!r} and {b!r} at step {step}, {away:.2g} apart")
     if found.weights is not None:
-        print(f"weights: at most {found.weights:.2g} apart ({found.weights_name})")
+        apart_at = f"at most {found.weights:.2g} apart ({found.weights_name})"
+        print(f"weights: {apart_at if found.weights else 'the same to the bit'}")
     same = found.within(tolerance)
     print(f"{'the same' if same else 'different'}, to {tolerance:g}")
     return 0 if same else 1

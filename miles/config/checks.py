@@ -122,6 +122,14 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
     ("algorithm.kl_coef", lambda c: c.config.algorithm.kl_coef and c.config.algorithm.kl_loss_coef,
      "the KL penalty is in the reward, and in the loss too (kl_loss_coef={algorithm.kl_loss_coef}): it counts twice",
      "set one of algorithm.kl_coef and algorithm.kl_loss_coef to 0"),
+    ("train.context_parallel_size", lambda c: c.config.train.context_parallel_size > 1
+     and c.config.train.reproducible_ranks is not None,
+     "ranks that share the tokens of a sample add up in another order than one alone, which no float64 mends",
+     "leave --reproducible-ranks out, or --context-parallel-size"),
+    ("train.fsdp_reshard", lambda c: c.config.train.fsdp_reshard == "step"
+     and c.config.train.reproducible_ranks is not None,
+     "reduces gradients once a step, and --reproducible-ranks each micro-batch's by itself",
+     "--fsdp-reshard layer or auto, or leave --reproducible-ranks out"),
     ("algorithm.unbiased_kl", lambda c: c.config.algorithm.unbiased_kl and not c.config.algorithm.kl_loss_coef,
      "corrects the KL of the loss, but algorithm.kl_loss_coef is 0",
      "set --kl-loss-coef, or leave --use-unbiased-kl out"),

@@ -36,10 +36,12 @@ class Failure:
     """The rank's traceback; or how its process ended and what it said last; or where it stands."""
     error: MilesError | None = None
     """What it raised, where that says everything already."""
+    said: str = ""
+    """What it raised, in a line."""
 
     @property
     def last_line(self) -> str:
-        return self.text.strip().rpartition("\n")[2]
+        return self.said or self.text.strip().rpartition("\n")[2]
 
     @property
     def waits_for_others(self) -> bool:
@@ -65,7 +67,8 @@ def raised(rank: int, error: BaseException) -> Failure:
     ours = error if isinstance(error, MilesError) and _survives(error) else None
     told = traceback.TracebackException.from_exception(error)
     told.stack = without_plumbing(told.stack)
-    return Failure(rank, "raised", "".join(told.format()).rstrip(), ours)
+    said = next(told.format_exception_only()).strip().partition("\n")[0]
+    return Failure(rank, "raised", "".join(told.format()).rstrip(), ours, said)
 
 
 def without_plumbing(stack: StackSummary) -> StackSummary:

@@ -6,6 +6,7 @@ import pytest
 
 from miles.errors import ConfigError, OutOfMemoryError, RunInterrupted
 from miles.toolkit import Failure, raised
+from miles.workers.failure import first_cause
 
 
 class Stubborn(ConfigError):
@@ -44,3 +45,10 @@ def test_a_silent_rank_waits_for_others_only_by_its_innermost_frames():
     assert Failure(0, "silent", "\n".join([*frames, inside])).waits_for_others
     assert not Failure(0, "silent", "\n".join([inside, *frames])).waits_for_others
     assert not Failure(0, "raised", inside).waits_for_others
+
+
+def test_what_is_said_of_another_rank_is_its_error_and_not_a_note_of_it():
+    error = ValueError("too wide\nby far")
+    error.add_note("while building something")
+    found, _ = first_cause([raised(0, KeyError("first")), raised(1, error)], "train", "forward")
+    assert str(found).endswith("then train rank 1: ValueError: too wide")
