@@ -38,7 +38,7 @@ SHAPE = {
     "initializer_range": 0.1,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "output_router_logits": True}
-EXACT = ("exact", "exact-bf16", "exact-moe")
+EXACT = ("exact", "exact-bf16", "exact-grouped", "exact-moe")
 CASES = {
     "dense": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "layer"}, "actor"),
     "moe": (
@@ -48,8 +48,15 @@ CASES = {
     ),
     "bf16": (Qwen3Config(**SHAPE, tie_word_embeddings=False), {"dtype": "bf16", "fsdp_reshard": "step"}, "actor"),
     "critic": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "step"}, "critic"),
+    "grouped": (
+        Qwen3Config(**{**SHAPE, "num_hidden_layers": 8}),
+        {"gradient_checkpointing": True, "fsdp_reshard": "layer"},
+        "actor",
+    ),
+    "grouped by step": (Qwen3Config(**{**SHAPE, "num_hidden_layers": 8}), {"fsdp_reshard": "step"}, "actor"),
     "exact": (Qwen3Config(**SHAPE, tie_word_embeddings=True), {"fsdp_reshard": "layer"}, "actor"),
     "exact-bf16": (Qwen3Config(**SHAPE), {"dtype": "bf16"}, "actor"),
+    "exact-grouped": (Qwen3Config(**{**SHAPE, "num_hidden_layers": 8}), {}, "actor"),
     "exact-moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS), {}, "critic"),
 }
 SIZES = (1, 2, 4)

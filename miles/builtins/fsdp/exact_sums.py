@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from miles.api import TrainError
+from miles.builtins.fsdp.keeping_step import sharded_together
 
 
 class ExactSums:
@@ -45,9 +46,9 @@ class ExactSums:
 
     def follow(self, module: nn.Module) -> None:
         """Under FSDP2, whose `reduce_dtype` shall be float64: what a unit's reduction gives becomes the sum so far."""
-        for unit in module.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_all_reduce_hook(partial(self._reduced, unit, _own_parameters(unit)))
+        for members in sharded_together(module):
+            own = [parameter for unit in members for parameter in _own_parameters(unit)]
+            members[0].set_all_reduce_hook(partial(self._reduced, members[0], own))
 
     def _reduced(self, unit: nn.Module, own: list[nn.Parameter], reduced: Tensor) -> None:
         for parameter in own:

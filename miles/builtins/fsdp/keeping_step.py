@@ -112,8 +112,17 @@ class _Reduce(_Communication):
         return work
 
 
+def sharded_together(module: nn.Module) -> list[list[Any]]:
+    """The modules of each unit of FSDP2's, units in the order of the model."""
+    found: dict[int, list[Any]] = {}
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule):
+            found.setdefault(id(inner._get_fsdp_state()), []).append(inner)
+    return list(found.values())
+
+
 class Unit:
-    """A module whose parameters FSDP2 gathers and reduces together."""
+    """A module, the first of several perhaps, whose parameters FSDP2 gathers and reduces together."""
 
     def __init__(self, module: FSDPModule):
         self.module = module
@@ -146,7 +155,7 @@ class Ranks:
         self.module = module
         self.collectives = Collectives()
         self.several = isinstance(module, FSDPModule)
-        self.units = [Unit(inner) for inner in module.modules() if isinstance(inner, FSDPModule)]
+        self.units = [Unit(members[0]) for members in sharded_together(module)]
         for unit in self.units:
             unit.module.set_custom_all_gather(_Gather(self.collectives, unit))  # type: ignore[arg-type]
             unit.module.set_custom_reduce_scatter(_Reduce(self.collectives, unit))  # type: ignore[arg-type]

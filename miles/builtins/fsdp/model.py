@@ -8,7 +8,7 @@ rank's part alone, and then filled from a stream of tensors, one at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,8 @@ from miles.builtins.fsdp.scorer import TokenScorer
 from miles.builtins.fsdp.ulysses import register as register_slices
 from miles.toolkit import read_weights
 
+UNIT = 2**26
+"""Parameters that are worth a collective, and a layer's hooks: 128 MiB in bf16."""
 LOGIT_RULES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Config keys of models that change logits after the head, which the scorer would have to do too."""
 SCORE = frozenset({"score.weight"})
@@ -179,16 +181,26 @@ def choose_trainable(scorer: TokenScorer, context: BackendContext, slots: dict[s
         head.requires_grad_(False)
 
 
+def units(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Layers that are gathered and reduced together, in their order: at most a quarter of the model, so that
+    communicating goes on beside computing."""
+    if not layers:
+        return []
+    size = sum(parameter.numel() for parameter in layers[0].parameters())
+    together = max(min(-(-UNIT // size), len(layers) // 4), 1)
+    return [list(layers[i : i + together]) for i in range(0, len(layers), together)]
+
+
 def shard(scorer: TokenScorer, mesh: DeviceMesh, compute_dtype: torch.dtype, reproducible: bool) -> None:
-    """FSDP2: each decoder layer is a unit, the rest belongs to the root, which stays gathered until its backward.
+    """FSDP2: decoder layers in units of some `UNIT` parameters, the rest in the root, gathered until its backward.
 
     Gradients are summed over ranks, in float32 or, to be reproducible, float64; a trained model keeps float32
     parameters and gathers them in the compute dtype.
     """
     wide = torch.float64 if reproducible else torch.promote_types(compute_dtype, torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
-    for layer in decoder_layers(scorer.lm):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for unit in units(decoder_layers(scorer.lm)):
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, mp_policy=policy)
     if scorer.value_head is not None:
         fully_shard(scorer.value_head, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=wide))
     fully_shard(scorer, mesh=mesh, mp_policy=policy)
