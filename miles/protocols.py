@@ -437,7 +437,8 @@ class WeightSync(Protocol):
         """Once before the first push, and again after an engine was replaced."""
 
     async def push(self, version: int) -> Metrics:
-        """On return every engine serves `version`, or the call raised WeightSyncError."""
+        """On return every engine serves `version`. Raises WeightSyncError, or what a worker that failed raised
+        (WorkerError), after which the run may start again."""
 
 
 # -------------------------------------------------------------------------------------------------- around the loop
