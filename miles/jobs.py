@@ -91,9 +91,8 @@ async def run_job(resolved: Resolved) -> Run:
                     return await _attempt(config, registry, restarts, interrupt)
                 except WorkerError as error:
                     if restarts == config.resources.max_restarts or interrupt.signal is not None:
-                        error.add_note(
-                            "the same command goes on from the last checkpoint; --max-restarts does by itself"
-                        )
+                        itself = "" if restarts else "; --max-restarts does by itself"
+                        error.add_note(f"the same command goes on from the last checkpoint{itself}")
                         raise
                     restarts += 1
                     logger.error("%s\nrestart %d of %d", error, restarts, config.resources.max_restarts)
