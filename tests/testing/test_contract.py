@@ -57,7 +57,6 @@ def mixin():
         ({"__init__": lambda self: None}, "keeps pytest from collecting"),
         ({"name": "SftContract"}, "call it TestSftContract"),
     ],
-    ids=str,
 )
 def test_a_standard_test_cannot_be_lost_in_silence(members, message):
     with pytest.raises(TypeError, match=message):
