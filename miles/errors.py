@@ -52,6 +52,11 @@ class EngineError(MilesError, RuntimeError):
     """A rollout engine refused a request or stopped working."""
 
 
+class EngineLostError(EngineError):
+    """The engine itself is gone, with all that it was doing. Another one can serve the request; or it can, once it was
+    started again and has its weights."""
+
+
 class RolloutError(MilesError, RuntimeError):
     """Too few usable samples came out of a rollout."""
 

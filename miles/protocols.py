@@ -228,8 +228,10 @@ class RolloutEngine(Protocol):
     May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and
     `async score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at
     each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for;
-    and `async checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their
-    checkpoint names. After a weight sync it is compared with the trainer's.
+    `async checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their
+    checkpoint names (after a weight sync it is compared with the trainer's); `async restart()`, after an
+    `EngineLostError`: up again, its weights undefined until the next `receive`; and `counts`, a mapping of numbers
+    since it started (retries, time-outs), reported as `rollout/engine/...`.
     """
 
     accepts: frozenset[str]
@@ -240,7 +242,12 @@ class RolloutEngine(Protocol):
     async def start(self) -> None: ...
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        """Raises EngineError when the request cannot be served; an aborted one returns what it has."""
+        """An aborted request returns what it has.
+
+        Raises:
+            EngineLostError: the engine is gone; another may serve the request.
+            EngineError: the request cannot be served.
+        """
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
         """Log-probability of each given token, `[T]` float32, 0 at position 0.
