@@ -76,6 +76,11 @@ class RemoteEngine:
         self._workers, self._rank = workers, rank
         self.__dict__.update(facts)
 
+    async def start(self) -> None:
+        """Some facts are known only then: how many tokens fit beside the weights."""
+        await self._workers.call_one(self._rank, "start")
+        self.__dict__.update(await self._workers.call_one(self._rank, "facts"))
+
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("coroutines", ()):
             return partial(self._workers.call_one, self._rank, name)

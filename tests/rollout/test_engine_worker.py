@@ -6,7 +6,7 @@ import pytest
 
 from miles.errors import EngineError
 from miles.rollout import engine_worker
-from miles.rollout.engine_worker import Together
+from miles.rollout.engine_worker import EngineWorker, RemoteEngine, Together, remote_engines
 
 
 class Engine:
@@ -30,3 +30,46 @@ def test_engines_close_together_and_one_that_hangs_keeps_nobody(monkeypatch):
 def test_one_that_fails_to_close_is_told_of():
     with pytest.raises(EngineError, match="no"):
         asyncio.run(Together([Engine(), Engine(error=EngineError("no"))]).close())
+
+
+class Growing:
+    """Knows its limit once it has started."""
+
+    accepts, generates, max_len = frozenset({"disk"}), True, None
+
+    async def start(self):
+        self.max_len = 7
+
+    async def score(self, tokens):
+        return len(tokens)
+
+
+class Here:
+    """Workers in this process."""
+
+    def __init__(self, *engines):
+        self.workers = []
+        for engine in engines:
+            worker = EngineWorker.__new__(EngineWorker)
+            worker.engine = engine
+            self.workers.append(worker)
+
+    async def call(self, method):
+        return [await self.call_one(rank, method) for rank in range(len(self.workers))]
+
+    async def call_one(self, rank, method, *args):
+        return await getattr(self.workers[rank], method)(*args)
+
+
+def test_what_stands_for_an_engine_knows_what_the_engine_knows_after_its_start():
+    async def main():
+        first, second = await remote_engines(Here(Growing(), Growing()))
+        assert isinstance(first, RemoteEngine)
+        assert (first.accepts, first.generates, first.max_len) == (frozenset({"disk"}), True, None)
+        await first.start()
+        assert (first.max_len, second.max_len) == (7, None)
+        assert await first.score([1, 2]) == 2
+        with pytest.raises(AttributeError, match="has no 'restart'"):
+            _ = first.restart
+
+    asyncio.run(main())
