@@ -148,17 +148,17 @@ def make_task(
     )  # fmt: skip
 
 
-async def make_teachers(config: Config, registry: Registry, model: Model, stack: AsyncExitStack) -> Teachers | None:
+async def make_teachers(crew: Crew, model: Model, stack: AsyncExitStack) -> Teachers | None:
     """The driver's half of the teachers that the algorithm needs, speaking to those on servers; None without need."""
-    needs, section = component_needs(config, registry), config.teacher
+    config, registry, section = crew.config, crew.registry, crew.config.teacher
+    needs = component_needs(config, registry)
     if not needs & TEACHER_NEEDS or not (section.load or section.urls):
         return None
     engines = {}
     for name, url in section.urls.items():
         chosen = automatic(registry, section.engine or Spec(name=AUTO), "rollout_engines", "scores")
         spec = Spec(name=chosen.name, options={**chosen.options, "url": url})
-        setup = engine_setup(config, registry, model.checkpoint, load_weights=False, spec=spec)
-        engines[name] = await make_engine(setup, registry, stack)
+        engines[name] = await make_engine(crew, engine_setup(crew, spec, model.checkpoint), stack)
     top_k = 0
     if section.urls and "teacher_top_k" in needs:
         loss = config.algorithm.policy_loss
@@ -184,7 +184,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     workers = await launch_train(crew, models, rollout_temperature(config), stack)
     engines = await make_engines(crew, model.checkpoint, stack)
     front = EngineFront(engines, config.rollout.concurrency)
-    teachers = await make_teachers(config, registry, model, stack)
+    teachers = await make_teachers(crew, model, stack)
     task = partial(make_task, config, registry, model, front)
     filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
     weight_sync = make_sync(crew, model)

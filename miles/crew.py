@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,14 +68,15 @@ async def launch_train(
     return crew.train
 
 
-def engine_setup(config: Config, registry: Registry, checkpoint: Path, load_weights: bool, spec: Spec) -> EngineSetup:
-    device, provenance = resolve_device(config.resources.device), registry.plugins.provenance()
-    return EngineSetup(config, spec, checkpoint, device, load_weights, provenance)
+def engine_setup(crew: Crew, spec: Spec, checkpoint: Path, load_weights: bool = False) -> EngineSetup:
+    return EngineSetup(
+        crew.config, spec, checkpoint, crew.device, load_weights, provenance=crew.registry.plugins.provenance()
+    )
 
 
-async def make_engine(setup: EngineSetup, registry: Registry, stack: AsyncExitStack) -> RolloutEngine:
+async def make_engine(crew: Crew, setup: EngineSetup, stack: AsyncExitStack) -> RolloutEngine:
     """Build and start an engine in this process."""
-    engine = registry.build("rollout_engines", setup.spec, context=setup.context(registry))
+    engine = crew.registry.build("rollout_engines", setup.spec, context=setup.context(crew.registry))
     closing(stack, engine)
     await engine.start()
     return engine
@@ -83,12 +84,10 @@ async def make_engine(setup: EngineSetup, registry: Registry, stack: AsyncExitSt
 
 async def make_engines(crew: Crew, checkpoint: Path, stack: AsyncExitStack, load_weights: bool = False) -> list[Any]:
     """The rollout's engines, where the placement puts them."""
-    config, registry, placement = crew.config, crew.registry, crew.placement
-    setup = engine_setup(config, registry, checkpoint, load_weights, config.rollout.engine)
-    if placement.engines == "driver":
-        return [await make_engine(setup, registry, stack)]
-    setup = replace(setup, device=crew.device)
-    if placement.engines == "beside" and crew.train is not None:
+    setup = engine_setup(crew, crew.config.rollout.engine, checkpoint, load_weights)
+    if crew.placement.engines == "driver":
+        return [await make_engine(crew, setup, stack)]
+    if crew.placement.engines == "beside" and crew.train is not None:
         workers = await crew.train.beside("rollout", ENGINE_WORKER, setup)
     else:
         workers = await crew.executor.launch("rollout", ENGINE_WORKER, setup)
