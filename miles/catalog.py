@@ -40,7 +40,7 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "routing_replays": {"miles-routing-replay": ("r2", "r3")},
     "precision_schemes": {"miles-fp8": ("fp8",), "miles-int4": ("int4",)},
     "model_transforms": {"miles-lora": ("lora",)},
-    "rollout_engines": {"miles-sglang": ("sglang",), "miles-distillation": ("scoring_server",)},
+    "rollout_engines": {"miles-sglang": ("sglang", "sglang_external"), "miles-distillation": ("scoring_server",)},
     "train_backends": {"miles-megatron": ("megatron",)},
     "executors": {"miles-ray": ("ray",)},
     "trackers": {"miles-wandb": ("wandb",)},
@@ -66,6 +66,7 @@ MADE = frozenset(
         "miles-remax",
         "miles-rloo",
         "miles-sapo",
+        "miles-sglang",
         "miles-wandb",
     }
 )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from miles.config import Spec
+from miles.config.arguments import engine_of
 from miles.config.leaves import flag_table
 from miles.config.selection import SELECTS
 from miles.config.upstream import ACCEPTED, PREFIXES, SWITCHES, FateOfFlag, answer_to, answers, known_name
@@ -113,6 +114,8 @@ class Fates:
             return Fate("same", ACCEPTED.get(flag.name, ""), ours if differs else UNKNOWN)
         if flag.name in SWITCHES:
             return Fate("same", f"`{' '.join(SWITCHES[flag.name])}`")
+        if flag.name not in answers() and (taker := engine_of(f"--{flag.name}", self.registry)):
+            return Fate("same", f"with `--rollout-engine {taker[0]}`")
         answer = answer_to(f"--{flag.name}")
         if answer is None:
             raise KeyError(f"--{flag.name}: neither accepted nor answered in miles/config/upstream.py")
@@ -149,7 +152,8 @@ def _component_defaults(registry: Registry) -> Iterator[tuple[str, Any]]:
         for offer in registry.offers(kind) if about.protocol is not None else ():
             options = options_of(offer.value.options)
             for flag, option in offer.value.flags.items():
-                yield flag, False if option == SELECTS else options[option].default
+                default = False if option == SELECTS else options[option].default
+                yield flag, None if default is MISSING else default
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults
@@ -219,11 +223,13 @@ def tables(flags: Sequence[UpstreamFlag]) -> str:
         lines += [f"### {title}", "", "| upstream | here |", "|---|---|"]
         lines += [f"| {' '.join(cells)} | {fate} |" for fate, cells in rows[group]]
         if group == "engine":
-            lines += [
-                f"| every other `--{prefix}*` | not in this version: {text} |" for prefix, text in PREFIXES.items()
-            ]
+            lines += [f"| every other `--{prefix}*` | {_of_prefix(fates, prefix)} |" for prefix in PREFIXES]
         lines.append("")
     return "\n".join(lines)
+
+
+def _of_prefix(fates: Fates, prefix: str) -> Fate:
+    return fates.of(UpstreamFlag("engine", f"{prefix}*", ""))
 
 
 def _cell(flag: UpstreamFlag) -> str:

@@ -12,7 +12,7 @@ from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.selection import SELECTS, selecting
 from miles.config.settings import Flattener, Setting, fixed_origin
-from miles.config.upstream import SWITCHES, answer_to
+from miles.config.upstream import SWITCHES, answer_to, answers
 from miles.config.values import Text, from_text
 from miles.kinds import KINDS
 from miles.options import options_of
@@ -79,7 +79,7 @@ class _Reader:
             self._component(flag, flag, self._component_value(flag, text))
         elif positive in self._component_flags and self._component_flags[positive] is bool:
             self._component(positive, flag, False)
-        elif engine_of(flag, self._registry):
+        elif engine_of(flag, self._registry) and flag[2:] not in answers():
             self._out.component_flags.append((flag, self._free_value(text), Origin("flag", flag)))
         else:
             self._words(text)

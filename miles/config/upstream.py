@@ -84,6 +84,15 @@ REPLACED: tuple[tuple[str, str], ...] = (
         "custom-rollout-log-function-path custom-eval-rollout-log-function-path rollout-all-samples-process-path",
     ),
     ("implement the hook miles_on_worker_start in a plugin", "custom-megatron-init-path"),
+    (
+        "the router is SGLang's own (sglang-router)",
+        "use-miles-router miles-router-timeout miles-router-max-connections "
+        "miles-router-health-check-failure-threshold",
+    ),
+    (
+        "a server that ends or answers no more is found by the requests that it has",
+        "rollout-health-check-interval rollout-health-check-timeout rollout-health-check-first-wait",
+    ),
     ("implement the hook miles_on_checkpoint_saved in a plugin", "custom-megatron-post-save-hook-path"),
     (
         "implement the hook miles_on_train_step_end in a plugin, or a train backend of your own",
@@ -256,13 +265,9 @@ LATER: tuple[tuple[str, str], ...] = (
         "use-distributed-post release-train "
         "pin-rollout-manager-to-head delay-split-train-data-by-dp dp-replicate-size",
     ),
-    (
-        "SGLang as the rollout engine (miles-sglang)",
-        "rollout-external rollout-external-engine-addrs "
-        "prefill-num-servers use-miles-router miles-router-timeout miles-router-max-connections "
-        "miles-router-health-check-failure-threshold rollout-health-check-interval rollout-health-check-timeout "
-        "rollout-health-check-first-wait no-sglang-lora-use-virtual-experts",
-    ),
+    ("servers of their own for prefill and decode", "prefill-num-servers"),
+    ("several models in one fleet of servers", "sglang-config"),
+    ("adapters in SGLang", "no-sglang-lora-use-virtual-experts"),
     ("weights by RDMA; `broadcast` sends them over NCCL", "p2p-transfer-num-workers p2p-transfer-timeout"),
     (
         "asynchronous rollouts",
@@ -323,11 +328,11 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 """(why not, and what is nearest; flags)."""
 
-PREFIXES: dict[str, str] = {
-    "sglang-": "SGLang as the rollout engine (miles-sglang); options of the engine `torch` are --torch-...",
-    "router-": "SGLang as the rollout engine (miles-sglang), and its router",
+PREFIXES: dict[str, Answer] = {
+    "sglang-": Answer("replaced", "pip install miles-sglang, and --rollout-engine sglang"),
+    "router-": Answer("not in this version", "arguments of SGLang's router, but for --sglang-router-..."),
 }
-"""Beginnings of flags that upstream hands through -> what they belong to. Not in this version."""
+"""Beginnings of flags that upstream hands through, when no installed engine takes them."""
 
 ACCEPTED: dict[str, str] = {
     "actor-num-nodes": "several need the executor `ray` (miles-ray)",
@@ -397,10 +402,7 @@ def answer_to(flag: str) -> Answer | None:
     """What to do instead of an upstream flag (with its dashes); None when it is not one."""
     name = flag.removeprefix("--")
     found = answers().get(name)
-    if found is None:
-        belongs = next((text for prefix, text in PREFIXES.items() if name.startswith(prefix)), None)
-        found = Answer("not in this version", belongs) if belongs else None
-    return found
+    return found or next((answer for prefix, answer in PREFIXES.items() if name.startswith(prefix)), None)
 
 
 def known_name(kind: str, name: str) -> Answer | None:

@@ -1,0 +1,1 @@
+"""SGLang servers behind the protocol of rollout engines."""
