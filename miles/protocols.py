@@ -230,8 +230,10 @@ class RolloutEngine(Protocol):
     each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for;
     `async checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their
     checkpoint names (after a weight sync it is compared with the trainer's); `async restart()`, after an
-    `EngineLostError`: up again, its weights undefined until the next `receive`; and `counts`, a mapping of numbers
-    since it started (retries, time-outs), reported as `rollout/engine/...`.
+    `EngineLostError`: up again, its weights undefined until the next `receive`; `counts`, a mapping of numbers
+    since it started (retries, time-outs), reported as `rollout/engine/...`; and `stream(request) ->
+    AsyncIterator[GenerateResult]`, which is `generate` in pieces: each holds the tokens since the one before, the last
+    one says how it finished and has the routed experts. Closing it early aborts the request.
     """
 
     accepts: frozenset[str]

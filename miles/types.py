@@ -332,7 +332,8 @@ class GenerateResult:
     tokens: list[int]
     log_probs: list[float]
     """`[n]`, of the distribution each token was sampled from."""
-    finish_reason: Literal["stop", "length", "abort"]
+    finish_reason: Literal["stop", "length", "abort", ""]
+    """Empty in a piece of a stream that goes on."""
     weight_versions: list[int]
     """`[n]`: the version that produced each token."""
     routed_experts: np.ndarray | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,8 @@ class TorchEngine:
         self._arrivals = itertools.count()
         self._pending: set[asyncio.Future] = set()
         self._outbox: list[tuple[Any, Any]] = []
+        self._streams = 0
+        """Streams that are open."""
 
     @property
     def max_len(self) -> int:
@@ -122,6 +124,8 @@ class TorchEngine:
         if scheduler.runnable:
             scheduler.step()
             side.clock += 1
+            if self._streams and (news := scheduler.news()):
+                self._loop_side.loop.call_soon_threadsafe(_tell, news)
         self._collect()
         return scheduler.runnable or bool(self._outbox)
 
@@ -170,16 +174,41 @@ class TorchEngine:
     # ------------------------------------------------------------------------------------------------------- generation
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        self._check(request)
-        limit = min(len(request.tokens) + request.sampling.max_new_tokens, self.budget.max_len)
-        order = (-request.priority, next(self._arrivals))
-        job = Job(request, self._future(), limit, order, list(request.tokens))
-        self._loop_side.submit(partial(self._enter, job.future, partial(self.scheduler.submit, job)))
+        job = self._submit(request)
         try:
             return await job.future
         except asyncio.CancelledError:
-            self._loop_side.submit(partial(self.scheduler.abort, lambda other: other is job))
+            self._withdraw(job)
             raise
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+        """`generate` in pieces, as the tokens are made."""
+        pieces: asyncio.Queue[GenerateResult | None] = asyncio.Queue()
+        job, told = self._submit(request, pieces.put_nowait), 0
+        job.future.add_done_callback(lambda _: pieces.put_nowait(None))
+        self._streams += 1
+        try:
+            while (piece := await pieces.get()) is not None:
+                told += len(piece.tokens)
+                yield piece
+            whole = await job.future
+        finally:
+            self._streams -= 1
+            if job.future.cancel():
+                self._withdraw(job)
+        rest = (whole.tokens[told:], whole.log_probs[told:], whole.finish_reason, whole.weight_versions[told:])
+        yield GenerateResult(*rest, whole.routed_experts, whole.cached_tokens)
+
+    def _submit(self, request: GenerateRequest, listener: Callable[[GenerateResult], None] | None = None) -> Job:
+        self._check(request)
+        limit = min(len(request.tokens) + request.sampling.max_new_tokens, self.budget.max_len)
+        order = (-request.priority, next(self._arrivals))
+        job = Job(request, self._future(), limit, order, list(request.tokens), listener=listener)
+        self._loop_side.submit(partial(self._enter, job.future, partial(self.scheduler.submit, job)))
+        return job
+
+    def _withdraw(self, job: Job) -> None:
+        self._loop_side.submit(partial(self.scheduler.abort, lambda other: other is job))
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
         self._check_tokens(tokens, self.budget.max_len, "score")
@@ -313,3 +342,9 @@ class TorchEngine:
             self.parking.bring_back()
         self.asleep -= parts
         self.scheduler.asleep = bool(self.asleep)
+
+
+def _tell(news: Sequence[tuple[Callable[[GenerateResult], None], GenerateResult]]) -> None:
+    """In the event loop: hand pieces of streams to those who listen."""
+    for listener, piece in news:
+        listener(piece)

@@ -76,6 +76,12 @@ class Scheduler:
         except Exception as error:
             self._fail(error)
 
+    def news(self) -> list[tuple[Callable[[GenerateResult], None], GenerateResult]]:
+        """Who listens, and the tokens made since the last news."""
+        listening = [(slot, job.listener) for slot, job in enumerate(self.slots.jobs) if job.listener is not None]
+        told = [(listener, self.slots.news(slot)) for slot, listener in listening]
+        return [(listener, piece) for listener, piece in told if piece is not None]
+
     def abort(self, wanted: Callable[[Job], bool]) -> None:
         """End these requests with what they have."""
         for job in [job for job in self.waiting if wanted(job)]:
@@ -326,10 +332,7 @@ class Scheduler:
     def _resolve(
         self, job: Job, tokens: list[int], log_probs: list[float], reason: Any, experts: np.ndarray | None
     ) -> None:
-        end = job.prompt_length + len(tokens)
-        starts = [(max(start, job.prompt_length), version) for start, version in job.versions]
-        ends = [start for start, _ in starts[1:]] + [end]
-        versions = [v for (start, v), stop in zip(starts, ends, strict=False) for _ in range(start, stop)]
+        versions = job.versions_between(job.prompt_length, job.prompt_length + len(tokens))
         result = GenerateResult(tokens, log_probs, reason, versions, experts, job.cached_tokens or 0)
         self.finished.append((job.future, result))
 

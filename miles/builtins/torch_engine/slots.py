@@ -6,12 +6,13 @@ a NumPy array over slots; Python objects are touched only when a request enters 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from miles.api import GenerateRequest
+from miles.api import GenerateRequest, GenerateResult
 from miles.builtins.torch_engine.sampler import seed_key
 
 
@@ -35,10 +36,20 @@ class Job:
     kv_version: int = -1
     """Version that all its keys and values are of; -1 once they are of several."""
     cached_tokens: int | None = None
+    listener: Callable[[GenerateResult], None] | None = None
+    """Hears of tokens as they are made; called in the event loop."""
+    told: int = 0
+    """Generated tokens that it has heard of."""
 
     @property
     def prompt_length(self) -> int:
         return len(self.request.tokens)
+
+    def versions_between(self, start: int, end: int) -> list[int]:
+        """Of the tokens at `[start, end)` of its sequence, as far as they were generated."""
+        ends = [*(length for length, _ in self.versions[1:]), end]
+        spans = [(max(first, start), min(last, end), v) for (first, v), last in zip(self.versions, ends, strict=False)]
+        return [version for first, last, version in spans for _ in range(first, last)]
 
     def __lt__(self, other: Job) -> bool:
         return self.order < other.order
@@ -85,6 +96,17 @@ class Slots:
         """Tokens and log-probabilities since the prompt."""
         span = slice(self.jobs[slot].prompt_length, int(self.lengths_S[slot]))
         return self.tokens_SM[slot, span].tolist(), self.log_probs_SM[slot, span].tolist()
+
+    def news(self, slot: int) -> GenerateResult | None:
+        """What its request has generated since this was last asked."""
+        job, end = self.jobs[slot], int(self.lengths_S[slot])
+        span = slice(job.prompt_length + job.told, end)
+        if span.start == end:
+            return None
+        job.told += end - span.start
+        tokens, log_probs = self.tokens_SM[slot, span].tolist(), self.log_probs_SM[slot, span].tolist()
+        versions = job.versions_between(span.start, end)
+        return GenerateResult(tokens, log_probs, "", versions, cached_tokens=job.cached_tokens or 0)
 
     def sequence(self, slot: int) -> list[int]:
         return self.tokens_SM[slot, : self.lengths_S[slot]].tolist()
