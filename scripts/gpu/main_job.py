@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib.util
 import json
 import tempfile
 import time
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from shapes import imported
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import miles
@@ -63,18 +63,18 @@ def even(sample: Any) -> float:
 
 def make_inputs(folder: Path, changes: dict[str, Any], device: str) -> None:
     """A checkpoint with the recipe's byte tokenizer, and problems in the form of its data."""
-    spec = importlib.util.spec_from_file_location("stand_in", RECIPE / "stand_in.py")
-    assert spec is not None
-    assert spec.loader is not None
-    stand_in = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stand_in)
-    tokenizer = stand_in.tokenizer()
+    tokenizer = imported(RECIPE / "stand_in.py").tokenizer()
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     with torch.device(device):
         model = Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, **changes}, **ends))
     model.to(torch.bfloat16).save_pretrained(folder / "model")
+    make_problems(folder)
+
+
+def make_problems(folder: Path) -> None:
+    """`problems.jsonl`, in the form of the recipe's data."""
     rows = [
         {"question": f"Ann has {i} pears, buys {i % 7} and eats {i % 3}. How many are left?", "answer": f"#### {i}"}
         for i in range(512)

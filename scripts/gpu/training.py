@@ -45,6 +45,7 @@ import torch.distributed as dist
 import transformers
 from kernel_profile import profiled, tell_profile
 from miles_qwen.bridge import QwenBridge
+from shapes import COMMON, SHAPES
 from torch._dynamo.utils import counters
 from torch.nn.attention import (
     SDPBackend,
@@ -65,25 +66,6 @@ from miles.training.flops import ForwardCost
 from miles.training.objective import Objective, StepScope
 from miles.training.packing import plan_micro_batches
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
-        "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True,
-    },
-    "0.6B": {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
-    "4B": {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960}
 SHORT = {"checkpointing": "gradient_checkpointing", "chunk": "log_probs_chunk_size", "reshard": "fsdp_reshard"}
 DATA_SHEET = 989e12
 GIB = 2**30
