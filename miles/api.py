@@ -29,7 +29,7 @@ from miles.errors import (
     WeightSyncError,
     WorkerError,
 )
-from miles.hermes import parse_hermes, split_reasoning
+from miles.hermes import HERMES, Markup, parse_hermes, split_reasoning
 from miles.hookspecs import hookimpl
 from miles.parts import WHOLE, Part, Sharding, Share
 from miles.protocols import (
@@ -112,6 +112,7 @@ API_VERSION = 1
 
 __all__ = [
     "API_VERSION",
+    "HERMES",
     "LOSS_MASK",
     "ROLLOUT_LOG_PROBS",
     "TEACHER_LOG_PROBS",
@@ -154,6 +155,7 @@ __all__ = [
     "LossInputs",
     "LossMask",
     "LossResult",
+    "Markup",
     "Message",
     "Metrics",
     "MicroBatch",

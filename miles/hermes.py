@@ -12,9 +12,23 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from miles.types import Action, ToolCall
+
+
+@dataclass(frozen=True)
+class Markup:
+    """Tags, opening and closing, between which the models of a chat format write what is not text. They tell a server
+    what of an unfinished answer is certain."""
+
+    reasoning: tuple[str, str]
+    call: tuple[str, str]
+    """Of a tool call."""
+
+
+HERMES = Markup(("<think>", "</think>"), ("<tool_call>", "</tool_call>"))
 
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|(?=<tool_call>)|\Z)", re.DOTALL)
 

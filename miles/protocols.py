@@ -103,6 +103,9 @@ class ChatFormat(Protocol):
     The promise that makes multi-turn training right: what the model produced is never tokenised again. `render_next`
     returns only the tokens that follow, and appending them to the stream equals what the family's template would
     have produced for the whole conversation.
+
+    May offer `markup`, the `miles.api.Markup` that its models write: a server can then pass an answer on while it is
+    made. Without it, an answer is passed on when it is finished.
     """
 
     @property

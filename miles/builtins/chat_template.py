@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from miles.api import Action, ChatContext, DataError, Message, parse_hermes
+from miles.api import HERMES, Action, ChatContext, DataError, Message, parse_hermes
 
 MARKER = "miles-assistant-turn-marker"
 DUMMY: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARKER}]
@@ -25,6 +25,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 class TemplateChat:
     """Renders by `tokenizer.apply_chat_template`. A tokenizer without a template serves prompts that are text."""
+
+    markup = HERMES
 
     def __init__(self, *, context: ChatContext):
         self.tokenizer = context.tokenizer

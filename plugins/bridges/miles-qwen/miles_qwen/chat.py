@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from miles.api import Action, ChatContext, ConfigError, DataError, Message, parse_hermes, split_reasoning
+from miles.api import HERMES, Action, ChatContext, ConfigError, DataError, Message, parse_hermes, split_reasoning
 
 END, SPEAK = "<|im_end|>", "<|im_start|>assistant\n"
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
@@ -58,6 +58,8 @@ class Variant:
 
 class Qwen3Chat:
     """Qwen3's conversations as tokens. The template option `enable_thinking: false` closes the thoughts at once."""
+
+    markup = HERMES
 
     def __init__(self, *, context: ChatContext):
         self.tokenizer = context.tokenizer
