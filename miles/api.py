@@ -29,6 +29,7 @@ from miles.errors import (
     WeightSyncError,
     WorkerError,
 )
+from miles.experts import Routing, compact_experts, experts_column, recorded_experts
 from miles.hermes import HERMES, Markup, parse_hermes, split_reasoning
 from miles.hookspecs import hookimpl
 from miles.parts import WHOLE, Part, Sharding, Share
@@ -77,6 +78,7 @@ from miles.targets import defined_at, described, import_target
 from miles.types import (
     LOSS_MASK,
     ROLLOUT_LOG_PROBS,
+    ROUTED_EXPERTS,
     TEACHER_LOG_PROBS,
     WEIGHT_VERSION,
     Action,
@@ -115,6 +117,7 @@ __all__ = [
     "HERMES",
     "LOSS_MASK",
     "ROLLOUT_LOG_PROBS",
+    "ROUTED_EXPERTS",
     "TEACHER_LOG_PROBS",
     "WEIGHT_VERSION",
     "WHOLE",
@@ -179,6 +182,7 @@ __all__ = [
     "Role",
     "RolloutEngine",
     "RolloutError",
+    "Routing",
     "RoutingReplay",
     "RunInfo",
     "RunInterrupted",
@@ -208,11 +212,14 @@ __all__ = [
     "WeightSyncError",
     "WorkerError",
     "WorkerGroup",
+    "compact_experts",
     "defined_at",
     "described",
+    "experts_column",
     "hookimpl",
     "import_target",
     "parse_hermes",
+    "recorded_experts",
     "routed_experts_column",
     "split_reasoning",
 ]

@@ -139,9 +139,14 @@ WEIGHT_VERSION = Column("weight_version", "int32", fill=-1)
 TEACHER_LOG_PROBS = Column("teacher_log_probs", "float32", fill=0.0)
 
 
+ROUTED_EXPERTS = "rollout_routed_experts"
+
+
 def routed_experts_column(layers: int, top_k: int, experts: int) -> Column:
-    """Expert choices, one row of `[layers, top_k]` per forward position (offset -1). Fill -1 means not recorded."""
-    return Column("rollout_routed_experts", "int16" if experts <= 2**15 else "int32", -1, -1, (layers, top_k))
+    """Expert choices, one row of `[layers, top_k]` per forward position (offset -1). The fill means not recorded: -1,
+    or 255 where rows are uint8, which they are up to 255 experts (see `miles.experts`)."""
+    small, dtype = experts <= 255, "int16" if experts <= 2**15 else "int32"
+    return Column(ROUTED_EXPERTS, "uint8" if small else dtype, 255 if small else -1, -1, (layers, top_k))
 
 
 @dataclass
@@ -201,6 +206,8 @@ class Sample:
     """Processor outputs (pixel values ...) that the engine and the trainer both need."""
     metadata: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    _rooms: dict[str, tuple[np.ndarray, int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What columns grow into, and how much of it they fill."""
 
     @classmethod
     def begin(cls, prompt: Prompt, *, id: int, group_id: int, seed: int = 0) -> Sample:
@@ -235,10 +242,24 @@ class Sample:
         for name, column in self.specs.items():
             missing = column.rows(len(self.tokens)) - len(self.columns[name])
             at_once = column in given and missing == len(tokens)
-            new = self._rows(column, given[column], missing) if at_once else column.filled(missing)
-            self.columns[name] = np.concatenate([self.columns[name], new])
+            self._extend(name, self._rows(column, given[column], missing) if at_once else column.filled(missing))
             if column in given and not at_once:
                 self.write(column, start + column.offset, given[column], count=len(tokens))
+
+    def _extend(self, name: str, rows: np.ndarray) -> None:
+        """Add rows to a column. It grows into room that is taken by halves of its length, so that all turns of a long
+        trajectory together copy it a few times, and not each of them once."""
+        held = self.columns[name]
+        total = len(held) + len(rows)
+        room, filled = self._rooms.get(name, (held, -1))
+        if held.base is not room or filled != len(held) or total > len(room):
+            room = np.empty((total + total // 2, *held.shape[1:]), held.dtype)
+            room[: len(held)] = held
+        room[len(held) : total] = rows
+        self.columns[name], self._rooms[name] = room[:total], (room, total)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_rooms": {}}  # a copy grows into room of its own
 
     def write(self, column: Column, start: int, values: Any, count: int | None = None) -> None:
         """Overwrite rows `start ...` of a column, declaring it if need be (expert routing of a prompt comes late)."""
@@ -323,6 +344,8 @@ class GenerateRequest:
     multimodal: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
     """Higher goes first (evaluation overtakes training rollouts)."""
+    routed_experts_from: int = 0
+    """First row of expert choices that is wanted: the caller has those before it, of the turns before."""
 
 
 @dataclass
@@ -337,8 +360,10 @@ class GenerateResult:
     weight_versions: list[int]
     """`[n]`: the version that produced each token."""
     routed_experts: np.ndarray | None = None
-    """`[len(request.tokens) + n - 1, layers, top_k]`, the prompt's rows included: those of the pass that filled the
-    cache. None when not asked for, and possibly after an abort."""
+    """`[rows, layers, top_k]`, compact (`miles.api.compact_experts`): one for each forward position from
+    `request.routed_experts_from` (or an earlier one) to `len(request.tokens) + n - 2`, which predicted the last token.
+    Rows of a cached prefix are those of the pass that filled the cache. None when not asked for, and where they were
+    lost (SGLang: by an abort in the queue)."""
     cached_tokens: int = 0
     """How many tokens of the request came from the prefix cache."""
 

@@ -41,7 +41,7 @@ def test_routing_has_a_row_for_each_forward_position():
     sample = begin()
     sample.append([4, 5], {routing: np.full((2, 2, 1), 6)})  # rows of the passes at positions 2 and 3
     assert sample.columns["rollout_routed_experts"].shape == (4, 2, 1)
-    assert sample.columns["rollout_routed_experts"][:, 0, 0].tolist() == [-1, -1, 6, 6]
+    assert sample.columns["rollout_routed_experts"][:, 0, 0].tolist() == [255, 255, 6, 6]
     sample.write(routing, 0, np.zeros((2, 2, 1)))  # the prompt's rows come late
     assert sample.columns["rollout_routed_experts"][:, 0, 0].tolist() == [0, 0, 6, 6]
 

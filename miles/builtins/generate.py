@@ -16,13 +16,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, SupportsFloat, TypeVar
 
+import numpy as np
+
 from miles.api import (
     LOSS_MASK,
     ROLLOUT_LOG_PROBS,
+    ROUTED_EXPERTS,
     WEIGHT_VERSION,
     Action,
     ConfigError,
     DataError,
+    EngineError,
     Environment,
     GenerateContext,
     GenerateRequest,
@@ -35,7 +39,8 @@ from miles.api import (
     Turn,
     defined_at,
     described,
-    routed_experts_column,
+    experts_column,
+    recorded_experts,
 )
 
 ENVIRONMENT_STATE = "environment_state"
@@ -76,7 +81,6 @@ async def take_turn(context: GenerateContext, sample: Sample) -> str:
             "environment"
         )
     last = sample.turns[-1] if sample.turns else None
-    routed = max(last.end - 1, 0) if last else 0
     if last is None or last.finish_reason != "abort":
         last = Turn(len(sample.tokens), len(sample.tokens), "length")
         sample.turns.append(last)
@@ -96,31 +100,63 @@ async def take_turn(context: GenerateContext, sample: Sample) -> str:
         sampling=sampling,
         seed=sample.seed,
         routed_experts=context.routed_experts,
+        routed_experts_from=recorded_rows(sample) if context.routed_experts else 0,
         multimodal=sample.multimodal,
         priority=1 if context.evaluation else 0,
     )
     started = time.perf_counter()
     result = await context.generate(request)
-    record(sample, result, routed)
+    record(sample, request, result)
     turn.seconds += time.perf_counter() - started
     turn.end, turn.finish_reason = len(sample.tokens), result.finish_reason
     return result.finish_reason
 
 
-def record(sample: Sample, result: GenerateResult, routed: int) -> None:
+def record(sample: Sample, request: GenerateRequest, result: GenerateResult) -> None:
     """Append what the model produced, with its per-token columns, to the stream that was its request.
 
-    `routed`: rows of expert choices that are recorded already. They stay: a cached prefix was not routed again.
+    Raises:
+        EngineError: expert choices were asked for, and are not there or do not go with the tokens.
     """
     sample.append(
         result.tokens,
         {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: result.log_probs, WEIGHT_VERSION: result.weight_versions},
     )
-    experts = result.routed_experts
-    if experts is not None and len(experts):
-        _, layers, top_k = experts.shape
-        column = routed_experts_column(layers, top_k, int(experts.max()) + 1)
-        sample.write(column, routed, experts[routed:])
+    if result.routed_experts is not None:
+        record_experts(sample, request, result, result.routed_experts)
+    elif request.routed_experts and result.finish_reason != "abort":
+        raise EngineError(
+            f"request {request.id!r} asked for expert choices and was answered without: is the engine's model a "
+            "mixture of experts, and does its server return them (SGLang: --enable-return-routed-experts)?"
+        )
+
+
+def recorded_rows(sample: Sample) -> int:
+    """How many expert choices a sample has, up to the last one that was recorded."""
+    rows = sample.columns.get(ROUTED_EXPERTS)
+    if rows is None:
+        return 0
+    known = np.flatnonzero(recorded_experts(rows))
+    return int(known[-1]) + 1 if len(known) else 0
+
+
+def record_experts(sample: Sample, request: GenerateRequest, result: GenerateResult, rows: np.ndarray) -> None:
+    """Write the expert choices that the sample does not have yet. A row stays that of the first pass that told it.
+
+    Rows that an earlier request lost were computed again by this one. They are taken, unless the token that was drawn
+    from them is of other weights than these.
+    """
+    start, first = request.routed_experts_from, len(sample.tokens) - 1 - len(rows)
+    if not 0 <= first <= start:
+        wanted = len(sample.tokens) - 1 - start
+        raise EngineError(f"request {request.id!r} wants {wanted} rows of expert choices and was given {len(rows)}")
+    column, rows = experts_column(rows), rows[start - first :]
+    drawn_by = sample.columns[WEIGHT_VERSION.name][start + 1 : len(request.tokens)]
+    lost = (drawn_by != WEIGHT_VERSION.fill) & (drawn_by != next(iter(result.weight_versions), None))
+    if lost.any():
+        rows = rows.copy()
+        rows[: len(lost)][lost] = column.fill
+    sample.write(column, start, rows)
 
 
 def begin_again(sample: Sample, tokens: Sequence[int]) -> None:

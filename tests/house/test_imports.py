@@ -34,7 +34,7 @@ LAYERS = [
     {"plugins", "conformance", "options"},
     {"api"},
     {"hookspecs", "kinds", "hermes"},
-    {"protocols", "contexts", "execution", "weights", "shipment"},
+    {"protocols", "contexts", "execution", "weights", "shipment", "experts"},
     {"types"},
     {"component", "errors", "parts", "log", "targets", "catalog", "durable", "batches"},
 ]

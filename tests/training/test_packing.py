@@ -60,6 +60,7 @@ def test_chunks_count_samples():
 
 TOKENS = [np.array([5, 6, 7]), np.array([8]), np.array([9, 10, 11, 12]), np.array([13, 14])]
 ROUTING = routed_experts_column(layers=2, top_k=3, experts=8)
+WIDE_ROUTING = routed_experts_column(layers=2, top_k=3, experts=256)
 SPECS = {
     "mask": Column("mask", "float32", 0.0),
     "version": Column("version", "int32", -1),
@@ -67,6 +68,7 @@ SPECS = {
     "teacher_log_probs": TEACHER_LOG_PROBS,
     "bytes": Column("bytes", "uint8", 255, offset=-1, width=(2,)),
     "rollout_routed_experts": ROUTING,
+    "routing_of_many": WIDE_ROUTING,
 }
 
 
@@ -113,7 +115,7 @@ def test_a_sample_without_the_column_gets_its_fill():
 
 
 def test_routing_without_a_declaration_ends_in_minus_one():
-    batch = build_micro_batch([3], TOKENS, {"rollout_routed_experts": rows_of(ROUTING)})
+    batch = build_micro_batch([3], TOKENS, {"rollout_routed_experts": rows_of(WIDE_ROUTING)})
     assert (batch.columns["rollout_routed_experts"][-1] == -1).all()
 
 

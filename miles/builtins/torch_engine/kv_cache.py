@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miles.api import routed_experts_column
 from miles.builtins.torch_engine.decoder import DecoderConfig
 
 
@@ -26,7 +27,7 @@ class Segment:
     kv: Tensor
     """`[L, 2, N, T, D]`: keys, then values."""
     experts: Tensor | None
-    """`[T, L, K]`, for a mixture of experts."""
+    """`[T, L, K]`, for a mixture of experts: what a request that finds this prefix is told of it."""
 
     def cut(self, start: int, end: int) -> Segment:
         """A part of it, as a copy that does not keep the rest alive."""
@@ -41,9 +42,9 @@ class Memory:
         self.config, self.tokens = config, tokens
         # Zeros, since a masked position still multiplies a value: what was never written must be finite.
         self.kv = _zeros(tokens * config.num_layers * 2 * config.num_kv_heads * config.head_dim, device, dtype)
-        kind = torch.uint8 if config.num_experts <= 256 else torch.int16
+        column = routed_experts_column(config.num_layers, config.top_k_experts, config.num_experts)
         choices = config.num_layers * config.top_k_experts if config.routes else 0
-        self.experts = torch.zeros(tokens * choices, device=device, dtype=kind)
+        self.experts = torch.zeros(tokens * choices, device=device, dtype=getattr(torch, column.dtype))
 
 
 def _zeros(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
