@@ -54,12 +54,12 @@ class Component:
     """What it is the automatic choice for (`auto`). Bridges, chat formats: Hugging Face model types; a chat format for
     all the others says `any`. Generate functions: `one turn`, `turns` (with an environment), `given responses` (no
     engine). An engine that generates says `responses`: task sets without a reward are then refused; one that spreads
-    over `several gpus` says so too. An executor that starts a single train rank says `one rank`, one that starts
-    workers on this machine alone `one node`: more are then refused. A weight sync says which engines it reaches: those
-    `beside` the trainer in its processes, those `apart` in workers of their own. A term of the advantages says
-    `algorithm.advantage_terms`, one of the rewards `data.reward_terms`: there a flag selects it, and errors say to.
-    An estimator, a term or a loss that looks at no reward says `without rewards`: task sets and samples then need
-    none."""
+    over `several gpus` says so too, and one that speaks to servers `elsewhere`. An executor that starts a single train
+    rank says `one rank`, one that starts workers on this machine alone `one node`: more are then refused. A weight sync
+    says which engines it reaches: those `beside` the trainer in its processes, those `apart` in workers of their own,
+    servers `elsewhere`. A term of the advantages says `algorithm.advantage_terms`, one of the rewards
+    `data.reward_terms`: there a flag selects it, and errors say to. An estimator, a term or a loss that looks at no
+    reward says `without rewards`: task sets and samples then need none."""
     summary: str = ""
     paper: str = ""
 

@@ -85,7 +85,7 @@ async def make_engine(crew: Crew, setup: EngineSetup, stack: AsyncExitStack) -> 
 async def make_engines(crew: Crew, checkpoint: Path, stack: AsyncExitStack, load_weights: bool = False) -> list[Any]:
     """The rollout's engines, where the placement puts them."""
     setup = engine_setup(crew, crew.config.rollout.engine, checkpoint, load_weights)
-    if crew.placement.engines == "driver":
+    if crew.placement.engines in ("driver", "elsewhere"):
         return [await make_engine(crew, setup, stack)]
     if crew.placement.engines == "beside" and crew.train is not None:
         workers = await crew.train.beside("rollout", ENGINE_WORKER, setup)

@@ -113,6 +113,7 @@ async def _attempt(config: Config, registry: Registry, restarts: int, interrupt:
             tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
             derived, parts = await build(config, registry, tracking, stack)
             run = Run(config, derived, parts, restarts=restarts, interrupt=interrupt)
+            stack.push_async_callback(run.recovery.close)
             for line in run.header:
                 logger.info("%s", line)
             _settle_garbage()

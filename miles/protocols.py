@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -222,19 +222,20 @@ class EngineHealth:
     asleep: frozenset[EnginePart] = frozenset()
     process: str = ""
     """`miles.toolkit.this_process()` where its weights are; empty where that cannot be said."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Numbers since it was built (retries, time-outs), reported as `rollout/engine/...`."""
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Generates and scores tokens. Context: `EngineContext`. One object may stand for several servers.
 
-    May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and
-    `async score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at
-    each position given those before it (rows of position 0 are void), which distillation asks a teacher's server for;
-    `async checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their
-    checkpoint names (after a weight sync it is compared with the trainer's); `async restart()`, after an
-    `EngineLostError`: up again, its weights undefined until the next `receive`; `counts`, a mapping of numbers
-    since it started (retries, time-outs), reported as `rollout/engine/...`; and `stream(request) ->
+    May offer `max_len`, the most tokens it takes in one sequence where that is less than the model's limit, and `async
+    score_top(tokens, k, temperature) -> (ids [T, k] int64, log-probs [T, k] float32)`, the most likely tokens at each
+    position given those before it (rows of position 0 are void), which distillation asks a teacher's server for; `async
+    checksums() -> Mapping[str, str]`: what `miles.toolkit.checksums` says of the weights it holds, by their checkpoint
+    names (after a weight sync it is compared with the trainer's); `async restart()`, after an `EngineLostError`: up
+    again, all of it awake, its weights undefined until the next `receive`; and `stream(request) ->
     AsyncIterator[GenerateResult]`, which is `generate` in pieces: each holds the tokens since the one before, the last
     one says how it finished and has the routed experts. Closing it early aborts the request.
     """

@@ -57,10 +57,21 @@ class Residency:
     async def syncing(self) -> AsyncIterator[None]:
         """Weights go from trainer to engines; afterwards the engines are ready to generate."""
         with _timed(self.seconds, "move"):
+            await self._engine(self.engine_here - CACHE)  # in the middle of a rollout it is there
             await self._trainer(POLICY)
             await self._engine(WEIGHTS)
         with _timed(self.seconds, "sync"):
             yield
+
+    async def make_room(self) -> None:
+        """For an engine that starts: it takes what it finds free."""
+        await self._trainer(frozenset())
+
+    async def settle(self, engine: RolloutEngine) -> None:
+        """Bring an engine that has just started, all of it awake, to where the others are."""
+        away = (WEIGHTS | CACHE) - self.engine_here
+        if self.offload_rollout and away:
+            await engine.sleep(away)
 
     def take_seconds(self) -> Metrics:
         """Seconds in each phase since this was last asked."""

@@ -25,7 +25,7 @@ from miles.build import Parts, context_limit, load_prompts, versions
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
-from miles.errors import CheckpointError, RolloutError, RunInterrupted
+from miles.errors import CheckpointError, EngineLostError, RolloutError, RunInterrupted, WeightSyncError
 from miles.interrupt import Interrupt
 from miles.log import counted, logger
 from miles.modeling import resolve_device
@@ -34,6 +34,7 @@ from miles.report.dump import FOLDER, dump_samples
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
+from miles.rollout.recovery import Recovery
 from miles.rollout.task import Task
 from miles.rundir import METRICS, write_summary
 from miles.tracking import Progress, Tracking
@@ -85,7 +86,10 @@ class Run:
         self.store = CheckpointStore(
             self.config.checkpoint.dir or self.directory / "checkpoints", self.config.checkpoint.keep
         )
+        most, front = self.config.rollout.max_engine_restarts, self.parts.front
+        self.recovery = front.recovery = Recovery(front.engines, most, self._restart, self._resync)
         self.header = self._header()
+        self._engine_counts: Metrics = {}
         self._clock = time.perf_counter()
         self._step_clock = self._clock
         self._boundary = self._snapshot()
@@ -141,28 +145,31 @@ class Run:
     async def collect(self) -> list[Group]:
         """The next batch. When none can be had, what was generated for it goes to disk, failures and all."""
         try:
-            return await self.interruptible(self.producer.collect(self.step))
+            groups = await self.interruptible(self.producer.collect(self.step))
         except RolloutError:
             self._dump(self.producer.groups)
             raise
+        self._engine_counts = await self.parts.front.take_counts()
+        return groups
 
     async def interruptible(self, work: Awaitable[T]) -> T:
-        """Await rollouts; a signal cancels them and raises RunInterrupted."""
+        """Await rollouts; a signal cancels them and raises RunInterrupted. Engines that were lost are up afterwards."""
         try:
-            return await self.interrupt.guard(work)
+            result = await self.interrupt.guard(work)
         except RunInterrupted:
             await self.parts.front.abort()
             raise
+        await self.recovery.started()
+        return result
 
     async def push_weights(self) -> Metrics:
         """Send weights, and compare what engine and trainer hold and say when that is asked for."""
         probe = self.parts.probe
+        metrics = await self._deliver_weights()
         async with self.residency.syncing():
-            metrics = dict(await self.weight_sync.push(version=self.step))
             if probe:
                 await compare_checksums(self.parts.workers, self.parts.engines, self.step)
             expected = await probe.trainer(self.parts.workers) if probe else None
-        self.engine_version = self.step
         if probe and expected is not None:
             async with self.residency.rollout():
                 difference = await probe.compare(expected, self.parts.engines, self.step)
@@ -170,6 +177,32 @@ class Run:
             if self.config.weight_sync.verify == "first":
                 self.parts.probe = None
         return metrics
+
+    async def _deliver_weights(self) -> Metrics:
+        """Push; if that fails, once more from the beginning. Meanwhile no engine serves half of the weights."""
+        try:
+            metrics = await self._push()
+        except (WeightSyncError, EngineLostError) as error:
+            logger.warning("%s: %s; trying once more", type(error).__name__, error)
+            await self.recovery.find_lost()
+            metrics = await self._push()
+        self.engine_version = self.step
+        self.recovery.have_weights()
+        return metrics
+
+    async def _push(self) -> Metrics:
+        async with self.residency.syncing():
+            return dict(await self.weight_sync.push(version=self.step))
+
+    async def _restart(self, engine: Any) -> None:
+        await self.residency.make_room()
+        await engine.restart()
+        await self.residency.settle(engine)
+
+    async def _resync(self) -> None:
+        await self._deliver_weights()
+        async with self.residency.rollout():
+            logger.info("weights of version %d were sent in the middle of a rollout", self.step)
 
     def rollout_metrics(self, groups: list[Group]) -> Metrics:
         """Metrics of a batch."""
@@ -182,6 +215,7 @@ class Run:
         return {
             **batch_metrics(groups),
             **self.producer.metrics(),
+            **{f"rollout/engine/{name}": count for name, count in self._engine_counts.items()},
             "perf/generate_time": traffic.seconds,
             "rollout/cached_ratio": cached,
             "rollout/generated_tokens": float(traffic.generated_tokens),

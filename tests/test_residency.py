@@ -50,3 +50,40 @@ def test_without_offloading_nothing_moves():
     recorder = Recorder()
     walk(Residency(recorder, [recorder], offload_train=False, offload_rollout=False), recorder)
     assert recorder.log == ["syncing", "rollout", "training", "syncing", "rollout"]
+
+
+def test_weights_in_the_middle_of_a_rollout():
+    recorder = Recorder()
+    residency = Residency(recorder, [recorder], offload_train=True, offload_rollout=True)
+
+    async def story():
+        async with residency.rollout():
+            recorder.log.clear()
+            async with residency.syncing():
+                recorder.log.append("syncing")
+            async with residency.rollout():
+                recorder.log.append("rollout")
+
+    asyncio.run(story())
+    assert recorder.log == [
+        ("sleep", "graphs", "kv_cache"),
+        ("onload", "policy"),
+        "syncing",
+        ("offload", "policy"),
+        ("wake", "graphs", "kv_cache"),
+        "rollout",
+    ]
+
+
+def test_an_engine_that_starts_finds_room_and_then_sleeps_like_the_others():
+    recorder = Recorder()
+    residency = Residency(recorder, [recorder], offload_train=True, offload_rollout=True)
+
+    async def story():
+        async with residency.syncing():
+            recorder.log.clear()
+            await residency.make_room()
+            await residency.settle(recorder)
+
+    asyncio.run(story())
+    assert recorder.log == [("offload", "policy"), ("sleep", "graphs", "kv_cache")]

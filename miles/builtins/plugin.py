@@ -77,7 +77,7 @@ def miles_register_weight_syncs():
         "disk": Component(
             "miles.builtins.disk_sync:DiskSync",
             options=DiskOptions,
-            provides=("beside", "apart"),
+            provides=("beside", "apart", "elsewhere"),
             flags={
                 "--update-weight-disk-dir": "dir",
                 "--update-weight-mode": "mode",

@@ -68,6 +68,7 @@ def _placement(resolved: Resolved, placed: Placement) -> list[tuple[str, ...]]:
         every = counted(config.weight_sync.interval, "step")
         count, how = placed.num_engines, f"{placed.transport.name}, every {every}"
         where = own(count, count * placed.gpus_per_engine) if placed.engines == "apart" else theirs
+        where = ("servers'", "elsewhere") if placed.engines == "elsewhere" else where
         rows.append((f"engine {config.rollout.engine.name}", str(count), *where, asleep, how))
     return [("role", "workers", "processes", "devices", "when idle", "gets weights by"), *rows]
 

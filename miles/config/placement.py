@@ -13,9 +13,10 @@ from miles.errors import UnknownNameError
 from miles.log import counted
 from miles.registry import Registry
 
-Place = Literal["driver", "beside", "apart"]
+Place = Literal["driver", "beside", "apart", "elsewhere"]
 APART: Place = "apart"
 BESIDE: Place = "beside"
+ELSEWHERE: Place = "elsewhere"
 """Where engines are; also what weight syncs say in `provides`: which engines they reach."""
 
 
@@ -33,7 +34,8 @@ class Placement:
     """Brings weights to the engines; never `auto`."""
     engines: Place
     """`driver`: in the driver's process, because the train worker is there too, or because it holds no model.
-    `beside`: in the processes of the train workers, one a rank. `apart`: in workers of their own."""
+    `beside`: in the processes of the train workers, one a rank. `apart`: in workers of their own. `elsewhere`: servers
+    that nobody here starts or stops; the driver speaks to them."""
     num_engines: int
     gpus_per_engine: int
     """1 where engines share the trainer's devices."""
@@ -66,6 +68,8 @@ class Placement:
         engines, per_engine = _engines(config, registry, ranks)
         executor, one_process = _executor(config, registry, ranks, engines)
         place: Place = APART if engines else BESIDE if generates(config, registry) and not one_process else "driver"
+        if _elsewhere(config, registry):
+            place = ELSEWHERE
         transport = _transport(config, registry, place)
         gpus, arithmetic = ranks + engines * per_engine, trainer
         if engines:
@@ -100,14 +104,22 @@ def generates(config: Config, registry: Registry) -> bool:
     return "responses" in entry.component.provides or getattr(entry.live, "generates", False)
 
 
+def _elsewhere(config: Config, registry: Registry) -> bool:
+    return ELSEWHERE in registry.component("rollout_engines", config.rollout.engine.name).provides
+
+
 def _engines(config: Config, registry: Registry, ranks: int) -> tuple[int, int]:
     """How many engines have workers of their own, 0 for none, and the GPUs of each."""
     resources, count, name = config.resources, config.rollout.num_engines, config.rollout.engine.name
     gpus, per_engine = resources.rollout_num_gpus, resources.rollout_num_gpus_per_engine
+    idle = "generates nothing" if not generates(config, registry) else ""
+    away = "speaks to servers elsewhere" if _elsewhere(config, registry) else ""
     for key, value in {"resources.rollout_num_gpus": gpus, "rollout.num_engines": count}.items():
-        if value is not None and not generates(config, registry):
-            problem = f"the engine {name!r} generates nothing: there is one, and it needs no GPU"
+        if value is not None and (idle or away):
+            problem = f"the engine {name!r} {idle or away}: there is one, and it needs no GPU"
             raise Misfit(key, value, problem, "leave it out")
+    if resources.colocate and away:
+        raise Misfit("resources.colocate", True, f"the engine {name!r} {away}: it shares no device", "--no-colocate")
     shared = resources.colocate or (gpus is None and count is None)
     key = "resources.rollout_num_gpus_per_engine"
     if per_engine > 1 and "several gpus" not in registry.component("rollout_engines", name).provides:
@@ -158,14 +170,15 @@ def _executor(config: Config, registry: Registry, ranks: int, engines: int) -> t
 
 def _transport(config: Config, registry: Registry, place: Place) -> Spec:
     """How weights reach engines at a place."""
-    wanted, chosen = (APART, "broadcast") if place == APART else (BESIDE, "inprocess")
+    wanted, chosen = {APART: (APART, "broadcast"), ELSEWHERE: (ELSEWHERE, "disk")}.get(place, (BESIDE, "inprocess"))
     spec = _chosen(registry, "weight_syncs", "weight_sync.transport", config.weight_sync.transport, chosen)
-    says = {BESIDE, APART} & set(registry.component("weight_syncs", spec.name).provides)
+    says = {BESIDE, APART, ELSEWHERE} & set(registry.component("weight_syncs", spec.name).provides)
     if says and wanted not in says and generates(config, registry):
         others = [offer.name for offer in registry.offers("weight_syncs") if wanted in offer.value.provides]
         where = {
             APART: "reaches engines in the trainer's processes, and these have workers of their own",
             BESIDE: "goes from process to process, and the engines are in the trainer's: none can send to itself",
+            ELSEWHERE: "does not reach servers elsewhere",
         }
         raise Misfit("weight_sync.transport", spec, where[wanted], f"--weight-sync {' or '.join(others) or AUTO}")
     return spec

@@ -37,6 +37,8 @@ class RolloutSection(Section):
     """Attempts at a sample whose generation failed."""
     max_failed_fraction: Annotated[float, Flag("--max-failed-fraction"), Field(ge=0, le=1)] = 0.5
     """Stop with an error when more than this share of a batch failed."""
+    max_engine_restarts: Annotated[int, Flag("--max-engine-restarts"), Field(ge=0)] = 3
+    """Times in a run that an engine which was lost is started again; the next loss is an error."""
     max_context_len: Annotated[int | None, Flag("--rollout-max-context-len")] = None
     """Longest trajectory in tokens, prompt included; the model's own limit when not given."""
     concurrency: Annotated[int, Flag("--rollout-concurrency", "--sglang-server-concurrency"), Field(gt=0)] = 512

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from miles.errors import EngineLostError
 from miles.protocols import RolloutEngine
+from miles.rollout.recovery import Recovery
 from miles.types import GenerateRequest, GenerateResult
 
 
@@ -26,33 +29,60 @@ class EngineFront:
     """Generates through one of several engines; at most `concurrency` requests at once.
 
     Requests of one affinity go to one engine: siblings of a prompt find what they have in common in its cache. Which
-    engine, their number decides and not the traffic, so that a run repeats itself.
+    engine, their number decides and not the traffic, so that a run repeats itself. A request that a lost engine leaves
+    behind goes to another, or waits for one.
     """
 
     def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
         self.engines = list(engines)
         self.traffic = Traffic()
+        self.recovery: Recovery | None = None
+        """Where nobody can bring back a lost engine, it is an error."""
         self._in_flight = 0
         self._busy_since = 0.0
         self._slots = [asyncio.Semaphore(-(-concurrency // len(self.engines))) for _ in self.engines]
+        self._counted: Counter[str] = Counter()
 
     @property
     def generates(self) -> bool:
         return all(engine.generates for engine in self.engines)
 
     async def generate(self, request: GenerateRequest, affinity: int = 0) -> GenerateResult:
-        index = affinity % len(self.engines)
-        async with self._slots[index]:
-            self._enter()
-            try:
-                result = await self.engines[index].generate(request)
-            finally:
-                self._leave()
+        """Raises:
+        EngineLostError: no engine is left, and none can be brought back.
+        EngineError: the request cannot be served.
+        """
+        while (result := await self._attempt(request, affinity)) is None:
+            pass
         traffic = self.traffic
         traffic.prompt_tokens += len(request.tokens)
         traffic.cached_tokens += result.cached_tokens
         traffic.generated_tokens += len(result.tokens)
         return result
+
+    async def _attempt(self, request: GenerateRequest, affinity: int) -> GenerateResult | None:
+        """None when the engine was lost, before or meanwhile."""
+        serving = range(len(self.engines)) if self.recovery is None else self.recovery.serving()
+        index = affinity % len(self.engines)
+        if self.recovery is not None and index not in serving:
+            if not serving:
+                await self.recovery.one_serving()
+                return None
+            index = serving[affinity % len(serving)]
+        async with self._slots[index]:
+            if self.recovery is not None and index not in self.recovery.serving():
+                return None
+            life = 0 if self.recovery is None else self.recovery.lives[index]
+            self._enter()
+            try:
+                return await self.engines[index].generate(request)
+            except EngineLostError as error:
+                if self.recovery is None:
+                    raise
+                self.recovery.lose(index, life, error)
+                return None
+            finally:
+                self._leave()
 
     def _enter(self) -> None:
         if not self._in_flight:
@@ -70,3 +100,15 @@ class EngineFront:
     def take_traffic(self) -> Traffic:
         taken, self.traffic = self.traffic, Traffic()
         return taken
+
+    async def take_counts(self) -> dict[str, float]:
+        """What engines have counted since this was last asked (retries, time-outs), added up."""
+        total: Counter[str] = Counter()
+        for health in await asyncio.gather(*(engine.health() for engine in self.engines)):
+            total.update(health.counts)
+        if self.recovery is not None:
+            total["restarts"] = self.recovery.restarts
+        # An engine that was started again may count from 0.
+        new = {name: float(max(count - self._counted[name], 0)) for name, count in total.items()}
+        self._counted = total
+        return new

@@ -12,7 +12,7 @@ from typing import Any
 
 from miles.config import Config, TaskSet
 from miles.conformance import judgement
-from miles.errors import HookError, WorkerError
+from miles.errors import EngineLostError, HookError, WeightSyncError, WorkerError
 from miles.log import logger
 from miles.modeling import generate_function_for
 from miles.protocols import ChatFormat, GenerateContext, Score
@@ -24,6 +24,8 @@ from miles.types import Group, Sample, Status
 
 JUDGED = (Status.COMPLETED, Status.TRUNCATED)
 """Samples that came to an end, and so can be judged and trained."""
+HOPELESS = (HookError, WorkerError, EngineLostError, WeightSyncError)
+"""No component, or no engine, is as it should be: no other sample can do better."""
 EXPECTED = "a finite number is expected, or a mapping of names to numbers with a finite 'reward'"
 
 
@@ -85,7 +87,7 @@ class Task:
             try:
                 result = await self.generate(context, sample)
                 finished = result if isinstance(result, list) else [result]
-            except (HookError, WorkerError):  # no component, or no engine, as it should be: no sample can do better
+            except HOPELESS:
                 raise
             except Exception as error:
                 logger.debug("sample %s failed", sample.id, exc_info=True)

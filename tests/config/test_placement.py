@@ -23,6 +23,7 @@ class Parts(types.SimpleNamespace):
         return {
             "torch": Component("parts:Torch", provides=("responses",)),
             "wide": Component("parts:Wide", provides=("responses", "several gpus")),
+            "distant": Component("parts:Distant", provides=("responses", "elsewhere")),
             "none": Component("parts:Nothing"),
         }
 
@@ -39,7 +40,7 @@ class Parts(types.SimpleNamespace):
         return {
             "inprocess": Component("parts:HandOver", provides=("beside",)),
             "broadcast": Component("parts:Broadcast", provides=("apart",)),
-            "disk": Component("parts:Disk", provides=("beside", "apart")),
+            "disk": Component("parts:Disk", provides=("beside", "apart", "elsewhere")),
             "somebodys": Component("parts:Somebodys"),
         }
 
@@ -75,6 +76,8 @@ def config(nodes=1, each=1, *, engine="torch", engines=None, sync="auto", execut
             {"engine": "wide", "rollout_num_gpus": 8, "rollout_num_gpus_per_engine": 4},
             ("local", "broadcast", "apart", 2, 9),
         ),
+        ({"engine": "distant"}, ("inprocess", "disk", "elsewhere", 1, 1)),
+        ({"engine": "distant", "each": 2}, ("local", "disk", "elsewhere", 1, 2)),
         ({"engine": "none"}, ("inprocess", "inprocess", "driver", 1, 1)),
         ({"engine": "none", "each": 2}, ("local", "inprocess", "driver", 1, 2)),
     ],
@@ -154,6 +157,9 @@ def test_who_makes_room(registry, settings, expected):
         ),
         ({"engines": 1, "sync": "inprocess"}, "weight_sync.transport", "workers.*--weight-sync broadcast or disk"),
         ({"each": 2, "sync": "broadcast"}, "weight_sync.transport", "itself; --weight-sync disk or inprocess"),
+        ({"engine": "distant", "rollout_num_gpus": 1}, "resources.rollout_num_gpus", "'distant' speaks to servers"),
+        ({"engine": "distant", "colocate": True}, "resources.colocate", "shares no device"),
+        ({"engine": "distant", "sync": "broadcast"}, "weight_sync.transport", "elsewhere; --weight-sync disk"),
         ({"each": 2, "device": "cuda:1"}, "resources.device", r"own: 2 train ranks \(1 node x 2\) = 2 GPUs"),
         ({"executor": "local", "device": "cuda:1"}, "resources.device", "'local' gives each.*CUDA_VISIBLE_DEVICES"),
     ],
