@@ -4,8 +4,11 @@ from __future__ import annotations
 
 
 class RequestError(Exception):
-    """A request that is refused: a sentence for the client, and the HTTP status it comes with."""
+    """A request that is refused: a sentence for the client, and the HTTP status it comes with.
 
-    def __init__(self, message: str, status: int = 400):
+    OpenAI's API also says which parameter was wrong, and a word that programs can compare.
+    """
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
         super().__init__(message)
-        self.status = status
+        self.status, self.param, self.code = status, param, code

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,8 @@ class Service:
     """Tokens of the longest sequence, prompt included."""
     end_token_ids: tuple[int, ...] = ()
     """Tokens that end a response unless a client says otherwise (`ignore_eos`)."""
+    chat_with: Callable[[Mapping[str, Any]], ChatFormat] | None = None
+    """The chat format with other options of its template (`enable_thinking`), for clients that ask for them."""
     api_key: str | None = None
     """What clients have to send as `Authorization: Bearer ...`; nothing when None."""
     started: float = field(default_factory=time.time)
@@ -79,7 +81,8 @@ class Service:
         """`new` tokens at most are to follow a prompt of so many."""
         if prompt >= self.context_length:
             raise RequestError(
-                f"The input ({prompt} tokens) is longer than the model's context length ({self.context_length} tokens)."
+                f"The input ({prompt} tokens) is longer than the model's context length ({self.context_length} tokens).",
+                code="context_length_exceeded",
             )
         if prompt + new > self.context_length:
             raise RequestError(
