@@ -32,7 +32,7 @@ EXPECTED = "a finite number is expected, or a mapping of names to numbers with a
 class Task:
     """One `TaskSet` with its components built. A bad rollout is data (FAILED), never an exception.
 
-    What is an exception (`HookError`): an environment that is not what `miles.protocols` says.
+    What is an exception: an environment that is not what `miles.protocols` says (`HookError`), engines that are lost.
     Training tasks add `data.reward_terms` to what their set's own rewards say; evaluation does not.
     """
 
@@ -121,6 +121,8 @@ class Task:
             except Exception as error:
                 logger.debug("reward %s failed on group %s", name, group.id, exc_info=True)
                 scores = [error] * len(judged.samples)
+            if hopeless := next((score for score in scores if isinstance(score, HOPELESS)), None):
+                raise hopeless
             if len(scores) != len(judged.samples):
                 wrong = ValueError(f"it returned {len(scores)} scores for {len(judged.samples)} samples")
                 scores = [wrong] * len(judged.samples)

@@ -8,7 +8,7 @@ import pytest
 
 from miles.api import Component, hookimpl
 from miles.config import Config, TaskSet
-from miles.errors import HookError
+from miles.errors import HookError, WorkerError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
@@ -167,6 +167,33 @@ def test_scores_that_are_not_one_a_sample_are_said():
     place = f"{__file__}:{inspect.getsourcelines(Short)[1]}"
     for sample in run(task).samples:
         assert sample.error == f"reward short ({place}): ValueError: it returned 1 scores for 4 samples"
+
+
+def lost(sample):
+    if sample.id == 2:
+        raise WorkerError("rollout rank 1 died in score")
+    return 1.0
+
+
+async def lost_awaited(sample):
+    return lost(sample)
+
+
+class LostTogether:
+    async def score_group(self, group):
+        raise WorkerError("rollout rank 1 died in score")
+
+
+@pytest.mark.parametrize("reward", [lost, lost_awaited, LostTogether])
+def test_an_engine_that_a_reward_finds_lost_is_no_failed_sample(reward):
+    async def done(context, sample):
+        sample.append([7])
+        sample.status = Status.COMPLETED
+        return sample
+
+    task, _ = make(TaskSet(generate="done", reward="lost"), generate_functions__done=done, rewards__lost=reward)
+    with pytest.raises(WorkerError, match="^rollout rank 1 died in score$"):
+        run(task)
 
 
 def test_an_environment_that_is_none_ends_it_before_anything_is_generated():
