@@ -56,6 +56,14 @@ class EngineContext:
     run_dir: Path
     precision: PrecisionScheme | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    rank: int = 0
+    """Which of the run's engines it is."""
+    gpus: int = 1
+    """Accelerators of the engine, `device` and those after it; meaningless on a CPU."""
+    shares: bool = False
+    """A train rank works on the same accelerator."""
+    sleeps: bool = False
+    """It is put to sleep while the trainer works."""
 
 
 @dataclass

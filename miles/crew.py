@@ -69,8 +69,17 @@ async def launch_train(
 
 
 def engine_setup(crew: Crew, spec: Spec, checkpoint: Path, load_weights: bool = False) -> EngineSetup:
+    placement, trains = crew.placement, crew.train is not None
     return EngineSetup(
-        crew.config, spec, checkpoint, crew.device, load_weights, provenance=crew.registry.plugins.provenance()
+        crew.config,
+        spec,
+        checkpoint,
+        crew.device,
+        load_weights,
+        provenance=crew.registry.plugins.provenance(),
+        gpus=placement.gpus_per_engine,
+        shares=trains and placement.engines != "apart",
+        sleeps=trains and placement.offload_rollout,
     )
 
 

@@ -32,8 +32,12 @@ class EngineSetup:
     load_weights: bool
     provenance: Sequence[Mapping[str, Any]] = ()
     """The driver's plugins, to compare with."""
+    gpus: int = 1
+    shares: bool = False
+    sleeps: bool = False
+    """As `EngineContext` says."""
 
-    def context(self, registry: Registry) -> EngineContext:
+    def context(self, registry: Registry, rank: int = 0) -> EngineContext:
         config, trust = self.config, self.config.model.trust_remote_code
         hf_config = load_hf_config(self.checkpoint, trust)
         return EngineContext(
@@ -46,6 +50,10 @@ class EngineSetup:
             load_weights=self.load_weights,
             run_dir=config.run.dir,
             precision=precision_for(registry, config),
+            rank=rank,
+            gpus=self.gpus,
+            shares=self.shares,
+            sleeps=self.sleeps,
         )
 
 
@@ -55,7 +63,7 @@ class EngineWorker:
     def __init__(self, rank: int, size: int, setup: EngineSetup):
         registry = enter(setup.config, rank, setup.provenance)
         registry.plugins.hook.miles_on_worker_start(role="rollout", rank=rank, config=setup.config)
-        self.engine = registry.build("rollout_engines", setup.spec, context=setup.context(registry))
+        self.engine = registry.build("rollout_engines", setup.spec, context=setup.context(registry, rank))
 
     async def facts(self) -> dict[str, Any]:
         """What the driver must know of the engine: its plain attributes, and the names of its coroutines."""
