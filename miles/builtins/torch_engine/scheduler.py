@@ -86,7 +86,7 @@ class Scheduler:
         """End these requests with what they have."""
         for job in [job for job in self.waiting if wanted(job)]:
             self.waiting.remove(job)
-            self._resolve(job, job.tokens[job.prompt_length :], job.log_probs, "abort", None)
+            self._resolve(job, job.tokens[job.prompt_length :], job.log_probs, "abort")
         heapq.heapify(self.waiting)
         self._abort_running(wanted)
 
@@ -111,6 +111,7 @@ class Scheduler:
             job = self.slots.jobs[slot]
             if keep_cache:
                 self._remember(slot)
+            job.experts = self._experts(slot)
             job.tokens = self.slots.sequence(slot)
             _, job.log_probs = self.slots.generated(slot)
             self.submit(job)
@@ -311,12 +312,20 @@ class Scheduler:
 
     def _finish(self, slot: int, reason: str) -> None:
         job = self.slots.jobs[slot]
-        experts = None
-        if job.request.routed_experts and self.arena.cache.experts_SMLK is not None:
-            experts = self.arena.cache.experts_SMLK[slot, : self.slots.lengths_S[slot] - 1].cpu().numpy().copy()
+        job.experts = self._experts(slot)
         self._remember(slot)
-        self._resolve(job, *self.slots.generated(slot), reason, experts)
+        self._resolve(job, *self.slots.generated(slot), reason)
         self._vacate(slot)
+
+    def _experts(self, slot: int) -> np.ndarray | None:
+        """Rows of expert choices that a request wants: those it brought here, then those that are here."""
+        job, table = self.slots.jobs[slot], self.arena.cache.experts_SMLK
+        if not job.request.routed_experts or table is None:
+            return None
+        brought = [] if job.experts is None else [job.experts]
+        start = job.request.routed_experts_from + sum(map(len, brought))
+        here = table[slot, start : int(self.slots.lengths_S[slot]) - 1].cpu().numpy()
+        return np.concatenate([*brought, here])
 
     def _remember(self, slot: int) -> None:
         """Keep what a request computed for others, if all of it is of the current weights."""
@@ -329,11 +338,9 @@ class Scheduler:
             self.arena.cache.move(moved, slot, int(self.slots.lengths_S[slot]) - 1)
         self._sampling = None
 
-    def _resolve(
-        self, job: Job, tokens: list[int], log_probs: list[float], reason: Any, experts: np.ndarray | None
-    ) -> None:
+    def _resolve(self, job: Job, tokens: list[int], log_probs: list[float], reason: Any) -> None:
         versions = job.versions_between(job.prompt_length, job.prompt_length + len(tokens))
-        result = GenerateResult(tokens, log_probs, reason, versions, experts, job.cached_tokens or 0)
+        result = GenerateResult(tokens, log_probs, reason, versions, job.experts, job.cached_tokens or 0)
         self.finished.append((job.future, result))
 
     def _fail(self, error: Exception) -> None:

@@ -36,6 +36,8 @@ class Job:
     kv_version: int = -1
     """Version that all its keys and values are of; -1 once they are of several."""
     cached_tokens: int | None = None
+    experts: np.ndarray | None = None
+    """Rows of expert choices from when it left a slot, if they are asked for: computed again, they may differ."""
     listener: Callable[[GenerateResult], None] | None = None
     """Hears of tokens as they are made; called in the event loop."""
     told: int = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -199,6 +200,26 @@ def reference_log_probs(model: nn.Module, tokens: list[int], temperature: float 
     return (model(torch.tensor([tokens])).logits[0].float() / temperature).log_softmax(-1)
 
 
+@torch.no_grad()
+def router_choices(model: nn.Module, tokens: list[int]) -> np.ndarray:
+    """`[T - 1, L, K]`: the experts of one forward pass over all tokens, as transformers' routers said them, in
+    ascending order; layers without experts hold 0."""
+    layers, k = model.config.num_hidden_layers, model.config.num_experts_per_tok
+    chosen = torch.zeros(len(tokens), layers, k, dtype=torch.int64)
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "gate"):
+
+            def note(_module: Any, _inputs: Any, output: Any, i: int = i) -> None:
+                chosen[:, i] = output[2].sort(-1).values
+
+            hooks.append(layer.mlp.gate.register_forward_hook(note))
+    model(torch.tensor([tokens]))
+    for hook in hooks:
+        hook.remove()
+    return chosen[:-1].numpy()
+
+
 @pytest.fixture(scope="session")
 def lab() -> SimpleNamespace:
     """Everything above, for test modules (test folders are no packages)."""
@@ -213,4 +234,5 @@ def lab() -> SimpleNamespace:
     return SimpleNamespace(
         VOCAB=VOCAB, FAMILIES=FAMILIES, model=model, make_model=make_model, make_engine=make_engine, started=started,
         request=request, run=run, reference=reference_log_probs, weights_of=weights_of, Tokenizer=LetterTokenizer,
+        router_choices=router_choices,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, and the experts that tokens were routed to."""
+"""Log-probabilities of given tokens."""
 
 from __future__ import annotations
 
@@ -50,44 +50,6 @@ def test_scores_that_cannot_be_computed(lab):
     with pytest.raises(EngineError, match="outside the vocabulary"):
         asyncio.run(main([1, 67]))
     assert len(asyncio.run(main([1] * 512))) == 512
-
-
-def router_choices(model, tokens, layers, k):
-    """`[T - 1, L, K]`, sorted, by hooks on transformers' routers; layers without experts hold 0."""
-    chosen = torch.zeros(len(tokens), layers, k, dtype=torch.int64)
-    hooks = []
-    for i, layer in enumerate(model.model.layers):
-        if hasattr(layer.mlp, "gate"):
-
-            def note(_module, _inputs, output, i=i):
-                chosen[:, i] = output[2].sort(-1).values
-
-            hooks.append(layer.mlp.gate.register_forward_hook(note))
-    with torch.no_grad():
-        model(torch.tensor([tokens]))
-    for hook in hooks:
-        hook.remove()
-    return chosen[:-1].numpy()
-
-
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe"])
-@pytest.mark.parametrize("prefix_cache_tokens", [None, 0])
-def test_routed_experts_are_transformers_choices(lab, family, prefix_cache_tokens):
-    """Prompt rows too, also when the prompt came from the cache; and after a slot was given to another request."""
-    model = lab.model(family)
-    prompts = [[5, 6, 7, 8]] * 3 + [[5, 6, 9]]
-    requests = [
-        lab.request(p, seed=i, max_new_tokens=4 + 3 * i, temperature=1.0, experts=i != 1) for i, p in enumerate(prompts)
-    ]
-    results = lab.run(model, requests, prefix_cache_tokens=prefix_cache_tokens)
-    for request, result in zip(requests, results, strict=True):
-        if not request.routed_experts:
-            assert result.routed_experts is None
-            continue
-        tokens = request.tokens + result.tokens
-        assert result.routed_experts.shape == (len(tokens) - 1, 3, 2)
-        expected = router_choices(model, tokens, layers=3, k=2)
-        np.testing.assert_array_equal(np.sort(result.routed_experts, -1), expected)
 
 
 def test_a_request_that_comes_as_another_is_taken_up_is_not_lost(lab):
