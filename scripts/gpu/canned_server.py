@@ -1,4 +1,4 @@
-"""A server that answers SGLang's `/generate` at once, with as many tokens as were asked for: what is left is the client.
+"""A server that answers SGLang's `/generate` at once, with as many tokens as asked for: what is left is the client.
 
     python scripts/gpu/canned_server.py --port 31900 [--upstream http://127.0.0.1:31000]
 
