@@ -170,7 +170,7 @@ def after_training(backend, batches, trained, state: Path) -> dict:
     backend.load(state)
     restored = weights(backend)
     everything = frozenset({"parameters", "gradients", "optimizer"})
-    backend.placement.moves = True  # as on CUDA
+    backend.presence.moves = True  # as on CUDA
     backend.offload(everything)
     left = {name for name, tensor in backend._state().items() if local(tensor.detach()).untyped_storage().nbytes()}
     backend.onload(everything)

@@ -43,7 +43,7 @@ from miles.builtins.fsdp.logits import Head, KeptLogits, Logits, kept_head
 from miles.builtins.fsdp.memory import one_out_of_memory_error
 from miles.builtins.fsdp.model import COMPUTE_DTYPES, build, copy_into, fill, initial_weights, one_by_one
 from miles.builtins.fsdp.optimizer import Optimizer
-from miles.builtins.fsdp.state import Placement
+from miles.builtins.fsdp.state import Presence
 from miles.builtins.fsdp.ulysses import ContextGroup, TokenSlice, check_context
 from miles.toolkit import move_micro_batch, take_samples
 
@@ -81,7 +81,7 @@ class FsdpBackend:
             self.optimizer = self._make_optimizer()
             self._fill(initial_weights(context, self.scorer))
         self.shares_prompts = not self.scorer.routes  # a balance loss counts tokens, so all of them are computed
-        self.placement = Placement(self.scorer, self.optimizer, self.device)
+        self.presence = Presence(self.scorer, self.optimizer, self.device)
         self.ranks = Ranks(self.scorer, self.device)
         mode = context.config.train.fsdp_reshard if self.optimizer is None or self.optimizer.sums is None else "layer"
         self.accumulation = Accumulation(self.ranks, mode, self.dtype, self.device)
@@ -102,7 +102,7 @@ class FsdpBackend:
 
     def forward(self, batches: Sequence[MicroBatch], want: frozenset[Want]) -> list[Outputs]:
         """Without gradient; outputs on the CPU. `logits` may be asked for until the weights change."""
-        self.placement.need("parameters")
+        self.presence.need("parameters")
         heads: list[Head] = []
 
         def say(ready: Ready) -> Outputs:
@@ -120,7 +120,7 @@ class FsdpBackend:
     ) -> dict[str, Tensor]:
         """Accumulate gradients; `want` says which outputs the loss is given. Router-balance losses, where the model's
         config asks for them, are weighted by the micro-batch's share of the step's tokens."""
-        self.placement.need("parameters", "gradients")
+        self.presence.need("parameters", "gradients")
         sums: dict[str, Tensor] = {}
 
         def learn(ready: Ready) -> None:
@@ -210,7 +210,7 @@ class FsdpBackend:
 
     def optim_step(self) -> StepReport:
         """See the protocol. The gradient is clipped in place: after a failure, start again from `zero_grad`."""
-        self.placement.need("parameters", "gradients", "optimizer")
+        self.presence.need("parameters", "gradients", "optimizer")
         optimizer = self._learning()
         with self.ranks.agreeing():
             squares = optimizer.measure()
@@ -230,13 +230,13 @@ class FsdpBackend:
 
     def named_weights(self) -> Iterator[WeightGroup]:
         """Full tensors in the compute dtype, as the model's own forward sees them; gathered one at a time."""
-        self.placement.need("parameters")
+        self.presence.need("parameters")
         weights = one_by_one(self._module_weights())
         yield from self.context.bridge.from_world("torch", self.context.hf_config, weights)
 
     def take_weights(self, weights: Iterable[WeightGroup]) -> None:
         """See the protocol. The optimizer's moments stay as they are."""
-        self.placement.need("parameters", "optimizer")
+        self.presence.need("parameters", "optimizer")
         self._fill(self.context.bridge.to_world("torch", self.context.hf_config, weights))
 
     def _fill(self, stream: Iterable[WeightGroup]) -> None:
@@ -252,13 +252,13 @@ class FsdpBackend:
 
     def save(self, directory: Path) -> None:
         """Parameters (their masters, where they have some), buffers, moments, steps taken: see `checkpoint`."""
-        self.placement.need("parameters", "optimizer")
+        self.presence.need("parameters", "optimizer")
         directory.mkdir(parents=True, exist_ok=True)
         write_state(directory, self._state(), alone=self.context.world_size == 1)
 
     def load(self, directory: Path, weights_only: bool = False) -> None:
         """Any number of ranks may have saved it. Raises CheckpointError when it is another model's, or damaged."""
-        self.placement.need("parameters", "optimizer")
+        self.presence.need("parameters", "optimizer")
         prefix = WEIGHTS if weights_only else ("",)
         state = {name: tensor for name, tensor in self._state().items() if name.startswith(prefix)}
         # What is not trained is bf16 in a model of one rank, and float32 in a sharded one, which rounds as it gathers.
@@ -276,10 +276,10 @@ class FsdpBackend:
         return {**held, **buffers, **kept}
 
     def offload(self, parts: frozenset[TrainPart]) -> None:
-        self.placement.offload(parts)
+        self.presence.offload(parts)
 
     def onload(self, parts: frozenset[TrainPart]) -> None:
-        self.placement.onload(parts)
+        self.presence.onload(parts)
 
 
 def _on_cpu(outputs: Outputs) -> Outputs:

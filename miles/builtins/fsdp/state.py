@@ -16,7 +16,7 @@ ORDER: tuple[TrainPart, ...] = ("parameters", "optimizer", "gradients")
 """Parts come back in this order, and leave in the other."""
 
 
-class Placement:
+class Presence:
     """Which parts of a backend are on its device. Moving changes no value; on a CPU it moves nothing but still counts.
 
     What is away keeps its tensors, which have no memory (`miles.builtins.parking`): parameters that FSDP2 shards, their

@@ -127,3 +127,27 @@ def weighted_fixture():
 @pytest.fixture(name="gradients")
 def gradients_fixture():
     return gradients
+
+
+@pytest.fixture
+def step():
+    """`step(backend, micro-batch, loss)`: one optimizer step."""
+
+    def take(backend: FsdpBackend, batch: MicroBatch, loss):
+        backend.zero_grad()
+        backend.forward_backward([batch], loss)
+        return backend.optim_step()
+
+    return take
+
+
+@pytest.fixture
+def tensors():
+    """`tensors(backend)`: a copy of its state."""
+    return lambda backend: {name: tensor.detach().clone() for name, tensor in backend._state().items()}
+
+
+@pytest.fixture
+def same():
+    """`same(tensors, tensors)`: bit for bit."""
+    return lambda a, b: a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -11,23 +11,11 @@ from miles.errors import CheckpointError, TrainError
 from miles.types import LossResult
 
 
-def step(backend, batch, loss):
-    backend.zero_grad()
-    backend.forward_backward([batch], loss)
-    return backend.optim_step()
-
-
-def tensors(backend):
-    return {name: tensor.detach().clone() for name, tensor in backend._state().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_a_loaded_backend_goes_on_bit_for_bit(kind, dtype, request, make_backend, samples, pack, weighted, tmp_path):
+def test_a_loaded_backend_goes_on_bit_for_bit(
+    kind, dtype, request, make_backend, samples, pack, weighted, tmp_path, step, tensors, same
+):
     config = request.getfixturevalue(kind)()
     options = {"train": {"dtype": dtype}, "optimizer": {"lr_schedule": "cosine", "weight_decay": 0.1}}
     first = make_backend(config, **options)
@@ -66,7 +54,7 @@ def test_the_layout_is_the_same_with_masters_and_without(make_backend, tmp_path)
     assert {dtype for dtype, _ in layouts[0].values()} == {torch.float32}
 
 
-def test_bf16_takes_the_masters_of_fp32(make_backend, samples, pack, weighted, tmp_path):
+def test_bf16_takes_the_masters_of_fp32(make_backend, samples, pack, weighted, tmp_path, step, tensors, same):
     wide, narrow = make_backend(), make_backend(train={"dtype": "bf16"})
     step(wide, pack(samples), weighted)
     wide.save(tmp_path)
@@ -100,7 +88,7 @@ def test_what_is_frozen_may_come_from_another_dtype(make_backend, tmp_path):
     assert torch.equal(narrow.scorer.lm.model.embed_tokens.weight, wide.scorer.lm.model.embed_tokens.weight.bfloat16())
 
 
-def test_weights_alone_leave_the_optimizer(make_backend, samples, pack, weighted, tmp_path):
+def test_weights_alone_leave_the_optimizer(make_backend, samples, pack, weighted, tmp_path, step, tensors):
     first, second = make_backend(), make_backend()
     step(first, pack(samples), weighted)
     first.save(tmp_path)

@@ -16,25 +16,11 @@ from miles.errors import TrainError
 EVERYTHING = frozenset({"parameters", "gradients", "optimizer"})
 
 
-def step(backend, batch, loss):
-    backend.zero_grad()
-    backend.forward_backward([batch], loss)
-    return backend.optim_step()
-
-
-def tensors(backend):
-    return {name: tensor.detach().clone() for name, tensor in backend._state().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("more", [{}, {"reproducible_ranks": 1}])
-def test_offloading_leaves_no_trace(dtype, more, make_backend, samples, pack, weighted):
+def test_offloading_leaves_no_trace(dtype, more, make_backend, samples, pack, weighted, tensors, same):
     still, moved = (make_backend(train={"dtype": dtype, **more}) for _ in range(2))
-    moved.placement.moves = True  # as on CUDA
+    moved.presence.moves = True  # as on CUDA
     for backend in (still, moved):
         backend.forward_backward([pack(samples)], weighted)
     expected = tensors(still)
@@ -53,8 +39,8 @@ def test_the_host_holds_what_is_parked_and_no_more(make_backend, samples, pack, 
     """Rounded up to pages, whatever moves how often: two models that take turns need the pages of one."""
     backends, pages = (make_backend(train={"dtype": "bf16"}), make_backend()), Pages(page_bytes=4096)
     for backend in backends:
-        backend.placement.moves = True
-        backend.placement._parking = {part: Parking(pages) for part in ORDER}
+        backend.presence.moves = True
+        backend.presence._parking = {part: Parking(pages) for part in ORDER}
     for _ in range(3):
         for backend in backends:
             backend.zero_grad()
@@ -120,7 +106,7 @@ def from_checkpoint(backend, folder) -> FsdpBackend:
     return FsdpBackend(context=type(context)(**{**vars(context), "config": config, "checkpoint": folder}))
 
 
-def test_weights_come_from_the_checkpoint(make_backend, samples, pack, weighted, tmp_path):
+def test_weights_come_from_the_checkpoint(make_backend, samples, pack, weighted, tmp_path, step, same):
     trained = make_backend()
     step(trained, pack(samples), weighted)
     sent = {name: tensor.clone() for group in trained.named_weights() for name, tensor in group.items()}
@@ -177,7 +163,7 @@ def test_a_precision_scheme_is_asked_in_order(make_backend, samples, pack, weigh
     assert calls[2:] == [("autocast",)] * 2
 
 
-def test_transforms_freeze_and_wrap(make_backend, samples, pack, weighted):
+def test_transforms_freeze_and_wrap(make_backend, samples, pack, weighted, step, same):
     """An adapter wraps the query projection; only the adapter learns; the base keeps its names."""
 
     class Adapter(torch.nn.Module):
