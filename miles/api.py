@@ -29,7 +29,7 @@ from miles.errors import (
     WeightSyncError,
     WorkerError,
 )
-from miles.experts import Routing, compact_experts, experts_column, recorded_experts
+from miles.experts import Routing, compact_experts, expert_choices, experts_column, recorded_experts
 from miles.hermes import HERMES, Markup, parse_hermes, split_reasoning
 from miles.hookspecs import hookimpl
 from miles.parts import WHOLE, Part, Sharding, Share
@@ -215,6 +215,7 @@ __all__ = [
     "compact_experts",
     "defined_at",
     "described",
+    "expert_choices",
     "experts_column",
     "hookimpl",
     "import_target",

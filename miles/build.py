@@ -142,9 +142,10 @@ def make_source(
 def make_task(
     config: Config, registry: Registry, model: Model, front: EngineFront, task_set: TaskSet, evaluation: bool = False
 ) -> Task:
+    routed_experts = not evaluation and "routed_experts" in needs_of(config, registry, "moe")
     return Task(
         task_set, config, registry, front, model.chat, max_context_tokens=context_limit(config, model),
-        evaluation=evaluation, routed_experts="routed_experts" in needs_of(config, registry, "moe"),
+        evaluation=evaluation, routed_experts=routed_experts,
     )  # fmt: skip
 
 

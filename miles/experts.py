@@ -15,16 +15,17 @@ Servers speak int32, which `compact_experts` narrows as soon as it arrives, and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from miles.errors import EngineError
-from miles.types import Column, routed_experts_column
+from miles.types import ROUTED_EXPERTS, Column, Sample, routed_experts_column
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Rows = TypeVar("Rows", np.ndarray, "Tensor")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "experts_per_token")
 
@@ -74,13 +75,22 @@ def experts_column(rows: np.ndarray) -> Column:
     return routed_experts_column(layers, top_k, int(np.iinfo(rows.dtype).max))
 
 
-def expert_choices(rows_TLK: Tensor) -> Tensor:
-    """What a replay reads: a column of expert choices as int32, -1 where nothing was recorded."""
-    choices_TLK = rows_TLK.int()
-    return choices_TLK.masked_fill(choices_TLK == 255, -1) if rows_TLK.element_size() == 1 else choices_TLK
+def expert_choices(rows: Rows) -> Rows:
+    """What replays and servers speak: rows of expert choices as int32, -1 where nothing was recorded. An array, or a
+    tensor (on whichever device)."""
+    choices: Any = rows.astype(np.int32) if isinstance(rows, np.ndarray) else rows.int()
+    if rows.itemsize == 1:
+        choices[choices == 255] = -1
+    return choices
 
 
 def recorded_experts(rows: np.ndarray) -> np.ndarray:
     """Which of these rows, `[n, layers, top_k]`, were recorded, `[n]` bool. A row is there as a whole or not at all, so
     one number of it is looked at."""
     return rows[:, -1, -1] != experts_column(rows).fill
+
+
+def missing_experts(sample: Sample) -> int:
+    """Rows of expert choices that a sample lacks: what a replay leaves to the router."""
+    rows = sample.columns.get(ROUTED_EXPERTS)
+    return max(len(sample.tokens) - 1, 0) if rows is None else int((~recorded_experts(rows)).sum())

@@ -8,7 +8,6 @@ from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
 from miles.data.screening import screen
 from miles.durable import put_in_place, sync_tree
-from miles.experts import expert_choices
 from miles.shipment import Shipment, opened, this_process
 from miles.training.aggregation import mean_per_sample, sample_index, spread_over_samples, sum_per_sample
 from miles.training.checksums import checksums
@@ -67,7 +66,6 @@ __all__ = [
     "compute_thread",
     "cut_shard",
     "discounted_sums",
-    "expert_choices",
     "join_shards",
     "kl_cost",
     "log_probs_from_logits",

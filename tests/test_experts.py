@@ -7,8 +7,15 @@ import pytest
 import torch
 import transformers
 
-from miles.api import EngineError, Routing, compact_experts, experts_column, recorded_experts, routed_experts_column
-from miles.toolkit import expert_choices
+from miles.api import (
+    EngineError,
+    Routing,
+    compact_experts,
+    expert_choices,
+    experts_column,
+    recorded_experts,
+    routed_experts_column,
+)
 
 SIZES = [(8, "uint8", 255), (255, "uint8", 255), (256, "int16", -1), (2**15, "int16", -1), (2**15 + 1, "int32", -1)]
 
@@ -25,8 +32,9 @@ def test_the_fill_is_never_an_expert(experts, dtype, fill):
     assert recorded_experts(compact).tolist() == [True, False]
     assert experts_column(compact) == column
     wide = expert_choices(torch.from_numpy(compact))
-    assert wide.dtype == torch.int32
+    assert (wide.dtype, expert_choices(compact).dtype) == (torch.int32, "int32")
     np.testing.assert_array_equal(wide.numpy(), choices)
+    np.testing.assert_array_equal(expert_choices(compact), choices)
 
 
 @pytest.mark.parametrize("wrong", [8, -2])

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from miles.types import Group, Metrics, Sample, Status
+from miles.experts import missing_experts
+from miles.types import ROUTED_EXPERTS, Group, Metrics, Sample, Status
 
 SUCCESS = 1.0
 """A sample of at least this reward is counted as a success in `accuracy` and pass@k."""
@@ -38,6 +39,9 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
         "failed_ratio": _share(samples, Status.FAILED),
         "turns/mean": float(np.mean([len(s.turns) for s in samples])) if samples else 0.0,
     }
+    if any(ROUTED_EXPERTS in s.columns for s in samples):
+        ended = [s for s in samples if s.status not in (Status.FAILED, Status.ABORTED)]
+        metrics["routed_experts_missing"] = float(sum(map(missing_experts, ended)))
     rewards = np.array([s.reward for s in samples if s.reward is not None])
     if len(rewards):
         successes = sum(s.task_reward is not None and s.task_reward >= SUCCESS for s in samples)

@@ -56,7 +56,8 @@ class Task:
             max_turns=task_set.max_turns,
             **limits,
         )
-        self.greedy = replace(self.context, sampling=replace(self.context.sampling, temperature=0.0))
+        greedy = replace(self.context.sampling, temperature=0.0)
+        self.greedy = replace(self.context, sampling=greedy, routed_experts=False)  # never trained
 
     async def run_group(self, group: Group, attempts: int, reseed: Callable[[Sample, int], int]) -> Group:
         """Generate and reward every sample of the group, and its baseline, which is judged alone."""

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from miles.contexts import Role
+from miles.experts import compact_experts, experts_column
 from miles.testing import tiny
 from miles.testing.contract import ComponentContract
 from miles.training.packing import build_micro_batch
+from miles.types import ROUTED_EXPERTS
 
 WORDS = [5, 17, 3, 3, 200, 41, 8]
 
@@ -198,12 +200,15 @@ class RoutingReplayContract(ComponentContract):
         return tiny.model(tiny.hf_config(self.model_type, output_router_logits=False))
 
     def batch(self, model: nn.Module) -> Any:
-        """One sample with the experts that this model chooses for it, `[T, layers, top_k]`."""
+        """One sample with the experts that this model chooses for it, `[T, layers, top_k]`, compact; none for the last
+        token. `miles.api.expert_choices` says what they are."""
         with torch.no_grad():
             routing = model(torch.tensor([WORDS]), use_cache=False, output_router_logits=True).router_logits
         top_k = model.config.num_experts_per_tok  # type: ignore[union-attr]
         chosen = torch.stack([layer.view(len(WORDS), -1).topk(top_k).indices for layer in routing], dim=1)
-        return build_micro_batch([0], [WORDS], {"rollout_routed_experts": [chosen[:-1].to(torch.int16)]})
+        rows = compact_experts(chosen[:-1].numpy(), int(model.config.num_experts))  # type: ignore[union-attr, arg-type]
+        specs = {ROUTED_EXPERTS: experts_column(rows)}
+        return build_micro_batch([0], [WORDS], {ROUTED_EXPERTS: [rows]}, specs=specs)
 
     def attached(self, seed: float = 0.0) -> tuple[Any, nn.Module, Any]:
         """A replay attached to a model and having recorded its choices, and the batch; the routers then move."""

@@ -53,6 +53,8 @@ class Table:
     multimodal: list[dict[str, Any]] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     """One a row, where there are teachers."""
+    specs: dict[str, Column] = field(default_factory=dict)
+    """Declarations of the columns that samples brought."""
 
     @classmethod
     def from_groups(cls, groups: Sequence[Group], truncated: str = "keep") -> Table:
@@ -65,7 +67,8 @@ class Table:
         ]
         samples = [sample for _, sample in rows]
         baselines = [group.baseline_reward for group, _ in rows]
-        columns = _columns(samples)
+        specs = _specs(samples)
+        columns = {name: [_rows(s, spec) for s in samples] for name, spec in specs.items()}
         return cls(
             tokens=[np.asarray(s.tokens, dtype=np.int64) for s in samples],
             columns={"mask": [_mask(s, truncated) for s in samples], **columns},
@@ -79,6 +82,7 @@ class Table:
             baseline_rewards_N=None if None in baselines else torch.tensor(baselines, dtype=torch.float64),
             ids=[s.id for s in samples],
             multimodal=[s.multimodal for s in samples],
+            specs=specs,
         )
 
     def __len__(self) -> int:
@@ -110,6 +114,10 @@ class Table:
         pieces = values_T.detach().split(self.lengths)
         self.columns[name] = [piece.numpy() for piece in pieces]
 
+    def without(self, name: str) -> Table:
+        """The same table without one column."""
+        return replace(self, columns={key: rows for key, rows in self.columns.items() if key != name})
+
     def take(self, rows: Sequence[int]) -> Table:
         """The same table with these rows alone, in this order."""
         index = torch.as_tensor(rows, dtype=torch.int64)
@@ -133,9 +141,8 @@ def _mask(sample: Sample, truncated: str) -> np.ndarray:
     return np.zeros_like(mask) if truncated == "mask" and sample.status is Status.TRUNCATED else mask
 
 
-def _columns(samples: Sequence[Sample]) -> dict[str, list[np.ndarray]]:
-    """Columns that any sample has, one row a token: the fill stands where a sample has none, and in the last row of a
-    column of offset -1, whose rows belong to the forward passes before it.
+def _specs(samples: Sequence[Sample]) -> dict[str, Column]:
+    """Columns that any sample has, but for `STAYS`.
 
     Raises:
         DataError: samples declare a column differently, or as one of the trainer's.
@@ -144,14 +151,16 @@ def _columns(samples: Sequence[Sample]) -> dict[str, list[np.ndarray]]:
     for sample in samples:
         for name, spec in sample.specs.items():
             known = specs.setdefault(name, spec)
-            if (known.offset, known.width) != (spec.offset, spec.width):
+            if (known.offset, known.width, known.fill) != (spec.offset, spec.width, spec.fill):
                 raise DataError(f"column {name!r} is declared as {known} and, in sample {sample.id}, as {spec}")
             if name in OWN:
                 raise DataError(f"column {name!r} of sample {sample.id} has a name that the trainer uses: rename it")
-    return {name: [_rows(s, spec) for s in samples] for name, spec in specs.items() if name not in STAYS}
+    return {name: spec for name, spec in specs.items() if name not in STAYS}
 
 
 def _rows(sample: Sample, spec: Column) -> np.ndarray:
+    """One row a token: the fill stands where a sample has none, and in the last row of a column of offset -1, whose
+    rows belong to the forward passes before it."""
     given = sample.columns.get(spec.name, spec.filled(0))
     missing = len(sample.tokens) - len(given)
     return np.concatenate([given, spec.filled(missing).astype(given.dtype)]) if missing else given

@@ -32,7 +32,7 @@ from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
 from miles.training.teachers import Teachers
 from miles.training.worker import DataShare, StepOutcome, needs_teacher_logits
-from miles.types import ROLLOUT_LOG_PROBS, TEACHER_LOG_PROBS, Group, Metrics
+from miles.types import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TEACHER_LOG_PROBS, Group, Metrics
 
 
 class Trainer:
@@ -130,6 +130,7 @@ class Trainer:
 
     async def _forward(self, model: str, table: Table, want: Want = "log_probs") -> list[np.ndarray]:
         """What a model says of every row."""
+        table = self._told(model, table)
         plan = self._plan(table, self.derived.log_probs_max_tokens)
         calls = [(model, [table.take(rows) for rows in batches], (want,)) for batches in plan]
         found: dict[int, np.ndarray] = {}
@@ -165,7 +166,8 @@ class Trainer:
         totals: dict[str, list[float]] = defaultdict(list)
         skipped = retries = 0
         for index, rows in enumerate(optimizer_steps(table.rollout_N.tolist(), steps, train.num_epochs_per_rollout)):
-            outcomes = await self._optimizer_step(model, table.take(rows), measure=index == 0 and model == "actor")
+            part = self._told(model, table).take(rows)
+            outcomes = await self._optimizer_step(model, part, measure=index == 0 and model == "actor")
             report = outcomes[0].report
             for outcome in outcomes:
                 for i, loss in outcome.losses.items():
@@ -205,6 +207,11 @@ class Trainer:
             scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))
         plan = self._plan(table, self.config.train.max_tokens_per_gpu)
         return await self._on_shares("train_step", [(model, [table.take(rows) for rows in b], scope) for b in plan])
+
+    @staticmethod
+    def _told(model: str, table: Table) -> Table:
+        """What of a batch goes to a model's ranks: the policy's experts are no other model's, and many bytes."""
+        return table if model == "actor" else table.without(ROUTED_EXPERTS)
 
     async def _on_shares(self, method: str, calls: Sequence[tuple]) -> list[Any]:
         """One call a share, made on every rank that works on it; one answer a share."""

@@ -190,8 +190,10 @@ class TrainWorker:
                 retries += 1
 
     def _pack(self, table: Table) -> MicroBatch:
-        rows, device = list(range(len(table))), self.setup.device
-        batch = build_micro_batch(rows, table.tokens, table.columns, multimodal=table.multimodal, device=device)
+        batch = build_micro_batch(
+            list(range(len(table))), table.tokens, table.columns,
+            specs=table.specs, multimodal=table.multimodal, device=self.setup.device,
+        )  # fmt: skip
         return replace(batch, sample_ids=table.ids)
 
     def _smaller(self, batches: list[MicroBatch], retries: int, error: Any, alike: bool) -> list[MicroBatch]:

@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 
 from miles.rollout.measure import batch_metrics, pass_at_k
-from miles.types import Group, Prompt, Sample, Status
+from miles.types import Group, Prompt, Sample, Status, routed_experts_column
 
 
 def test_pass_at_k_by_hand():
@@ -39,6 +40,18 @@ def test_a_batch():
     assert metrics["rollout/truncated_ratio"] == 0.25
     assert metrics["rollout/groups_agreeing"] == 0.5
     assert metrics["rollout/reward_parts/a"] == 0.5
+
+
+def test_expert_choices_that_are_missing_are_counted():
+    """Of samples that may be trained; one that has none at all misses a row for each position but the last."""
+    whole, lost, none, failed = (sample(1.0, length) for length in (3, 4, 5, 6))
+    assert "rollout/routed_experts_missing" not in batch_metrics([Group(0, None, [none])])
+    column = routed_experts_column(2, 1, 8)
+    whole.write(column, 0, np.ones((3, 2, 1)))
+    lost.write(column, 2, np.ones((2, 2, 1)))
+    failed.status = Status.FAILED
+    metrics = batch_metrics([Group(0, None, [whole, lost, none, failed])])
+    assert metrics["rollout/routed_experts_missing"] == 0 + 2 + 5
 
 
 def test_a_success_is_one_by_the_tasks_own_reward():

@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from miles.api import expert_choices
 from miles.builtins.plain_precision import PlainPrecision
 from miles.testing import ModelTransformContract, PrecisionSchemeContract, RoutingReplayContract
 
@@ -201,7 +202,7 @@ class Replay:
 
     @contextmanager
     def replaying(self, batch):
-        self.active = batch.columns["rollout_routed_experts"]
+        self.active = expert_choices(batch.columns["rollout_routed_experts"])
         yield
         self.active = None
 
@@ -214,7 +215,7 @@ def test_wrong_replays_are_caught(catches):
     class Lasting(Replay):
         @contextmanager
         def replaying(self, batch):
-            self.active = batch.columns["rollout_routed_experts"]
+            self.active = expert_choices(batch.columns["rollout_routed_experts"])
             yield
 
     class Breaking(Replay):
@@ -228,7 +229,16 @@ def test_wrong_replays_are_caught(catches):
     class Shifted(Replay):
         @contextmanager
         def replaying(self, batch):
-            self.active = batch.columns["rollout_routed_experts"].roll(1, 0)
+            self.active = expert_choices(batch.columns["rollout_routed_experts"]).roll(1, 0)
+            yield
+            self.active = None
+
+    class Compact(Replay):
+        """Takes 255 for an expert."""
+
+        @contextmanager
+        def replaying(self, batch):
+            self.active = batch.columns["rollout_routed_experts"]
             yield
             self.active = None
 
@@ -236,7 +246,7 @@ def test_wrong_replays_are_caught(catches):
         RoutingReplayContract,
         {
             "test_attached_it_changes_nothing": [Breaking],
-            "test_replaying_its_own_choices_changes_nothing": [Shifted],
+            "test_replaying_its_own_choices_changes_nothing": [Shifted, Compact],
             "test_the_recorded_choices_are_used": [but(Replay, uses_column=False), Lasting],
             "test_routers_go_on_learning": [but(Replay, differentiable=False)],
         },

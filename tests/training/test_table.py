@@ -83,6 +83,20 @@ def test_a_worker_packs_what_the_table_has():
     assert (batch.columns["mine"][-1] == -2).all()
 
 
+def test_an_empty_micro_batch_has_columns_of_the_same_kind():
+    """A rank without samples packs none, and must not take expert choices for float32."""
+    worker, column = TrainWorker.__new__(TrainWorker), COLUMNS[2]
+    worker.setup = SimpleNamespace(device="cpu", config=Config())
+    batch = worker._pack(table_of(sample_of(0, 3, column)).take([]))
+    assert (batch.columns[column.name].dtype, batch.columns[column.name].shape) == (torch.uint8, (0, 2, 3))
+
+
+def test_a_column_can_be_left_out():
+    table = table_of(sample_of(0, 3, COLUMNS[2]))
+    assert set(table.without(COLUMNS[2].name).columns) == {"mask"}
+    assert set(table.columns) == {"mask", COLUMNS[2].name}
+
+
 def test_the_mask_is_the_loss_mask_and_versions_stay():
     table = table_of(sample_of(0, 3))
     assert [mask.tolist() for mask in table.columns["mask"]] == [[0, 0, 1, 1, 1]]
@@ -94,6 +108,13 @@ def test_what_samples_declare_must_agree():
     wide, narrow = Column("mine", "float32", 0.0, width=(2,)), Column("mine", "float32", 0.0)
     with pytest.raises(DataError, match="'mine' is declared as .* in sample 8"):
         table_of(sample_of(7, 2, wide), sample_of(8, 2, narrow))
+
+
+def test_fills_must_agree():
+    """Else 255 would be an expert in one sample and nothing in the next."""
+    few, many = routed_experts_column(2, 3, 255), routed_experts_column(2, 3, 256)
+    with pytest.raises(DataError, match="'rollout_routed_experts' is declared as .* in sample 8"):
+        table_of(sample_of(7, 2, few), sample_of(8, 2, many))
 
 
 @pytest.mark.parametrize("name", ["mask", "advantages", "old_log_probs"])
