@@ -6,14 +6,21 @@ engine that it would have to refuse.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
-from miles.api import ChatFormat, GenerateRequest, GenerateResult, RolloutEngine, SamplingParams
+from miles.api import ChatFormat, GenerateRequest, GenerateResult, PauseMode, RolloutEngine, SamplingParams
 from miles_serve.errors import RequestError
+from miles_serve.traffic import Traffic
+from miles_serve.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -36,13 +43,38 @@ class Service:
     """The chat format with other options of its template (`enable_thinking`), for clients that ask for them."""
     api_key: str | None = None
     """What clients have to send as `Authorization: Bearer ...`; nothing when None."""
+    incremental: bool = False
+    """Pieces of native streams hold what is new, and not everything so far."""
     started: float = field(default_factory=time.time)
-    underway: dict[str, GenerateRequest] = field(default_factory=dict)
-    """Requests that the engine has, by id."""
+    traffic: Traffic = field(default_factory=Traffic)
+    version: int = 0
+    """The engine's version of its weights."""
+    labels: dict[int, str] = field(default_factory=dict)
+    """What clients call a version, where that is not its number."""
+    paused: PauseMode | None = None
+    stopping: bool = False
+    """No request is taken any more."""
+    _scoring: dict[str, asyncio.Future] = field(default_factory=dict)
+    """Scores that are being computed, by the ids of their requests."""
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         return int(self.hf_config.get_text_config().vocab_size)
+
+    @cached_property
+    def pieces(self) -> Vocabulary:
+        """The bytes behind tokens."""
+        return Vocabulary(self.tokenizer)
+
+    @property
+    def routes(self) -> bool:
+        """Whether the model has experts to choose from."""
+        return getattr(self.hf_config.get_text_config(), "num_experts_per_tok", None) is not None
+
+    def label(self, version: int | None = None) -> str:
+        """What clients call a version of the weights; that of now if none is given."""
+        version = self.version if version is None else version
+        return self.labels.get(version, str(version))
 
     def request(
         self,
@@ -52,13 +84,16 @@ class Service:
         id: str | None = None,
         seed: int | None = None,
         routed_experts: bool = False,
+        routed_experts_from: int = 0,
         priority: int = 0,
     ) -> GenerateRequest:
         """A request that the engine can serve. Without a seed it draws anew each time.
 
         Raises:
-            RequestError: it cannot: tokens outside the vocabulary, too long, sampling that means nothing.
+            RequestError: it cannot: tokens outside the vocabulary, too many of them, experts of a dense model.
         """
+        if routed_experts and not self.routes:
+            raise RequestError("return_routed_experts: the model has no experts.")
         self.check_tokens(tokens)
         self.check_length(len(tokens), sampling.max_new_tokens)
         return GenerateRequest(
@@ -67,6 +102,7 @@ class Service:
             sampling=sampling,
             seed=uuid.uuid4().int % 2**63 if seed is None else seed,
             routed_experts=routed_experts,
+            routed_experts_from=routed_experts_from,
             priority=priority,
         )
 
@@ -81,7 +117,8 @@ class Service:
         """`new` tokens at most are to follow a prompt of so many."""
         if prompt >= self.context_length:
             raise RequestError(
-                f"The input ({prompt} tokens) is longer than the model's context length ({self.context_length} tokens).",
+                f"The input ({prompt} tokens) is longer than the model's context length ({self.context_length} "
+                "tokens).",
                 code="context_length_exceeded",
             )
         if prompt + new > self.context_length:
@@ -97,26 +134,46 @@ class Service:
             RequestError: a request of this id is under way.
             EngineError: see `RolloutEngine.generate`.
         """
-        self._enter(request)
-        try:
+        async with self.traffic.entered(request.id):
             return await self.engine.generate(request)
-        finally:
-            del self.underway[request.id]
 
     async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
         """The answer as it is made: each piece holds the tokens since the one before, and only the last says how it
         finished. One piece with everything where the engine has no streams."""
-        self._enter(request)
-        try:
-            if streams := getattr(self.engine, "stream", None):
-                async for piece in streams(request):
-                    yield piece
-            else:
+        async with self.traffic.entered(request.id):
+            if not hasattr(self.engine, "stream"):
                 yield await self.engine.generate(request)
-        finally:
-            del self.underway[request.id]
+                return
+            async with aclosing(self.engine.stream(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
 
-    def _enter(self, request: GenerateRequest) -> None:
-        if request.id in self.underway:
-            raise RequestError(f"A request with the id {request.id!r} is under way already.")
-        self.underway[request.id] = request
+    async def score(self, id: str, work: Coroutine[Any, Any, T]) -> T | None:
+        """What the engine says of given tokens, as a request that can be aborted: None if it was."""
+        async with self.traffic.entered(id):
+            self._scoring[id] = task = asyncio.ensure_future(work)
+            try:
+                await asyncio.wait([task])
+                return None if task.cancelled() else task.result()
+            finally:
+                task.cancel()
+                del self._scoring[id]
+
+    async def abort(self, prefix: str = "") -> None:
+        """End the requests whose ids begin like this; on return they have ended. Those that come later are spared."""
+        chosen = [id for id in self.traffic.underway if id.startswith(prefix)]
+        for id in chosen:
+            if id in self._scoring:
+                self._scoring[id].cancel()
+        if prefix:
+            await asyncio.gather(*(self.engine.abort(id) for id in chosen))
+        else:
+            await self.engine.abort()
+
+    async def settle(self, seconds: float) -> None:
+        """Take no more requests, give those under way so many seconds, then abort them: they are answered with what
+        they have."""
+        self.stopping = True
+        if not await self.traffic.idle(seconds):
+            await self.abort()
+            await self.traffic.idle(seconds)

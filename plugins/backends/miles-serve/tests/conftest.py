@@ -1,0 +1,123 @@
+"""A tiny model behind `miles serve`, in a thread of its own: tests are its clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+
+from miles.testing import tiny
+from miles.testing.contract import installed
+
+
+@dataclass
+class Reply:
+    status: int
+    text: str
+    headers: Any = field(default_factory=dict)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def events(self) -> list[Any]:
+        """What a stream of server-sent events held, `[DONE]` included."""
+        data = [part.removeprefix("data: ") for part in self.text.split("\n\n") if part]
+        return [part if part == "[DONE]" else json.loads(part) for part in data]
+
+
+class Client:
+    """Asks a server. `work(session)` for what takes more than one call at a time."""
+
+    def __init__(self, url: str, headers: dict[str, str] | None = None):
+        self.url, self.headers = url, headers or {}
+
+    def post(self, path: str, body: Any = None, **kwargs: Any) -> Reply:
+        kwargs = kwargs if body is None else {"json": body, **kwargs}
+        return self.run(lambda session: ask(session, "POST", path, **kwargs))
+
+    def get(self, path: str, **kwargs: Any) -> Reply:
+        return self.run(lambda session: ask(session, "GET", path, **kwargs))
+
+    def run(self, work: Any, seconds: float = 60) -> Any:
+        async def main() -> Any:
+            connector = aiohttp.TCPConnector(limit=0)
+            async with aiohttp.ClientSession(self.url, headers=self.headers, connector=connector) as session:
+                return await asyncio.wait_for(work(session), seconds)
+
+        return asyncio.run(main())
+
+
+async def ask(session: aiohttp.ClientSession, method: str, path: str, **kwargs: Any) -> Reply:
+    async with session.request(method, path, **kwargs) as reply:
+        return Reply(reply.status, await reply.text(), reply.headers)
+
+
+async def make_service(model_type: str = "llama", options: dict[str, Any] | None = None, **changes: Any) -> Any:
+    """A service on a tiny model whose engine was started."""
+    from miles_serve.service import Service
+
+    from miles.config import Spec
+
+    config, folder = tiny.hf_config(model_type), tiny.saved(model_type)
+    context = tiny.engine_context(installed(), config, folder)
+    engine = installed().build("rollout_engines", Spec(name="torch", options=options or {}), context=context)
+    await engine.start()
+    given = {
+        "engine": engine,
+        "chat": tiny.chat_format(installed()),
+        "tokenizer": context.tokenizer,
+        "hf_config": config,
+        "model": "tiny",
+        "model_path": str(folder),
+        "context_length": config.max_position_embeddings,
+    }
+    return Service(**{**given, **changes})
+
+
+@contextmanager
+def serving(make: Any = make_service, **changes: Any) -> Iterator[Any]:
+    """A server in a thread: its client, and the service behind it (`on_loop` calls something where it lives)."""
+    from miles_serve.server import listening
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def on_loop(work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    try:
+        service = on_loop(make(**changes))
+        server = listening(service, "127.0.0.1", 0, grace=0.2)
+        url = on_loop(server.__aenter__())
+        try:
+            yield SimpleNamespace(url=url, client=Client(url), service=service, on_loop=on_loop)
+        finally:
+            on_loop(server.__aexit__(None, None, None))
+            on_loop(service.engine.close())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def lab() -> Any:
+    return SimpleNamespace(serving=serving, make_service=make_service, Client=Client, ask=ask, tiny=tiny)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[Any]:
+    """One server for all tests that leave it as they found it."""
+    with serving() as server:
+        yield server
