@@ -1,6 +1,7 @@
 """The second public module, for components that compute or read: what backends, bridges, losses and data sources share.
 Needs torch."""
 
+from miles.buckets import Bucket, pack, places, unpack
 from miles.checkpoint_io import read_weights, resolve_checkpoint, write_checkpoint
 from miles.config import Config, Keys, TaskSet
 from miles.config.optimizer import OptimizerSection
@@ -36,6 +37,7 @@ __all__ = [
     "COLUMN",
     "LOG_RATIO_BOUND",
     "ROW",
+    "Bucket",
     "Concat",
     "Config",
     "DirectLink",
@@ -74,7 +76,9 @@ __all__ = [
     "next_tokens",
     "open_rows",
     "opened",
+    "pack",
     "per_token",
+    "places",
     "plan_micro_batches",
     "put_in_place",
     "raised",
@@ -92,6 +96,7 @@ __all__ = [
     "take_samples",
     "this_process",
     "torchrun_environment",
+    "unpack",
     "when_idle",
     "whiten",
     "with_driver",

@@ -17,10 +17,9 @@ import torch
 from torch import distributed as dist
 
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
-from miles.builtins.buckets import pack, unpack
 from miles.builtins.meeting import ENDED, FAILED, Meeting, Member
 from miles.builtins.sync_partners import delivering, ranks, receivers, rounds, together, walked
-from miles.toolkit import Shipment
+from miles.toolkit import Shipment, pack, unpack
 
 SEND, RECEIVED = f"{__name__}:send", f"{__name__}:received"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from miles.builtins.buckets import pack, unpack
+from miles.buckets import pack, places, unpack
 from miles.testing.tiny import merged
 
 GROUPS = [
@@ -36,6 +36,12 @@ def test_what_is_packed_is_unpacked(limit):
 )
 def test_a_bucket_is_as_full_as_it_may_be(limit, sizes):
     assert [len(run) for run, _ in sent(GROUPS, limit)] == sizes
+
+
+def test_where_tensors_are():
+    (bucket,) = pack([{"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2)}, {"c": torch.ones(1)}], 1000)
+    found = [[(entry.name, place.start, place.stop) for entry, place in group] for group in places(bucket.groups)]
+    assert found == [[("a", 0, 3), ("b", 16, 24)], [("c", 32, 36)]]
 
 
 def test_a_bucket_lasts_while_the_next_is_made():

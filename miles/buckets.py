@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miles.api import WeightGroup
+from miles.types import WeightGroup
 
 ALIGNMENT = 16
 """Bytes: each tensor starts at a multiple, so that its part of a bucket can be viewed as any dtype."""
@@ -55,13 +55,19 @@ def pack(groups: Iterable[WeightGroup], limit: int) -> Iterator[Bucket]:
 
 def unpack(run: Tensor, groups: Iterable[Iterable[Sequence]]) -> Iterator[WeightGroup]:
     """The groups of a bucket, as views of its bytes."""
+    for group in places(groups):
+        yield {entry.name: run[place].view(_dtype(entry)).view(entry.shape) for entry, place in group}
+
+
+def places(groups: Iterable[Iterable[Sequence]]) -> Iterator[list[tuple[Entry, slice]]]:
+    """Of each group: its tensors, and where in the bucket their bytes are."""
     start = 0
     for entries in groups:
-        group = {}
-        for name, dtype_name, shape in entries:
-            dtype = getattr(torch, dtype_name)
-            size = math.prod(shape) * dtype.itemsize
-            group[name] = run[start : start + size].view(dtype).view(tuple(shape))
+        group = []
+        for name, dtype, shape in entries:
+            entry = Entry(name, dtype, tuple(shape))
+            size = math.prod(entry.shape) * _dtype(entry).itemsize
+            group.append((entry, slice(start, start + size)))
             start += _padded(size)
         yield group
 
@@ -88,6 +94,10 @@ class _Run:
     def bucket(self) -> Bucket:
         assert self.storage is not None
         return Bucket(self.storage[: self.used], self.groups)
+
+
+def _dtype(entry: Entry) -> torch.dtype:
+    return getattr(torch, entry.dtype)
 
 
 def _padded(size: int) -> int:
