@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from miles.api import EngineError
-from miles_serve import native
+from miles_serve import native, openai_api
 from miles_serve.errors import RequestError
 from miles_serve.service import Service
 
@@ -26,7 +26,7 @@ OPEN = ("/health", "/health_generate", "/ping")
 def make_app(service: Service) -> web.Application:
     """To be run with `handler_cancellation=True`, so that a client that leaves takes its requests along."""
     app = web.Application(client_max_size=BODY_LIMIT, middlewares=[_answering_errors, _guarding(service)])
-    app.add_routes(native.routes(service))
+    app.add_routes([*native.routes(service), *openai_api.routes(service)])
     return app
 
 

@@ -102,12 +102,13 @@ class ChatLayer:
         return self.answered(request, await self.generate(request))
 
     def answered(self, request: GenerateRequest, result: GenerateResult) -> Answer:
-        return Answer(request, result, self._parse(request, result.tokens, result.finish_reason))
+        tokens = [*self.opening(request.tokens), *result.tokens]
+        return Answer(request, result, self.chat.parse(tokens, result.finish_reason))
 
     def said(self, answer: Answer, calls: bool = True, trim: bool = True) -> list[Said]:
         """An answer as a client is shown it: see `stream`."""
-        said = _Listener(self, answer.request, calls, trim)
-        return [*said.hear(answer.result.tokens), *said.end(answer.result.finish_reason)]
+        listener = _Listener(self, answer.request, calls, trim)
+        return [*listener.hear(answer.result.tokens), *listener.end(answer.action)]
 
     async def stream(self, request: GenerateRequest, calls: bool = True, trim: bool = True) -> AsyncIterator[Piece]:
         """Let the assistant speak, and pass on what it says as soon as it is certain. Ended early, it aborts.
@@ -126,14 +127,11 @@ class ChatLayer:
                 if not result.finish_reason:
                     yield Piece(result, said)
                     continue
-                said += listener.end(result.finish_reason)
-                yield Piece(result, said, self.answered(request, joined(heard)))
+                answer = self.answered(request, joined(heard))
+                yield Piece(result, [*said, *listener.end(answer.action)], answer)
         finally:
             if close := getattr(source, "aclose", None):
                 await close()
-
-    def _parse(self, request: GenerateRequest, tokens: Sequence[int], finish_reason: str = "stop") -> Action:
-        return self.chat.parse([*self.opening(request.tokens), *tokens], finish_reason)
 
     def opening(self, prompt: Sequence[int]) -> list[int]:
         """The end of a prompt that opens the assistant's reasoning for it; nothing where it does not."""
@@ -151,25 +149,21 @@ class _Listener:
     """Reads one answer's tokens."""
 
     def __init__(self, layer: ChatLayer, request: GenerateRequest, calls: bool, trim: bool):
-        self.tokens: list[int] = []
-        self.finish_reason = ""
         self._ends = frozenset(request.sampling.stop_token_ids)
         self._text = TextStream(layer.vocabulary)
         self._reading = Reading(
             layer.markup,
-            lambda: layer._parse(request, self.tokens, self.finish_reason),
+            lambda text: layer.chat.parse(layer.chat.render_text(text)),
             request.sampling.stop if trim else (),
             reasoning=bool(layer.opening(request.tokens)),
             offered=calls,
         )
 
     def hear(self, tokens: Sequence[int]) -> list[Said]:
-        self.tokens += tokens
         return self._reading.feed(self._text.feed([token for token in tokens if token not in self._ends]))
 
-    def end(self, finish_reason: str) -> list[Said]:
-        self.finish_reason = finish_reason
-        return [*self._reading.feed(self._text.close()), *self._reading.close()]
+    def end(self, action: Action) -> list[Said]:
+        return [*self._reading.feed(self._text.close()), *self._reading.close(action)]
 
 
 def joined(pieces: Sequence[GenerateResult]) -> GenerateResult:

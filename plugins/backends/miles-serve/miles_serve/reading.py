@@ -7,7 +7,7 @@ what may become a stop string, and the start of what may become a tag.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from miles.api import Action, Markup, ToolCall
@@ -29,7 +29,7 @@ class Stretch:
 
     kind: Literal["text", "reasoning", "call"]
     text: str
-    """Of a `call`, everything: the white space before it, its tags, and what stands between them."""
+    """Of a `call`, its tags and what stands between them."""
 
 
 class StopCut:
@@ -59,7 +59,7 @@ class StopCut:
 
 
 class MarkupReader:
-    """Divides text at the tags of a chat format. Line breaks around reasoning and white space before calls are no text.
+    """Divides text at the tags of a chat format. Line breaks around reasoning belong to its tags.
 
     Reasoning comes first or not at all; tags of calls within it are part of it.
     """
@@ -67,13 +67,12 @@ class MarkupReader:
     def __init__(self, markup: Markup, reasoning: bool = False):
         """`reasoning`: the prompt has opened it already."""
         self.markup = markup
-        self.calls = 0
         self._mode: Literal["text", "reasoning", "call"] = "reasoning" if reasoning else "text"
         self._reasoned = False
         """Reasoning is over."""
         self._fresh = reasoning
         """At the start of reasoning, or of the text after it."""
-        self._held = self._space = self._call = ""
+        self._held = self._breaks = self._call = ""
 
     def feed(self, text: str) -> list[Stretch]:
         self._held += text
@@ -90,11 +89,7 @@ class MarkupReader:
     def close(self) -> list[Stretch]:
         """The rest, once nothing follows any more."""
         stretches, self._held = self._take(self._held), ""
-        if self._mode == "call":
-            stretches += self._end_of_call()
-        elif self._mode == "text" and self._space and not self.calls:
-            stretches.append(Stretch("text", self._space))
-        return stretches
+        return [*stretches, Stretch("call", self._call)] if self._mode == "call" else stretches
 
     @property
     def _tags(self) -> tuple[str, ...]:
@@ -107,49 +102,45 @@ class MarkupReader:
         return (opening,) if self._reasoned else (opening, *self.markup.reasoning)
 
     def _take(self, text: str) -> list[Stretch]:
-        """Text of the mode, without the white space at its ends that may turn out to be none of it."""
+        """Text of the mode. Line breaks at the end of reasoning wait for more of it."""
         if self._mode == "call":
             self._call += text
             return []
-        text = self._space + text
+        text = self._breaks + text
         if self._fresh:
             text = text.lstrip("\n")
-        body = text.rstrip("\n" if self._mode == "reasoning" else None)
-        self._space = text[len(body) :]
-        self._fresh = self._fresh and not body
-        return [Stretch(self._mode, body)] if body else []
+        told = text.rstrip("\n") if self._mode == "reasoning" else text
+        self._breaks = text[len(told) :]
+        self._fresh = self._fresh and not told
+        return [Stretch(self._mode, told)] if told else []
 
     def _turn(self, tag: str) -> list[Stretch]:
         """What a tag ends; and the mode that it begins."""
+        opens_call, closes_call = self.markup.call
         if self._mode == "call":
-            closed = tag == self.markup.call[1]
-            self._call += tag if closed else ""
-            ended = self._end_of_call()
-            self._mode, self._call = ("text", "") if closed else ("call", tag)
-            return ended
-        if tag == self.markup.call[0]:
-            self._mode, self._call, self._space = "call", self._space + tag, ""
+            call = Stretch("call", self._call + (tag if tag == closes_call else ""))
+            self._mode, self._call = ("text", "") if tag == closes_call else ("call", tag)
+            return [call]
+        if tag == opens_call:
+            self._mode, self._call = "call", tag
         else:
             self._mode = "reasoning" if tag == self.markup.reasoning[0] else "text"
             self._reasoned = self._mode == "text"
-            self._space, self._fresh = "", True
+            self._breaks, self._fresh = "", True
         return []
-
-    def _end_of_call(self) -> list[Stretch]:
-        self.calls += 1
-        return [Stretch("call", self._call)]
 
 
 class Reading:
     """One answer, fed with text and closed with its end; hands out what is certain.
 
-    A call that cannot be parsed, or that nobody asked for, is text, as the model wrote it.
+    A call that cannot be parsed, or that nobody asked for, is text, as the model wrote it. White space at the end of
+    the text is told once there is more, or when it ends and there was no call: what stands around calls is no text.
     """
 
     def __init__(
         self,
         markup: Markup | None,
-        parse: Callable[[], Action],
+        parse: Callable[[str], Action],
         stops: Sequence[str] = (),
         *,
         reasoning: bool = False,
@@ -158,7 +149,7 @@ class Reading:
         """
         Args:
             markup: the format's tags; None where they are not known, and everything is handed out at the end.
-            parse: what the format makes of all tokens so far.
+            parse: reads the text of a call, as the format does.
             stops: strings at which the text ends.
             reasoning: the prompt has opened the reasoning.
             offered: whether there are tools to call.
@@ -166,8 +157,8 @@ class Reading:
         self.parse, self.offered = parse, offered
         self._cut = StopCut(stops)
         self._reader = MarkupReader(markup, reasoning) if markup else None
-        self._calls = 0
-        self._text = ""
+        self._calls, self._called = 0, False
+        self._text = self._space = ""
 
     def feed(self, text: str) -> list[Said]:
         text = self._cut.feed(text)
@@ -176,20 +167,42 @@ class Reading:
             return []
         return self._say(self._reader.feed(text))
 
-    def close(self) -> list[Said]:
+    def close(self, action: Action) -> list[Said]:
+        """The rest. `action`: what the format makes of the whole, which counts where its markup is not known."""
         if self._reader is None:
-            return self._whole(self.parse(), self._text + self._cut.close())
-        return self._say([*self._reader.feed(self._cut.close()), *self._reader.close()])
+            return self._whole(action, self._text + self._cut.close())
+        said = self._say([*self._reader.feed(self._cut.close()), *self._reader.close()])
+        return said if self._called or not self._space else [*said, Said("text", self._space)]
 
     def _say(self, stretches: Sequence[Stretch]) -> list[Said]:
-        return [self._called(s.text) if s.kind == "call" else Said(s.kind, s.text) for s in stretches]
+        said = [self._call(s.text) if s.kind == "call" else self._told(s.kind, s.text) for s in stretches]
+        return [piece for piece in said if piece.text or piece.call]
 
-    def _called(self, text: str) -> Said:
+    def _told(self, kind: Literal["text", "reasoning"], text: str) -> Said:
+        if kind == "reasoning":
+            self._space = ""
+            return Said("reasoning", text)
+        text = self._space + text
+        told = text.rstrip()
+        self._space = text[len(told) :]
+        return Said("text", told)
+
+    def _call(self, text: str) -> Said:
         index, self._calls = self._calls, self._calls + 1
-        calls = self.parse().tool_calls if self.offered else ()
-        if index < len(calls) and calls[index].error is None:
-            return Said("tool_call", call=calls[index])
-        return Said("text", text)
+        call = self._parsed(text) if self.offered else None
+        if call is None:
+            return self._told("text", text)
+        self._called = True
+        return Said("tool_call", call=replace(call, id=f"call_{index}"))
+
+    def _parsed(self, text: str) -> ToolCall | None:
+        """The call, if it is well-formed. One that a stop string has cut short of its closing tag is."""
+        closing = self._reader.markup.call[1] if self._reader and self._cut.reached else ""
+        for written in (text, text + closing):
+            calls = self.parse(written).tool_calls
+            if calls and not calls[0].error:
+                return calls[0]
+        return None
 
     def _whole(self, action: Action, text: str) -> list[Said]:
         """An answer whose markup is not known: as its format parsed it, or as it was written, if a call of it is not to

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -137,7 +137,7 @@ class Service:
         async with self.traffic.entered(request.id):
             return await self.engine.generate(request)
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateResult, None]:
         """The answer as it is made: each piece holds the tokens since the one before, and only the last says how it
         finished. One piece with everything where the engine has no streams."""
         async with self.traffic.entered(request.id):

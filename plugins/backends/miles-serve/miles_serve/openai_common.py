@@ -1,0 +1,108 @@
+"""What chat and text completions have in common: how the engine is asked, and what is around the choices of a reply."""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from miles.api import GenerateRequest, GenerateResult
+from miles_serve.asked import Wanted
+from miles_serve.openai_types import Body
+from miles_serve.replies import Reply
+from miles_serve.sampling import Sampling
+from miles_serve.service import Service
+
+
+def asked(
+    service: Service,
+    body: Body,
+    tokens: Sequence[int],
+    id: str,
+    stops: Sequence[str] = (),
+    ends: Sequence[int] = (),
+) -> list[GenerateRequest]:
+    """What the engine is asked for one prompt: once for every choice, each with a seed of its own. An answer gets as
+    much room as the context has, where the client wants more.
+
+    Args:
+        id: of the first; the others add their number.
+        stops, ends: strings and tokens at which an answer ends, besides those that the client names.
+
+    Raises:
+        RequestError: the engine could not serve it.
+    """
+    room = max(service.context_length - len(tokens), 0)
+    most = room if body.most_tokens is None else min(body.most_tokens, room)
+    sampling = body.sampling(most, stops, ends)
+    seed = secrets.randbits(62) if body.seed is None else body.seed
+    return [
+        service.request(
+            tokens, sampling, id=f"{id}-{i}" if i else id, seed=(seed + i) % 2**63, priority=body.priority or 0
+        )
+        for i in range(body.n or 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What is around the choices of one reply, or of every chunk of it."""
+
+    model: str
+    kind: str
+    """`chat.completion`, `chat.completion.chunk` or `text_completion`."""
+    id: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def around(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": list(choices),
+            **more,
+        }
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage(requests: Sequence[GenerateRequest], results: Sequence[GenerateResult], prompts: int = 1) -> dict[str, Any]:
+    """Tokens that were read and made. The answers to one prompt, which lie side by side, count it once.
+
+    Args:
+        prompts: of how many prompts these are the answers.
+    """
+    each = len(requests) // prompts
+    asked = sum(len(request.tokens) for request in requests[::each])
+    cached = sum(min(result.cached_tokens for result in results[i : i + each]) for i in range(0, len(results), each))
+    said = sum(len(result.tokens) for result in results)
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": said,
+        "total_tokens": asked + said,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def meta_info(service: Service, request: GenerateRequest, result: GenerateResult, log_probs: bool) -> dict[str, Any]:
+    """SGLang's `meta_info` of one answer, for clients that were written for it."""
+    wanted = Wanted(
+        request=request,
+        sampling=Sampling(request.sampling, 1, request.seed, trims_stops=True, skips_special=True),
+        log_probs=log_probs,
+        score_from=len(request.tokens),
+        score_temperature=None,
+        top=0,
+        text_in_log_probs=False,
+        sampling_log_probs=False,
+        prompt_ids=False,
+    )
+    told = Reply(service, wanted)
+    told.add(result)
+    return told.whole()["meta_info"]
