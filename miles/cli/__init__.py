@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from miles import __version__
-from miles.errors import MilesError
+from miles.errors import MilesError, PluginLoadError
 
 COMMANDS = {
     "train": ("miles.cli.train", "train a model: [CONFIG.yaml ...] [--flag value] [--section.key=value] [--dry-run]"),
@@ -19,13 +20,17 @@ COMMANDS = {
         "miles.cli.compare",
         "say where two runs part: the first token, metrics, weights: RUN RUN2 [--tolerance X]",
     ),
+    "serve": (
+        "miles_serve.command",
+        "answer over HTTP with a model, as SGLang and OpenAI do: CHECKPOINT [--port 30000] (pip install miles-serve)",
+    ),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
     "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
     "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
     "new-plugin": ("miles.cli.new_plugin", "write the package of a new plugin: KIND NAME [--dir DIR]"),
 }
-"""Command -> module with `run(call: Call) -> int`, and one line of help."""
+"""Command -> module with `run(call: Call) -> int`, and one line of help. A plugin's module may not be installed."""
 
 
 SPINS = "2000"
@@ -74,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `my_module:my_function` is found where the person stands
     try:
-        return importlib.import_module(COMMANDS[call.command][0]).run(call)
+        return _module(call.command).run(call)
     except MilesError as error:
         if call.debug:
             raise
@@ -87,6 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _module(command: str) -> Any:
+    """Raises PluginLoadError where the plugin that brings a command is not installed."""
+    name = COMMANDS[command][0]
+    package = name.partition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        plugin = package.replace("_", "-")
+        raise PluginLoadError(f"`miles {command}` comes with a plugin: pip install {plugin}") from error
 
 
 def read_call(argv: Sequence[str]) -> Call | int:

@@ -7,6 +7,7 @@ import types
 import pytest
 
 import miles as package
+from miles import cli
 from miles.errors import EngineError, RunInterrupted
 
 
@@ -24,6 +25,13 @@ def jobs(monkeypatch):
     module.run_evaluation = evaluate
     monkeypatch.setitem(sys.modules, "miles.jobs", module)
     return module
+
+
+def test_a_command_whose_plugin_is_not_installed(miles, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "serve", ("miles_elsewhere.command", "serve a model"))
+    code, _, err = miles("serve", "somewhere")
+    assert code == 2
+    assert "pip install miles-elsewhere" in err
 
 
 def test_usage_version_and_unknown_commands(miles):

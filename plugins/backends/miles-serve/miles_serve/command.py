@@ -126,16 +126,20 @@ async def _serve(resolved: Resolved, wishes: Wishes) -> None:
 
 async def _service(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) -> Service:
     """The model and its engine, which is started. Closing it is left to the stack."""
+    from miles.api import ConfigError
     from miles.build import context_limit, load_model
-    from miles.crew import engine_setup, make_engine
+    from miles.crew import engine_setup, make_crew, make_engine
     from miles.modeling import chat_format_for, end_token_ids
     from miles_serve.service import Service
 
     config, registry = resolved.config, resolved.registry
     registry.plugins.hook.miles_configure(config=config)
     model = load_model(config, registry)
-    setup = engine_setup(config, registry, model.checkpoint, load_weights=True, spec=config.rollout.engine)
-    engine = await make_engine(setup, registry, stack)
+    crew = make_crew(config, registry, stack, trains=False)
+    setup = engine_setup(crew, config.rollout.engine, model.checkpoint, load_weights=True)
+    engine = await make_engine(crew, setup, stack)
+    if not engine.generates:
+        raise ConfigError(f"--engine {config.rollout.engine.name}: it generates nothing that could be served")
     ends = end_token_ids(model.checkpoint)
     own = (model.tokenizer.eos_token_id, *ends)
     limits = [limit for limit in (context_limit(config, model), getattr(engine, "max_len", None)) if limit]
