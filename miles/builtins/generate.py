@@ -134,10 +134,14 @@ def record(sample: Sample, request: GenerateRequest, result: GenerateResult) -> 
 def recorded_rows(sample: Sample) -> int:
     """How many expert choices a sample has, up to the last one that was recorded."""
     rows = sample.columns.get(ROUTED_EXPERTS)
-    if rows is None:
-        return 0
-    known = np.flatnonzero(recorded_experts(rows))
-    return int(known[-1]) + 1 if len(known) else 0
+    looked_at = 256  # it is near the end, mostly: what the environment said since has no choices yet
+    while rows is not None and len(rows):
+        start = max(len(rows) - looked_at, 0)
+        known = np.flatnonzero(recorded_experts(rows[start:]))
+        if len(known):
+            return start + int(known[-1]) + 1
+        rows, looked_at = rows[:start], 4 * looked_at
+    return 0
 
 
 def record_experts(sample: Sample, request: GenerateRequest, result: GenerateResult, rows: np.ndarray) -> None:

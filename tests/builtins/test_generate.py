@@ -18,8 +18,9 @@ from miles.api import (
     SamplingParams,
     Status,
     StepResult,
+    routed_experts_column,
 )
-from miles.builtins.generate import ENVIRONMENT_STATE, RESTARTED, MultiTurn, dataset, single_turn
+from miles.builtins.generate import ENVIRONMENT_STATE, RESTARTED, MultiTurn, dataset, recorded_rows, single_turn
 
 USER = {"role": "user", "content": "hello"}
 
@@ -165,6 +166,19 @@ def test_a_prompt_without_tokens_is_an_error_that_says_what_to_do(chat):
     sample = Sample.begin(Prompt("set:0", "set", messages=[USER], tokens=[]), id=0, group_id=0)
     with pytest.raises(DataError, match="generate: dataset"):
         play(single_turn, context_of(Script(chat, [])), sample)
+
+
+@pytest.mark.parametrize("recorded", [0, 1, 300, 2999])
+def test_recorded_rows_are_found_from_the_end(recorded):
+    sample = Sample.begin(Prompt("set:0", "set", tokens=[1] * 3000), id=0, group_id=0)
+    assert recorded_rows(sample) == 0
+    column = routed_experts_column(2, 1, 8)
+    sample.declare(column)
+    sample.write(column, 0, np.zeros((recorded, 2, 1)))
+    assert recorded_rows(sample) == recorded
+    if recorded > 1:
+        sample.write(column, 0, column.filled(recorded - 1))  # a gap before the last one is final
+        assert recorded_rows(sample) == recorded
 
 
 # ---------------------------------------------------------------------------------------------------------- multi-turn
