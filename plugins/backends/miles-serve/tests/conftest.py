@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
 
+from miles.api import GenerateRequest, GenerateResult
 from miles.testing import tiny
 from miles.testing.contract import installed
 
@@ -111,9 +113,91 @@ def serving(make: Any = make_service, **changes: Any) -> Iterator[Any]:
         loop.close()
 
 
+class Scripted:
+    """An engine that says what is written: `(text, finish reason)` in turn, a token at a time, the last one again and
+    again. A stop token ends what stops by itself. Log-probabilities count down."""
+
+    accepts: frozenset[str] = frozenset()
+    generates = True
+    version = 3
+
+    def __init__(self, *answers: tuple[str, str], patience: float = 0.0, fails: Exception | None = None):
+        """`patience`: seconds between two tokens; `fails`: what is raised after two of them."""
+        self.answers, self.patience, self.fails = answers, patience, fails
+        self.chat = tiny.chat_format(installed())
+        self.requests: list[GenerateRequest] = []
+        self.left: list[str] = []
+        """Requests that their clients did not wait for."""
+
+    def _tokens(self, request: GenerateRequest) -> tuple[list[int], str]:
+        text, reason = self.answers[min(len(self.requests), len(self.answers) - 1)]
+        self.requests.append(request)
+        tokens, room = self.chat.render_text(text), request.sampling.max_new_tokens
+        if reason == "stop" and not any(stop in text for stop in request.sampling.stop):
+            tokens = [*tokens, *request.sampling.stop_token_ids[:1]]
+        return (tokens, reason) if len(tokens) <= room else (tokens[:room], "length")
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+        tokens, reason = self._tokens(request)
+        try:
+            for i, token in enumerate(tokens):
+                await asyncio.sleep(self.patience)
+                if self.fails and i == 2:
+                    raise self.fails
+                yield GenerateResult([token], [-0.25 * (1 + i)], "", [self.version])
+        except (asyncio.CancelledError, GeneratorExit):
+            self.left.append(request.id)
+            raise
+        yield GenerateResult([], [], reason, [], cached_tokens=2)  # type: ignore[arg-type]
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        from miles_serve.chat import joined
+
+        return joined([piece async for piece in self.stream(request)])
+
+    async def score(self, tokens: list[int], temperature: float = 1.0) -> np.ndarray:
+        return -np.arange(len(tokens), dtype=np.float32) * temperature
+
+    async def abort(self, request_id: str | None = None) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+async def scripted_service(engine: Any, **changes: Any) -> Any:
+    """A service on an engine that plays a part. It knows tokens, and no model."""
+    from miles_serve.service import Service
+
+    given = {
+        "engine": engine,
+        "chat": tiny.chat_format(installed()),
+        "tokenizer": tiny.tokenizer(),
+        "hf_config": tiny.hf_config("llama"),
+        "model": "tiny",
+        "model_path": "/models/tiny",
+        "context_length": 256,
+        "end_token_ids": tiny.chat_format(installed()).stop_token_ids,
+    }
+    return Service(**{**given, **changes})
+
+
 @pytest.fixture(scope="session")
 def lab() -> Any:
-    return SimpleNamespace(serving=serving, make_service=make_service, Client=Client, ask=ask, tiny=tiny)
+    return SimpleNamespace(
+        serving=serving,
+        make_service=make_service,
+        scripted_service=scripted_service,
+        Scripted=Scripted,
+        Client=Client,
+        ask=ask,
+        tiny=tiny,
+    )
+
+
+@pytest.fixture
+def playing() -> Iterator[Any]:
+    """`playing(engine)`: a server in front of an engine that plays a part."""
+    with ExitStack() as stack:
+        yield lambda engine, **changes: stack.enter_context(serving(scripted_service, engine=engine, **changes))
 
 
 @pytest.fixture(scope="session")
