@@ -20,11 +20,10 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from cases import end_group, safe_environment, tail
 
 HERE = "127.0.0.1"
-SGLANG = (
-    "--skip-tokenizer-init --sampling-backend pytorch --grammar-backend none --disable-piecewise-cuda-graph "
-    "--log-level warning"
-)
-"""Beside what a script adds. What these name is what the machine of these measurements has."""
+SGLANG = "--sampling-backend pytorch --grammar-backend none --disable-piecewise-cuda-graph --log-level warning"
+"""Beside what a script adds: what the machine of these measurements has."""
+THROUGH_MILES = SGLANG.replace("--", "--sglang-")
+"""The same for servers that miles starts."""
 
 
 def free_port() -> int:

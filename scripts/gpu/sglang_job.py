@@ -39,7 +39,8 @@ from typing import Any
 import numpy as np
 from cases import Book, GpuWatch, descendants, out_folder, run_process, tail
 from main_job import RECIPE, ROOT, make_problems, overlay
-from shapes import make_checkpoint
+from servers import THROUGH_MILES
+from shapes import imported, make_checkpoint
 
 import miles
 from miles.api import hookimpl
@@ -56,8 +57,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 SMALL = {"0.6B": "tiny", "moe": "tiny-moe"}
 PHASES = ("step", "generate", "rollout", "workers", "train", "move", "sync")
 SHARES = {"perf/overhead_share": "overhead_share", "perf/generate_tokens_per_second": "generate_tokens_per_second"}
-SERVER = ("sglang.launch_server", "sglang::", "miles serve")
-"""In the command lines of a server's processes; its main process comes first."""
+SERVER = "sglang.launch_server"
+"""In the command line of a server's main process, and of the guard before it, which is not meant."""
 
 
 class Watch:
@@ -162,7 +163,7 @@ class Watch:
 def kill_server() -> dict[str, Any]:
     """SIGKILL to the main process of one server that this process, or a worker of it, has started."""
     mine = descendants(os.getpid())
-    found = [(pid, words) for mark in SERVER for pid, words in sorted(mine.items()) if mark in words]
+    found = [(pid, words) for pid, words in sorted(mine.items()) if SERVER in words and "guard.py" not in words]
     if not found:
         return {"error": f"no server among {sorted(mine.values())}"}
     os.kill(found[0][0], signal.SIGKILL)
@@ -227,6 +228,10 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     }
 
 
+def server_flags(arguments: argparse.Namespace) -> list[str]:
+    return f"{THROUGH_MILES} {arguments.flags}".split() if arguments.engine == "sglang" else []
+
+
 SMALL_BATCH: dict[bool, dict[str, Any]] = {False: {}, True: {"batch_size": 4, "n_samples_per_prompt": 4}}
 
 
@@ -288,14 +293,29 @@ def leftovers(folder: Path) -> list[str]:
     return [words for words in descendants(1).values() if str(folder) in words]
 
 
+def prepare_heads(data: Path, seed: int, head_dim: int) -> None:
+    """The quickstart's data, its model with heads of another width."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    imported(ROOT / "examples/quickstart/prepare.py").prepare(data, seed)
+    config = AutoConfig.from_pretrained(data / "model")
+    config.head_dim = head_dim
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(data / "model")
+
+
 def quickstart(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
     """Data and warm-up once; then the same learning with each engine."""
+    data = ROOT / f"runs/quickstart/seed-{arguments.seed}/data"
+    if arguments.head_dim and not data.exists():
+        prepare_heads(data, arguments.seed, arguments.head_dim)
     common = "--train-dtype bf16 --colocate --executor inprocess"
     if arguments.small:
         common += " --num-rollout 6 --eval-interval 6"
     figures: dict[str, Any] = {}
-    for engine in (arguments.engine, "torch"):
-        flags = arguments.flags if engine != "torch" else ""
+    for engine in dict.fromkeys((arguments.engine, "torch")):
+        flags = " ".join(server_flags(arguments)) if engine != "torch" else ""
         words = f"--run {engine}-bf16 --rollout-engine {engine} --device {arguments.device} {common} {flags}"
         log = out_folder() / f"job_quickstart_{engine}.log"
         script = ["bash", ROOT / "examples/quickstart/run.sh", "--seed", str(arguments.seed), *words.split()]
@@ -357,13 +377,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="CASE", choices=[*CASES, "quickstart"])
     parser.add_argument("--engine", default="sglang")
-    parser.add_argument("--flags", default="", help="of miles, for cases with SGLang, in one string")
+    parser.add_argument("--flags", default="--sglang-attention-backend triton", help="of SGLang, in one string")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models and batches")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=16_384, help="in a micro-batch")
     parser.add_argument("--seed", type=int, default=1, help="of the quickstart")
+    parser.add_argument("--head-dim", type=int, help="of the quickstart's model, where 32 is too few for a kernel")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a case is killed")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -11,8 +11,9 @@ the trainer is from what it said before, which is what the probe would show of w
 
     push      the whole weight sync; `receive` of it in the engine
     post      waiting for the server to take buckets; `version` and `flush` for its answers to these
-    walk      for comparison: the same walk over the trainer's weights into one buffer of that size, nothing sent
-    copy      for comparison: a copy of 4 GiB on the device, bytes read and written a second, measured in this process
+    walk      for comparison: the same buckets made of the trainer's weights, nothing sent
+    of copy   for comparison: four bytes read or written for each byte of weights (into a bucket, and out of it) against
+              those that a copy of 4 GiB on the device reads and writes, measured in this process
 
 Afterwards the engine sleeps and wakes in parts: seconds, and GiB given back to the device.
 """
@@ -38,6 +39,7 @@ import numpy as np
 import torch
 from cases import Book, GpuWatch, out_folder, run_process, tail
 from main_job import RECIPE, make_problems, overlay, synchronize
+from servers import THROUGH_MILES
 from shapes import make_checkpoint
 from training import drawn_weights
 
@@ -47,6 +49,7 @@ from miles.config.load import resolve
 from miles.determinism import prepared_process
 from miles.plugins import load_plugins
 from miles.run import Run
+from miles.toolkit import pack
 from miles.tracking import Tracking
 
 MIB, GIB = 2**20, 2**30
@@ -56,6 +59,7 @@ PATHS = {
     "/update_weight_version": "version",
     "/flush_cache": "flush",
 }
+SERVER_FLAGS = "--sglang-attention-backend triton --sglang-mem-fraction-static 0.3 --sglang-max-total-tokens 65536"
 DEVIATION = 0.05
 HERE = "sglang_sync"
 """This module, for what runs where the weights are."""
@@ -80,19 +84,12 @@ def stir(weights: Iterable[Mapping[str, torch.Tensor]], seed: int) -> int:
 
 
 @torch.no_grad()
-def walk(weights: Iterable[Mapping[str, torch.Tensor]], bucket_bytes: int) -> float:
-    """Seconds to copy all weights, group by group, into one flat buffer that is begun again when it is full."""
+def walk(weights: Iterable[dict[str, torch.Tensor]], bucket_bytes: int) -> float:
+    """Seconds to make buckets of all weights, and send none."""
     synchronize()
-    start, buffer, filled = time.perf_counter(), None, 0
-    for group in weights:
-        for tensor in group.values():
-            flat = tensor.detach().contiguous().view(torch.uint8).flatten()
-            if buffer is None:
-                buffer = torch.empty(bucket_bytes, dtype=torch.uint8, device=tensor.device)
-            for piece in flat.split(bucket_bytes):
-                filled = 0 if filled + piece.numel() > bucket_bytes else filled
-                buffer[filled : filled + piece.numel()].copy_(piece)
-                filled += piece.numel()
+    start = time.perf_counter()
+    for _ in pack(weights, bucket_bytes):
+        pass
     synchronize()
     return time.perf_counter() - start
 
@@ -169,7 +166,7 @@ def settings_of(arguments: argparse.Namespace, folder: Path, shape: str) -> dict
 async def measure(arguments: argparse.Namespace, folder: Path, shape: str) -> dict[str, Any]:
     settings = settings_of(arguments, folder, shape)
     words = ["--rollout-engine", arguments.engine, "--device", arguments.device, "--executor", "inprocess"]
-    words += arguments.flags.split()
+    words += f"{THROUGH_MILES} {arguments.flags}".split() if arguments.engine == "sglang" else []
     resolved = resolve([RECIPE / "config.yaml", settings], words, load_plugins())
     config, registry = resolved.config, resolved.registry
     fsdp.initial_weights = partial(drawn_weights, arguments.device)
@@ -294,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="+")
     parser.add_argument("--engine", default="sglang")
-    parser.add_argument("--flags", default="--sglang-mem-fraction-static 0.3", help="of miles, in one string")
+    parser.add_argument("--flags", default=SERVER_FLAGS, help="of SGLang, in one string")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--buckets", type=int, nargs="+", default=[512, 128, 1024], help="MiB")
     parser.add_argument("--repeats", type=int, default=4)
