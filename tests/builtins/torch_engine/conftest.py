@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,12 @@ def make_model(family: str, seed: int = 0, **more: Any) -> nn.Module:
         else:
             nn.init.normal_(parameter, 0.0, 0.25)
     return model
+
+
+@cache
+def lab_model(family: str) -> nn.Module:
+    """The one that all tests have in common."""
+    return make_model(family)
 
 
 class HandBridge:
@@ -194,6 +201,19 @@ def run(model: nn.Module, requests: list[GenerateRequest], **options: Any) -> li
     return asyncio.run(main())
 
 
+def with_engine(main: Any, family: str = "qwen3", **options: Any) -> Any:
+    """Run `main(engine)` in a loop of its own, on an engine that serves this family's model as version 1."""
+
+    async def body() -> Any:
+        engine = await started(lab_model(family), **options)
+        try:
+            return await asyncio.wait_for(main(engine), 60)
+        finally:
+            await engine.close()
+
+    return asyncio.run(body())
+
+
 @torch.no_grad()
 def reference_log_probs(model: nn.Module, tokens: list[int], temperature: float = 1.0) -> Tensor:
     """`[T, V]`: row `t` is the distribution of `tokens[t + 1]`."""
@@ -224,15 +244,8 @@ def router_choices(model: nn.Module, tokens: list[int]) -> np.ndarray:
 def lab() -> SimpleNamespace:
     """Everything above, for test modules (test folders are no packages)."""
     torch.set_num_threads(1)
-    models: dict[str, nn.Module] = {}
-
-    def model(family: str) -> nn.Module:
-        if family not in models:
-            models[family] = make_model(family)
-        return models[family]
-
     return SimpleNamespace(
-        VOCAB=VOCAB, FAMILIES=FAMILIES, model=model, make_model=make_model, make_engine=make_engine, started=started,
+        VOCAB=VOCAB, FAMILIES=FAMILIES, model=lab_model, make_model=make_model, make_engine=make_engine,
         request=request, run=run, reference=reference_log_probs, weights_of=weights_of, Tokenizer=LetterTokenizer,
-        router_choices=router_choices,
+        router_choices=router_choices, started=started, with_engine=with_engine,
     )  # fmt: skip

@@ -12,19 +12,6 @@ import torch
 from miles.errors import EngineError
 
 
-def with_engine(lab, main, family="qwen3", **options):
-    """Run `main(engine)` in a loop of its own."""
-
-    async def body():
-        engine = await lab.started(lab.model(family), **options)
-        try:
-            return await asyncio.wait_for(main(engine), 60)
-        finally:
-            await engine.close()
-
-    return asyncio.run(body())
-
-
 def long_requests(lab, count=3, **params):
     return [lab.request([5, 6, i], seed=i, id=f"r{i}", max_new_tokens=200, **params) for i in range(count)]
 
@@ -51,7 +38,7 @@ def test_abort_one_and_all(lab):
         await engine.abort()
         return await asyncio.gather(*tasks)
 
-    results = with_engine(lab, main)
+    results = lab.with_engine(main)
     for result, complete in zip(results, whole, strict=True):
         assert result.finish_reason == "abort"
         assert 5 <= len(result.tokens) < 200
@@ -66,7 +53,7 @@ def test_abort_reaches_requests_that_still_wait(lab):
         await engine.abort()
         return await asyncio.gather(*tasks)
 
-    results = with_engine(lab, main, max_running=1)
+    results = lab.with_engine(main, max_running=1)
     assert [result.finish_reason for result in results] == ["abort"] * 3
     assert results[2].tokens == []
 
@@ -89,7 +76,7 @@ def test_paused_requests_go_on_as_if_nothing_had_happened(lab, mode):
         await late
         return await asyncio.gather(*tasks)
 
-    for result, complete in zip(with_engine(lab, main), whole, strict=True):
+    for result, complete in zip(lab.with_engine(main), whole, strict=True):
         assert result.tokens == complete.tokens
         np.testing.assert_allclose(result.log_probs, complete.log_probs, atol=2e-5)
 
@@ -106,7 +93,7 @@ def test_pausing_can_abort_what_runs(lab):
         await engine.resume()
         assert len((await late).tokens) == 2
 
-    with_engine(lab, main)
+    lab.with_engine(main)
 
 
 def test_a_cancelled_caller_frees_its_slot(lab):
@@ -120,7 +107,7 @@ def test_a_cancelled_caller_frees_its_slot(lab):
         await engine.resume()
         assert len((await tasks[1]).tokens) == 200
 
-    with_engine(lab, main)
+    lab.with_engine(main)
 
 
 def test_sleep_gives_memory_back_and_wake_restores_service(lab):
@@ -141,7 +128,7 @@ def test_sleep_gives_memory_back_and_wake_restores_service(lab):
         assert (await engine.health()).asleep == frozenset()
         return before, after
 
-    before, after = with_engine(lab, main)
+    before, after = lab.with_engine(main)
     assert (before.tokens, before.log_probs) == (after.tokens, after.log_probs)
     assert after.cached_tokens == 0
 
@@ -157,7 +144,7 @@ def test_requests_survive_a_nap(lab):
         await engine.wake(frozenset({"kv_cache"}))
         return await asyncio.gather(*tasks)
 
-    assert [r.tokens for r in with_engine(lab, main)] == [r.tokens for r in whole]
+    assert [r.tokens for r in lab.with_engine(main)] == [r.tokens for r in whole]
 
 
 def test_the_event_loop_is_never_blocked(lab):
@@ -171,7 +158,7 @@ def test_the_event_loop_is_never_blocked(lab):
         return longest
 
     # Not a step of the model, let alone 200 of them; generous, for a machine that does other things.
-    assert with_engine(lab, main) < 0.25
+    assert lab.with_engine(main) < 0.25
 
 
 def test_a_failing_step_fails_its_requests_only(lab):
@@ -186,7 +173,7 @@ def test_a_failing_step_fails_its_requests_only(lab):
         decoder.forward = forward
         return await engine.generate(lab.request([1, 2], max_new_tokens=3))
 
-    assert len(with_engine(lab, main).tokens) == 3
+    assert len(lab.with_engine(main).tokens) == 3
 
 
 def test_output_that_is_not_finite_fails_the_request_and_poisons_nobody(lab):
@@ -203,7 +190,7 @@ def test_output_that_is_not_finite_fails_the_request_and_poisons_nobody(lab):
         return await asyncio.gather(*(engine.generate(r) for r in long_requests(lab, 2)))
 
     clean = lab.run(lab.model("qwen3"), long_requests(lab, 2))
-    assert [r.tokens for r in with_engine(lab, main)] == [r.tokens for r in clean]
+    assert [r.tokens for r in lab.with_engine(main)] == [r.tokens for r in clean]
 
 
 def test_an_engine_that_breaks_says_why_to_everybody_and_takes_no_further_turn(lab):
@@ -229,7 +216,7 @@ def test_an_engine_that_breaks_says_why_to_everybody_and_takes_no_further_turn(l
             await engine.health()
         await engine.close()
 
-    with_engine(lab, main)
+    lab.with_engine(main)
     assert len(turns) == 1
 
 

@@ -33,17 +33,6 @@ def asked(lab, tokens, seed=0, **params):
     return lab.request(tokens, seed=seed, id=f"r{seed}", experts=True, **{"max_new_tokens": 60, **params})
 
 
-def with_engine(lab, main, **options):
-    async def body():
-        engine = await lab.started(lab.model(FAMILY), **options)
-        try:
-            return await asyncio.wait_for(main(engine), 60)
-        finally:
-            await engine.close()
-
-    return asyncio.run(body())
-
-
 async def begun(engine, requests, tokens=5):
     """Tasks for these requests, each of which has at least some tokens."""
     tasks = [asyncio.ensure_future(engine.generate(request)) for request in requests]
@@ -104,7 +93,7 @@ def test_rows_that_the_caller_has_are_left_out(lab):
         assert again.cached_tokens == 0
         return second, after, again
 
-    second, after, again = with_engine(lab, main)
+    second, after, again = lab.with_engine(main, FAMILY)
     check(lab, lab.model(FAMILY), second, after, start=second.routed_experts_from)
     check(lab, lab.model(FAMILY), second, again, start=second.routed_experts_from)
 
@@ -152,7 +141,7 @@ def test_paused_requests_keep_their_rows(lab, mode):
             await engine.resume()
         return await asyncio.gather(*tasks)
 
-    for request, result in zip(requests, with_engine(lab, main), strict=True):
+    for request, result in zip(requests, lab.with_engine(main, FAMILY), strict=True):
         check(lab, model, request, result)
 
 
@@ -169,7 +158,7 @@ def test_what_is_computed_again_keeps_the_rows_it_was_drawn_from(lab):
         await engine.resume()
         return await asyncio.gather(*tasks)
 
-    for request, result in zip(requests, with_engine(lab, main), strict=True):
+    for request, result in zip(requests, lab.with_engine(main, FAMILY), strict=True):
         tokens, by_old = stream_of(request, result), result.weight_versions.count(1)
         border = len(request.tokens) + by_old - 1
         assert 5 < by_old < 60
@@ -189,7 +178,7 @@ def test_weights_that_change_between_two_steps(lab):
         await engine.receive("inprocess", 2, lab.weights_of(new))
         return await task
 
-    result = with_engine(lab, main)
+    result = lab.with_engine(main, FAMILY)
     border = len(request.tokens) + result.weight_versions.count(1) - 1
     assert len(result.routed_experts) == len(stream_of(request, result)) - 1
     is_like(result.routed_experts[:border], lab.router_choices(old, stream_of(request, result))[:border])
@@ -208,7 +197,7 @@ def test_aborts(lab):
         await engine.abort()
         return await asyncio.gather(*tasks, never)
 
-    *begun_ones, never = with_engine(lab, main)
+    *begun_ones, never = lab.with_engine(main, FAMILY)
     assert (never.tokens, never.routed_experts) == ([], None)
     for request, result in zip(running, begun_ones, strict=True):
         assert result.finish_reason == "abort"
@@ -227,4 +216,4 @@ def test_rows_outlive_a_nap(lab):
         await engine.resume()
         return await task
 
-    check(lab, model, request, with_engine(lab, main))
+    check(lab, model, request, lab.with_engine(main, FAMILY))

@@ -10,19 +10,6 @@ import pytest
 from miles.errors import EngineError
 
 
-def with_engine(lab, main, family="qwen3", **options):
-    """Run `main(engine)` in a loop of its own."""
-
-    async def body():
-        engine = await lab.started(lab.model(family), **options)
-        try:
-            return await asyncio.wait_for(main(engine), 60)
-        finally:
-            await engine.close()
-
-    return asyncio.run(body())
-
-
 async def rest_of(stream):
     return [piece async for piece in stream]
 
@@ -38,7 +25,7 @@ def test_streams_beside_others_are_what_generate_returns(lab):
     async def main(engine):
         return await asyncio.gather(*(collected(engine, request) for request in requests))
 
-    for pieces, complete in zip(with_engine(lab, main, max_running=4), whole, strict=True):
+    for pieces, complete in zip(lab.with_engine(main, max_running=4), whole, strict=True):
         assert [token for piece in pieces for token in piece.tokens] == complete.tokens
         np.testing.assert_allclose([p for piece in pieces for p in piece.log_probs], complete.log_probs, atol=1e-5)
         assert [piece.finish_reason for piece in pieces] == [""] * (len(pieces) - 1) + ["length"]
@@ -57,7 +44,7 @@ def test_pieces_come_before_the_end(lab):
         rest = await rest_of(stream)
         return so_far, so_far + sum(len(piece.tokens) for piece in rest)
 
-    told, total = with_engine(lab, main)
+    told, total = lab.with_engine(main)
     assert 0 < told < 50
     assert total == 400
 
@@ -68,7 +55,7 @@ def test_experts_come_with_the_last_piece(lab):
     async def main(engine):
         return await collected(engine, request), await engine.generate(request)
 
-    pieces, whole = with_engine(lab, main, family="qwen3_moe")
+    pieces, whole = lab.with_engine(main, family="qwen3_moe")
     assert len(pieces) > 1
     assert [piece.routed_experts is None for piece in pieces[:-1]] == [True] * (len(pieces) - 1)
     np.testing.assert_array_equal(pieces[-1].routed_experts, whole.routed_experts)
@@ -83,7 +70,7 @@ def test_pieces_carry_the_version_that_made_them(lab):
         await engine.resume()
         return [*pieces, *await rest_of(stream)]
 
-    pieces = with_engine(lab, main)
+    pieces = lab.with_engine(main)
     versions = [version for piece in pieces for version in piece.weight_versions]
     assert versions == sorted(versions)
     assert versions[0] == 1
@@ -99,7 +86,7 @@ def test_a_stream_that_is_closed_is_aborted(lab):
         await engine.generate(lab.request([1], max_new_tokens=1))
         return await engine.health()
 
-    assert with_engine(lab, main).running == 0
+    assert lab.with_engine(main).running == 0
 
 
 def test_a_stream_ends_with_its_engine(lab):
@@ -110,4 +97,4 @@ def test_a_stream_ends_with_its_engine(lab):
         with pytest.raises(EngineError, match="was closed"):
             await rest_of(stream)
 
-    with_engine(lab, main)
+    lab.with_engine(main)
