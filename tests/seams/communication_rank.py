@@ -1,8 +1,8 @@
 """Ranks of the tests of what ranks say to each other: alone, two, and four.
 
-    python communication_rank.py FOLDER
+    python communication_rank.py FOLDER WORK
 
-Each writes `facts-RANK-of-SIZE.json`.
+Each writes what it found in its `WORK` to `facts-RANK-of-SIZE.json`.
 """
 
 import json
@@ -14,16 +14,19 @@ import torch.distributed as dist
 import ulysses_rank
 from forked_ranks import fork, join, wait
 
+WORKS = {"ulysses": (ulysses_rank.run, (1, 2, 4)), "keeping_step": (keeping_step_rank.run, (2, 4))}
+"""What ranks do, and how many of them."""
 
-def one_rank(rank: int, size: int, folder: Path) -> None:
+
+def one_rank(work: str, rank: int, size: int, folder: Path) -> None:
     if size > 1:
         join(rank, size, folder / f"meeting-{size}")
-    facts = {"ulysses": ulysses_rank.run(rank, size, folder)}
+    facts = WORKS[work][0](rank, size, folder)
     if size > 1:
-        facts["keeping_step"] = keeping_step_rank.run(rank, size)
         dist.barrier()
     (folder / f"facts-{rank}-of-{size}.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    wait([fork(one_rank, rank, size, Path(sys.argv[1])) for size in (1, 2, 4) for rank in range(size)])
+    folder, work = Path(sys.argv[1]), sys.argv[2]
+    wait([fork(one_rank, work, rank, size, folder) for size in WORKS[work][1] for rank in range(size)])

@@ -37,9 +37,9 @@ def run_ranks() -> Callable[..., None]:
     return run
 
 
-@pytest.fixture(scope="session")
-def communication(tmp_path_factory, run_ranks) -> Path:
-    """What one, two and four ranks wrote of themselves: see communication_rank.py."""
+@pytest.fixture(scope="module")
+def communication(request, tmp_path_factory, run_ranks) -> Path:
+    """What one, two and four ranks wrote of themselves, as the module's `WORK` says: see communication_rank.py."""
     folder = tmp_path_factory.mktemp("communication")
-    run_ranks("communication_rank.py", str(folder))
+    run_ranks("communication_rank.py", str(folder), request.module.WORK)
     return folder

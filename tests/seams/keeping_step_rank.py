@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -245,7 +246,7 @@ FOUR = ("both, forward and forward", "the last rank", "step: backward, second mi
 """Scenarios that are played with four ranks, too."""
 
 
-def run(rank: int, size: int) -> dict:
+def run(rank: int, size: int, folder: Path) -> dict:
     """In a process group of that size."""
     facts = {name: play(name, rank, size) for name in (SCENARIOS if size == 2 else FOUR)}
     others = (log_probs, first_of_all, counted, adapts, worker) if size == 2 else ()

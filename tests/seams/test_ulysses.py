@@ -11,6 +11,7 @@ from miles.builtins.fsdp.ulysses import check_context
 from miles.config import Config
 from miles.errors import ConfigError
 
+WORK = "ulysses"
 PLANS = [(2, 2, case) for case in ("dense", "critic", "moe", "one key head", "sliding")]
 PLANS += [(4, 2, "dense"), (4, 2, "moe"), (4, 4, "dense"), (4, 4, "critic")]
 every_plan = pytest.mark.parametrize(("size", "together", "case"), PLANS)
@@ -18,7 +19,7 @@ every_plan = pytest.mark.parametrize(("size", "together", "case"), PLANS)
 
 def trained(folder, rank, size, together, case):
     facts = json.loads((folder / f"facts-{rank}-of-{size}.json").read_text())
-    return facts["ulysses"][str(together)]["trained"][case]
+    return facts[str(together)]["trained"][case]
 
 
 def of_shares(folder, size, together, case):
@@ -75,7 +76,7 @@ def test_a_rank_of_a_group_that_runs_out_of_memory_keeps_step(communication):
         for size, together in ((2, 2), (4, 2)):
             if rank < size:
                 facts = json.loads((communication / f"facts-{rank}-of-{size}.json").read_text())
-                retried = facts["ulysses"][str(together)]["retried"]
+                retried = facts[str(together)]["retried"]
                 assert retried
                 assert all(retried.values()), retried
 
