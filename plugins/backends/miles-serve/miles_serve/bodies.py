@@ -111,16 +111,18 @@ def check(given: dict[str, Any], model: type[Model]) -> Model:
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise RequestError(faults(error)) from error
+        found = faults(error)
+        told = "; ".join(f"{path}: {message}" for path, message in found.items()) + "."
+        raise RequestError(told, param=next(iter(found))) from error
 
 
-def faults(error: ValidationError) -> str:
-    """What is wrong, field by field, in one sentence."""
+def faults(error: ValidationError) -> dict[str, str]:
+    """What is wrong with each field."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False):
         path = ".".join(str(part) for part in item["loc"] if not _is_choice(str(part)))
         found.setdefault(path or "body", item["msg"])
-    return "; ".join(f"{path}: {message}" for path, message in found.items()) + "."
+    return found
 
 
 def _is_choice(part: str) -> bool:

@@ -21,8 +21,9 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.special = frozenset(tokenizer.all_special_ids)
-        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        added = tokenizer.added_tokens_decoder
+        self.special = frozenset(tokenizer.all_special_ids) | {token for token, kind in added.items() if kind.special}
+        self._added = {token: str(text) for token, text in added.items()}
         self._known: dict[int, bytes] = {}
         pieces = tokenizer.convert_ids_to_tokens(tokenizer.encode(PROBE, add_special_tokens=False))
         expected = tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)).encode()

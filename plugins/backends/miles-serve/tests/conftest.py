@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,13 +65,17 @@ async def ask(session: aiohttp.ClientSession, method: str, path: str, **kwargs: 
         return Reply(reply.status, await reply.text(), reply.headers)
 
 
-async def make_service(model_type: str = "llama", options: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """A service on a tiny model whose engine was started."""
+async def make_service(
+    model_type: str = "llama", folder: Path | None = None, options: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """A service on a tiny model, or on that in `folder`, whose engine was started."""
     from miles_serve.service import Service
 
     from miles.config import Spec
+    from miles.modeling import load_hf_config
 
-    config, folder = tiny.hf_config(model_type), tiny.saved(model_type)
+    folder = folder or tiny.saved(model_type)
+    config = load_hf_config(folder)
     context = tiny.engine_context(installed(), config, folder)
     engine = installed().build("rollout_engines", Spec(name="torch", options=options or {}), context=context)
     await engine.start()
@@ -174,7 +179,7 @@ async def scripted_service(engine: Any, **changes: Any) -> Any:
         "hf_config": tiny.hf_config("llama"),
         "model": "tiny",
         "model_path": "/models/tiny",
-        "context_length": 256,
+        "context_length": 1024,
         "end_token_ids": tiny.chat_format(installed()).stop_token_ids,
     }
     return Service(**{**given, **changes})

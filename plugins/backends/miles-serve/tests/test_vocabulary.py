@@ -50,6 +50,11 @@ def test_text_in_pieces_is_the_tokenizers_text(tokens, cuts):
     assert read(vocabulary, tokens, cuts, special=False) == unmarked
 
 
+def test_special_tokens_can_be_left_out():
+    tokens = BYTE_LEVEL.encode(f"a{tiny.TURN_BEGIN}<think>b{tiny.END_OF_TEXT}", add_special_tokens=False)
+    assert read(Vocabulary(BYTE_LEVEL), tokens, special=False) == "a<think>b"
+
+
 def test_a_character_waits_until_it_is_whole():
     stream = TextStream(Vocabulary(BYTE_LEVEL))
     first, second = BYTE_LEVEL.encode("é", add_special_tokens=False)
