@@ -30,17 +30,18 @@ class Bucket:
     """Valid until the bucket after the next is made: the next one is filled while this one is on its way."""
 
     bytes: Tensor
-    """`[size]` uint8, on the device of the weights."""
+    """`[size]` uint8."""
     groups: Sequence[Sequence[Entry]]
     """In the order of their bytes."""
 
 
-def pack(groups: Iterable[WeightGroup], limit: int) -> Iterator[Bucket]:
-    """Buckets of at most `limit` bytes. A group is never divided: a larger one has a bucket to itself.
+def pack(groups: Iterable[WeightGroup], limit: int, device: str | None = None) -> Iterator[Bucket]:
+    """Buckets of at most `limit` bytes, on `device` or where the weights are. A group is never divided: a larger one
+    has a bucket to itself.
 
     Two runs of `limit` bytes are allocated, and take turns.
     """
-    runs = itertools.cycle((_Run(limit), _Run(limit)))
+    runs = itertools.cycle((_Run(limit, device), _Run(limit, device)))
     run = next(runs)
     for group in groups:
         size = sum(_padded(tensor.nbytes) for tensor in group.values())
@@ -75,13 +76,14 @@ def places(groups: Iterable[Iterable[Sequence]]) -> Iterator[list[tuple[Entry, s
 @dataclass
 class _Run:
     limit: int
+    device: str | None
     storage: Tensor | None = None
     used: int = 0
     groups: list[list[Entry]] = field(default_factory=list)
 
     def add(self, group: WeightGroup, size: int) -> None:
         if self.storage is None or len(self.storage) < self.used + size:
-            device = next(iter(group.values())).device
+            device = self.device or next(iter(group.values())).device
             self.storage = torch.empty(max(self.limit, size), dtype=torch.uint8, device=device)
         self.groups.append(
             [Entry(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in group.items()]

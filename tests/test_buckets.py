@@ -54,6 +54,11 @@ def test_a_bucket_lasts_while_the_next_is_made():
     assert last.bytes.view(torch.float32).tolist() == [4] * 4
 
 
+def test_a_bucket_can_be_elsewhere_than_the_weights():
+    (bucket,) = pack([{"a": torch.ones(3)}], 100, "meta")
+    assert (bucket.bytes.device.type, len(bucket.bytes)) == ("meta", 16)
+
+
 def test_two_runs_of_memory_take_turns():
     """However many buckets there are."""
     places = {bucket.bytes.data_ptr() for bucket in pack(({str(i): torch.ones(4)} for i in range(9)), 16)}

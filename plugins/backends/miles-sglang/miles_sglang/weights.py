@@ -1,0 +1,149 @@
+"""Weights from this process to servers on the same GPUs: flat buckets, handed over by CUDA IPC without a copy through
+the host.
+
+Two buckets take turns: while servers load one, the next is gathered and packed in the thread that computes. What goes
+over HTTP is a handle of the bucket's memory and where in it each tensor lies (`load_format: flattened_bucket`). Facts
+of SGLang 0.5.17 that this rests on:
+
+- A server opens a handle, copies, closes it, and waits for its stream before it answers: then a bucket may be filled
+  anew. Each handle counts its readers, so every tensor-parallel rank of every server gets one of its own.
+- A handle names its GPU by UUID, because server and trainer may number theirs differently. The server's torch is
+  patched to understand that; here the number is replaced while a handle is pickled, and nothing is patched.
+- Tensors are views of the bucket's bytes, so each starts at a multiple of 16. What says where (`metadata`) is read by
+  its attributes; the server unpickles a namespace but nothing of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+from miles.api import WeightSyncError
+from miles.toolkit import Bucket, Shipment, compute_thread, opened, pack, places
+
+BUCKET = 512 * 1024**2
+"""Bytes; a larger group of tensors has a bucket of its own."""
+DEVICE = 6
+"""Which argument of `rebuild_cuda_tensor` says the device."""
+
+Handles = Sequence[Sequence[str]]
+"""One for each tensor-parallel rank of each server, as `serialized_named_tensors` takes them."""
+
+
+async def hand_over(
+    payload: Any,
+    post: Callable[[Handles], Awaitable[Any]],
+    *,
+    servers: int = 1,
+    ranks: int = 1,
+    device: str | None = None,
+    limit: int = BUCKET,
+) -> int:
+    """Walk a payload to its end, bucket by bucket; returns its bytes.
+
+    Args:
+        payload: groups of weights, or a `Shipment`. A group is never divided.
+        post: gives handles to the servers, and returns when all of them have loaded what these hold.
+        ranks: tensor-parallel ranks of a server.
+        device: where buckets are made; where the weights are when not given.
+
+    Raises:
+        WeightSyncError: the payload says only how weights changed, or holds none. Besides what `post` and the payload
+            raise; servers may then hold a mixture.
+    """
+    if isinstance(payload, Shipment) and payload.changes:
+        raise WeightSyncError(
+            "SGLang does not give back the weights that it holds, so it cannot be told how they changed: "
+            "--update-weight-mode full"
+        )
+    loop, thread = asyncio.get_running_loop(), compute_thread()
+    parcels = _parcels(payload, servers, ranks, device, limit)
+    posted: asyncio.Future[Any] | None = None
+    total = 0
+    try:
+        while (parcel := await loop.run_in_executor(thread, next, parcels, None)) is not None:
+            if posted is not None:
+                await asyncio.shield(posted)
+            posted = asyncio.ensure_future(parcel.sent_by(post))
+            total += len(parcel.bucket.bytes)
+            await asyncio.sleep(0)  # it is on its way before the next bucket is begun
+        if posted is None:
+            raise WeightSyncError("the weight sync brought no weights")
+        await asyncio.shield(posted)
+    finally:
+        if posted is not None:  # servers read its bucket
+            await asyncio.gather(posted, return_exceptions=True)
+        await loop.run_in_executor(thread, parcels.close)
+        await loop.run_in_executor(thread, _give_back)
+    return total
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    bucket: Bucket
+    handles: Handles
+
+    async def sent_by(self, post: Callable[[Handles], Awaitable[Any]]) -> None:
+        """As a method: what is read lives as long as this runs, also when there is no bucket after it."""
+        await post(self.handles)
+
+
+def _parcels(payload: Any, servers: int, ranks: int, device: str | None, limit: int) -> Generator[_Parcel, None, None]:
+    with opened(payload) as groups:
+        for bucket in pack(groups, limit, device):
+            handles = [[handle_of(bucket) for _ in range(ranks)] for _ in range(servers)]
+            yield _Parcel(bucket, handles)
+
+
+def handle_of(bucket: Bucket) -> str:
+    """For one reader: base64 of a pickled mapping. Its memory must live until the reader has let go of it."""
+    metadata = [
+        SimpleNamespace(
+            name=entry.name,
+            shape=torch.Size(entry.shape),
+            dtype=getattr(torch, entry.dtype),
+            start_idx=place.start,
+            end_idx=place.stop,
+            numel=place.stop - place.start,
+        )
+        for group in places(bucket.groups)
+        for entry, place in group
+    ]
+    pickled = io.BytesIO()
+    _Pickler(pickled).dump({"flattened_tensor": bucket.bytes, "metadata": metadata})
+    return base64.b64encode(pickled.getvalue()).decode()
+
+
+class _Pickler(ForkingPickler):
+    """Pickles a tensor as a handle of its memory."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not (isinstance(obj, Tensor) and obj.is_cuda):
+            return NotImplemented
+        rebuild, arguments = reductions.reduce_tensor(obj)
+        return rebuild, by_uuid(arguments)
+
+
+def by_uuid(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arguments that rebuild a tensor of CUDA memory, with the UUID of its GPU instead of the number it has here."""
+    device = arguments[DEVICE]
+    if isinstance(device, int):
+        device = str(torch.cuda.get_device_properties(device).uuid)
+    return (*arguments[:DEVICE], device, *arguments[DEVICE + 1 :])
+
+
+def _give_back() -> None:
+    """Memory of buckets, now that nobody reads them: an engine that wakes needs it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
