@@ -27,30 +27,30 @@ INFO = {
     "/get_server_info": {"skip_tokenizer_init": True, "enable_memory_saver": False, "version": "0.5.17"},
     "/v1/loads": {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]},
 }
-TOKEN, LOG_PROB = 1234, -11.234567890123456
+LOG_PROB = -11.234567890123456
 
 
 @cache
-def tail_of_reply(tokens: int, prompt: int, version: str) -> str:
-    """A reply after its id, as a server without a tokenizer writes it."""
+def tail_of_reply(token: int, tokens: int, prompt: int, version: str) -> str:
+    """A reply after its id, as a server without a tokenizer writes it: `token` again and again."""
     meta = {
         "finish_reason": {"type": "length", "length": tokens},
         "prompt_tokens": prompt,
         "weight_version": version,
         "num_retractions": 0,
         "input_token_logprobs": [],
-        "output_token_logprobs": [[LOG_PROB, TOKEN, None]] * tokens,
+        "output_token_logprobs": [[LOG_PROB, token, None]] * tokens,
         "completion_tokens": tokens,
         "cached_tokens": 0,
     }
-    return f'{json.dumps(meta)[1:]}, "output_ids": {json.dumps([TOKEN] * tokens)}}}'
+    return f'{json.dumps(meta)[1:]}, "output_ids": {json.dumps([token] * tokens)}}}'
 
 
 class Canned:
     """The server's handler."""
 
-    def __init__(self, upstream: str | None):
-        self.upstream = upstream
+    def __init__(self, upstream: str | None, token: int):
+        self.upstream, self.token = upstream, token
         self.recorded: list[bytes] = []
         self.version = "0"
 
@@ -68,7 +68,7 @@ class Canned:
         self.recorded.append(body)
         asked: dict[str, Any] = json.loads(body)
         tokens = asked["sampling_params"]["max_new_tokens"]
-        tail = tail_of_reply(tokens, len(asked["input_ids"]), self.version)
+        tail = tail_of_reply(self.token, tokens, len(asked["input_ids"]), self.version)
         reply = f'{{"meta_info": {{"id": {json.dumps(asked.get("rid", ""))}, {tail}'
         if not asked.get("stream"):
             return web.Response(text=reply, content_type="application/json")
@@ -88,8 +88,8 @@ class Canned:
             return web.Response(body=body, status=answer.status, content_type=answer.content_type)
 
 
-async def serve(port: int, upstream: str | None) -> None:
-    runner = web.ServerRunner(web.Server(Canned(upstream)))
+async def serve(port: int, upstream: str | None, token: int) -> None:
+    runner = web.ServerRunner(web.Server(Canned(upstream, token)))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port, backlog=4096).start()
     await asyncio.Event().wait()
@@ -99,8 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--upstream")
+    parser.add_argument("--token", type=int, default=1)
     arguments = parser.parse_args()
-    asyncio.run(serve(arguments.port, arguments.upstream))
+    asyncio.run(serve(arguments.port, arguments.upstream, arguments.token))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import asyncio
 import base64
 import gc
 import json
+import os
 import random
 import re
 import sys
@@ -37,14 +38,14 @@ from statistics import median
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector
-from cases import Book, out_folder, processor_seconds, run_process, tail
+from cases import Book, descendants, out_folder, processor_seconds, run_process, tail
 from servers import serving
 from shapes import make_checkpoint
 
 from miles.build import load_model
 from miles.config import Spec
 from miles.config.load import resolve
-from miles.crew import engine_setup, make_engine
+from miles.crew import closing, engine_setup, make_crew, make_engine
 from miles.plugins import load_plugins
 from miles.protocols import ExecutorContext, Seats
 from miles.rollout.concurrent import run_all
@@ -85,7 +86,7 @@ class Miles:
             "rollout": {"engine": {"name": "sglang_external", "urls": "127.0.0.1:1"}},
             "resources": {"device": "cpu"},  # of this process; the server has its own
         }
-        resolved = resolve([settings], (), load_plugins())
+        resolved = resolve([settings], ("--weight-sync", "disk"), load_plugins(), purpose="show")
         self.config, self.registry, self.checkpoint = resolved.config, resolved.registry, checkpoint
         self.model = load_model(self.config, self.registry)
         self.workload, self.concurrency = workload, concurrency
@@ -97,16 +98,16 @@ class Miles:
 
     async def engine(self, side: str, url: str, stack: AsyncExitStack) -> Any:
         """A client of the server, in this process or in a worker; it ends with `stack`."""
+        crew = make_crew(self.config, self.registry, stack, trains=False)
         spec = Spec(name="sglang_external", options={"urls": url})
-        setup = engine_setup(self.config, self.registry, self.checkpoint, load_weights=True, spec=spec)
+        setup = engine_setup(crew, spec, self.checkpoint, load_weights=True)
         if side == "driver":
-            return await make_engine(setup, self.registry, stack)
+            return await make_engine(crew, setup, stack)
         context = ExecutorContext({"rollout": Seats(1)}, self.config.run.dir)
         executor = self.registry.build("executors", Spec(name="local"), context=context)
-        stack.push_async_callback(executor.close)
-        workers = await executor.launch("rollout", WORKER, setup)
-        engine = (await remote_engines(workers))[0]
-        stack.push_async_callback(engine.close)
+        closing(stack, executor)
+        engine = (await remote_engines(await executor.launch("rollout", WORKER, setup)))[0]
+        closing(stack, engine)
         await engine.start()
         return engine
 
@@ -176,7 +177,7 @@ def without_ids(bodies: Sequence[bytes]) -> list[bytes]:
 
 
 async def timed(
-    work: Callable[[], Awaitable[Any]], count: Callable[[Any], int], url: str, worker: int | None
+    work: Callable[[], Awaitable[Any]], count: Callable[[Any], int], worker: int | None, url: str
 ) -> dict[str, float]:
     """One round of one side."""
     async with ClientSession() as session, session.post(f"{url}/flush_cache") as answer:
@@ -196,24 +197,22 @@ async def measure(arguments: argparse.Namespace, checkpoint: Path, url: str, wor
     logs = out_folder()
     miles = Miles(checkpoint, logs / "throughput", workload, arguments.concurrency)
     async with AsyncExitStack() as stack:
-        canned = await stack.enter_async_context(
-            serving("canned", checkpoint, logs / "canned.log", ["--upstream", url])
-        )
+        flags = ["--upstream", url, "--token", str(miles.model.hf_config.vocab_size - 1)]
+        canned = await stack.enter_async_context(serving("canned", checkpoint, logs / "canned.log", flags))
         bodies = await recorded(miles, "driver", canned)
         engines = {side: await miles.engine(side, url, stack) for side in SIDES[1:]}
-        process = (await engines["worker"].health()).process
+        [worker] = [pid for pid, words in descendants(os.getpid()).items() if "miles.workers.serve" in words]
         works: dict[str, tuple[Any, Any, int | None]] = {
             "bare": (lambda: post_all(url, bodies, arguments.concurrency), count_replies, None),
             "driver": (lambda: miles.samples(engines["driver"]), count_samples, None),
-            "worker": (lambda: miles.samples(engines["worker"]), count_samples, int(process.rpartition(":")[2] or 0)),
+            "worker": (lambda: miles.samples(engines["worker"]), count_samples, worker),
         }
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(-1, arguments.rounds):
             found = {}
             for place in range(len(SIDES)):
                 side = SIDES[(place + number) % len(SIDES)]
-                work, count, worker = works[side]
-                found[side] = await timed(work, count, url, worker)
+                found[side] = await timed(*works[side], url)
             if number >= 0:  # the first one warms up
                 rounds.append(found)
             said = ", ".join(f"{side} {found[side]['tokens'] / found[side]['seconds']:,.0f}" for side in SIDES)
@@ -266,9 +265,12 @@ def sglangs_own(arguments: argparse.Namespace, checkpoint: Path, url: str, workl
 
 async def session(arguments: argparse.Namespace, book: Book, folder: Path) -> None:
     checkpoint = folder / arguments.shape
-    make_checkpoint(checkpoint, arguments.shape, arguments.device, ends=False)
+    config = make_checkpoint(checkpoint, arguments.shape, arguments.device, ends=False)
     log = out_folder() / f"server_{arguments.server}.log"
-    async with serving(arguments.server, checkpoint, log, arguments.flags.split()) as url:
+    flags = arguments.flags.split()
+    if arguments.server == "canned":
+        flags += ["--token", str(config.vocab_size - 1)]
+    async with serving(arguments.server, checkpoint, log, flags) as url:
         for workload in arguments.workloads:
             start = time.perf_counter()
             try:
@@ -291,7 +293,7 @@ def table(book: Book) -> list[list[Any]]:
         if name == "versions":
             continue
         if "bare" not in figures:
-            rows.append([name, "", figures.get("tokens_per_second"), *[None] * 7, figures.get("error", "")])
+            rows.append([name, "", figures.get("tokens_per_second"), *[None] * 7, figures.get("error", "")[:300]])
             continue
         for side in SIDES:
             shown = [figures[side][key] for key in ("tokens_per_second", "least", "most", "ratio", "us_per_request")]
