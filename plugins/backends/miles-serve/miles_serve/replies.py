@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from miles.api import GenerateResult
+from miles.api import GenerateResult, expert_choices
 from miles_serve.asked import Wanted
 from miles_serve.reading import StopCut, first_of
 from miles_serve.service import Service
@@ -145,7 +145,8 @@ class Reply:
         """base64 of int32 `[rows, layers, top_k]`: the rows from `routed_experts_start_len` on."""
         request = self.wanted.request
         rows = len(request.tokens) + len(self._tokens) - 1 - request.routed_experts_from
-        return base64.b64encode(experts[len(experts) - rows :].astype("<i4").tobytes()).decode()
+        choices = expert_choices(experts[len(experts) - rows :]).astype("<i4", copy=False)
+        return base64.b64encode(choices.tobytes()).decode()
 
     def _log_prob(self, value: float | None, token: int) -> LogProb:
         return value, token, self.service.pieces.text_of(token) if self.wanted.text_in_log_probs else None
