@@ -13,8 +13,9 @@ from miles_serve.chat import Answer, ChatLayer, Piece
 from miles_serve.concurrent import all_of, merged
 from miles_serve.errors import RequestError
 from miles_serve.logprobs import chat_logprobs
-from miles_serve.openai_common import Envelope, asked, meta_info, new_id, usage
 from miles_serve.openai_messages import MessageWriter, as_message
+from miles_serve.openai_reply import Envelope, meta_info, new_id, usage
+from miles_serve.openai_requests import asked
 from miles_serve.openai_types import ChatBody
 from miles_serve.service import Service
 from miles_serve.sse import EventStream

@@ -13,7 +13,8 @@ from miles.api import EngineError, GenerateRequest, GenerateResult
 from miles_serve.chat import joined
 from miles_serve.concurrent import all_of, merged
 from miles_serve.logprobs import CompletionLogprobs
-from miles_serve.openai_common import Envelope, asked, meta_info, new_id, usage
+from miles_serve.openai_reply import Envelope, meta_info, new_id, usage
+from miles_serve.openai_requests import asked
 from miles_serve.openai_types import CompletionBody
 from miles_serve.reading import StopCut
 from miles_serve.service import Service

@@ -1,8 +1,7 @@
-"""What chat and text completions have in common: how the engine is asked, and what is around the choices of a reply."""
+"""What OpenAI's replies have in common: what is around the choices, and what is counted."""
 
 from __future__ import annotations
 
-import secrets
 import time
 import uuid
 from collections.abc import Sequence
@@ -11,40 +10,9 @@ from typing import Any
 
 from miles.api import GenerateRequest, GenerateResult
 from miles_serve.asked import Wanted
-from miles_serve.openai_types import Body
 from miles_serve.replies import Reply
 from miles_serve.sampling import Sampling
 from miles_serve.service import Service
-
-
-def asked(
-    service: Service,
-    body: Body,
-    tokens: Sequence[int],
-    id: str,
-    stops: Sequence[str] = (),
-    ends: Sequence[int] = (),
-) -> list[GenerateRequest]:
-    """What the engine is asked for one prompt: once for every choice, each with a seed of its own. An answer gets as
-    much room as the context has, where the client wants more.
-
-    Args:
-        id: of the first; the others add their number.
-        stops, ends: strings and tokens at which an answer ends, besides those that the client names.
-
-    Raises:
-        RequestError: the engine could not serve it.
-    """
-    room = max(service.context_length - len(tokens), 0)
-    most = room if body.most_tokens is None else min(body.most_tokens, room)
-    sampling = body.sampling(most, stops, ends)
-    seed = secrets.randbits(62) if body.seed is None else body.seed
-    return [
-        service.request(
-            tokens, sampling, id=f"{id}-{i}" if i else id, seed=(seed + i) % 2**63, priority=body.priority or 0
-        )
-        for i in range(body.n or 1)
-    ]
 
 
 @dataclass(frozen=True)
