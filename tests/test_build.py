@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from miles.build import context_limit, make_probe, make_source
-from miles.config import Config
+from miles.api import Component, hookimpl
+from miles.build import context_limit, make_probe, make_source, make_task
+from miles.config import Config, TaskSet
 from miles.plugins import load_plugins
 from miles.registry import Registry
 
@@ -42,6 +43,25 @@ def test_the_context_is_as_long_as_the_config_or_the_model_says():
     assert context_limit(Config(), model()) is None
     limited = Config.model_validate({"rollout": {"max_context_len": 32}})
     assert context_limit(limited, model(max_position_embeddings=64)) == 32
+
+
+class Replays:
+    @hookimpl
+    def miles_register_routing_replays(self):
+        return {"replay": Component("parts:replay", needs={"routed_experts"})}
+
+
+@pytest.mark.parametrize(
+    ("replay", "evaluation", "asks"), [("replay", False, True), ("replay", True, False), ("none", False, False)]
+)
+def test_what_is_trained_with_a_replay_asks_for_expert_choices(replay, evaluation, asks):
+    """Evaluation does not, nor do greedy baselines."""
+    config = Config.model_validate({"moe": {"routing_replay": replay}})
+    built = SimpleNamespace(chat=SimpleNamespace(stop_token_ids=()), hf_config=None)
+    front = SimpleNamespace(generates=True, generate=None)
+    registry = Registry(load_plugins(extra=[Replays()]))
+    task = make_task(config, registry, built, front, TaskSet(), evaluation)
+    assert (task.context.routed_experts, task.greedy.routed_experts) == (asks, False)
 
 
 @pytest.mark.parametrize(
