@@ -137,7 +137,7 @@ def _prompts(service: Service, body: GenerateBody) -> tuple[list[list[int]], boo
         prompts, single = [service.tokenizer.encode(text) for text in texts], isinstance(body.text, str)
     elif body.input_ids:
         nested = isinstance(body.input_ids[0], list)
-        prompts, single = (body.input_ids if nested else [body.input_ids]), not nested  # type: ignore[assignment]
+        prompts, single = (body.input_ids if nested else [body.input_ids]), not nested
     else:
         raise RequestError("Either text or input_ids should be provided, and not be empty.")
     if not prompts:

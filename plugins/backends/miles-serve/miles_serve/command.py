@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HELP = """usage: miles serve CHECKPOINT [--port 30000] [--engine NAME] [--flag value] [--section.key=value]
 
-Answers over HTTP with a model: SGLang's API (/generate and control) and OpenAI's (/v1/chat/completions, /v1/completions).
+Answers over HTTP with a model: SGLang's API (/generate, control) and OpenAI's (/v1/chat/completions, /v1/completions).
 CHECKPOINT is a Hugging Face folder, or a name on the hub.
   --host HOST                     where to listen [127.0.0.1: this machine only]
   --port PORT                     0 takes one that is free [30000]

@@ -64,7 +64,8 @@ async def _score(service: Service, wanted: Wanted, reply: Reply) -> None:
     """What is wanted to be known of the prompt."""
     if not wanted.scores:
         return
-    engine, tokens, temperature = service.engine, wanted.request.tokens, wanted.score_temperature or 1.0
+    engine: Any = service.engine
+    tokens, temperature = wanted.request.tokens, wanted.score_temperature or 1.0
     scores = await service.score(wanted.request.id, engine.score(tokens, temperature))
     if scores is None:
         reply.abort()

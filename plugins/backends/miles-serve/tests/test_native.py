@@ -1,0 +1,288 @@
+"""What `miles serve` makes of SGLang's API where SGLang itself does otherwise, or not at all."""
+
+import asyncio
+import base64
+import threading
+
+import numpy as np
+import pytest
+
+from miles.api import EngineError, EngineLostError
+
+GREEDY = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+def body(tokens=(5, 6, 7), **more):
+    return {"input_ids": list(tokens), "sampling_params": GREEDY, "return_logprob": True, **more}
+
+
+@pytest.fixture(scope="module")
+def experts(lab):
+    with lab.serving(model_type="qwen3_moe") as server:
+        yield server
+
+
+def test_expert_choices_are_int32_rows_from_where_asked(experts):
+    reply = experts.client.post("/generate", body(return_routed_experts=True)).json
+    rows = np.frombuffer(base64.b64decode(reply["meta_info"]["routed_experts"]), "<i4").reshape(-1, 2, 2)
+    assert rows.shape[0] == 3 + 6 - 1
+    assert 0 <= rows.min() <= rows.max() < 4
+    late = experts.client.post("/generate", body(return_routed_experts=True, routed_experts_start_len=3)).json
+    late_rows = np.frombuffer(base64.b64decode(late["meta_info"]["routed_experts"]), "<i4").reshape(-1, 2, 2)
+    np.testing.assert_array_equal(late_rows, rows[3:])
+    events = experts.client.post("/generate", body(return_routed_experts=True, stream=True)).events
+    assert ["routed_experts" in event["meta_info"] for event in events[:-1]] == [False] * (len(events) - 2) + [True]
+    assert events[-2]["meta_info"]["routed_experts"] == reply["meta_info"]["routed_experts"]
+
+
+def test_a_dense_model_has_no_experts_to_return(shared):
+    reply = shared.client.post("/generate", body(return_routed_experts=True))
+    assert (reply.status, "experts" in reply.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"sampling_params": {"frequency_penalty": 0.5}}, "frequency_penalty"),
+        ({"sampling_params": {"regex": "a+"}}, "regex"),
+        ({"sampling_params": {"logit_bias": {"5": 1.0}}}, "logit_bias"),
+        ({"sampling_params": {"tempperature": 1.0}}, "tempperature"),
+        ({"sampling_params": {"stop": ""}}, "stop"),
+        ({"sampling_params": {"n": 0}}, "sampling_params.n"),
+        ({"image_data": "x.png"}, "image_data"),
+        ({"return_hidden_states": True}, "return_hidden_states"),
+        ({"top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"logprob_start_len": 4}, "logprob_start_len"),
+        ({"return_logprob": [True, False]}, "return_logprob"),
+        ({"text": "both"}, "not both"),
+    ],
+)
+def test_what_would_be_ignored_in_silence_is_refused(shared, more, named):
+    reply = shared.client.post("/generate", body(**more))
+    assert reply.status == 400
+    assert named in reply.json["error"]["message"]
+
+
+def test_neutral_values_are_no_wishes(shared):
+    neutral = {"frequency_penalty": 0.0, "repetition_penalty": 1.0, "json_schema": None, "regex": "", "logit_bias": {}}
+    params = {**GREEDY, **neutral, "top_k": 1 << 30, "min_p": None}
+    assert shared.client.post("/generate", body(sampling_params=params)).status == 200
+
+
+def test_prompts_are_scored_at_a_temperature(shared, lab):
+    """And the reply confirms it, which is how a client knows that it was understood."""
+    tokens = [5, 17, 3, 200, 9]
+    asked = body(tokens, logprob_start_len=0, input_logprob_temperature=0.5)
+    asked["sampling_params"] = {"max_new_tokens": 0}
+    meta = shared.client.post("/generate", asked).json["meta_info"]
+    assert meta["input_logprob_temperature"] == 0.5
+    expected = lab.tiny.log_probs_of(lab.tiny.model(lab.tiny.hf_config("llama")), tokens, 0.5)
+    found = [value for value, *_ in meta["input_token_logprobs"]]
+    np.testing.assert_allclose(found[1:], expected[1:], atol=2e-4)
+
+
+def test_log_probs_can_carry_their_text(shared):
+    reply = shared.client.post("/generate", body([72, 73], return_text_in_logprobs=True, logprob_start_len=0)).json
+    tokenizer = shared.service.tokenizer
+    assert [row[2] for row in reply["meta_info"]["input_token_logprobs"]] == [tokenizer.decode([t]) for t in (72, 73)]
+
+
+def test_streams_hold_everything_so_far_unless_asked_otherwise(shared):
+    whole = shared.client.post("/generate", body()).json
+    *pieces, done = shared.client.post("/generate", body(stream=True)).events
+    assert done == "[DONE]"
+    lengths = [len(piece["output_ids"]) for piece in pieces]
+    assert lengths == sorted(set(lengths))
+    assert (pieces[-1]["output_ids"], pieces[-1]["text"]) == (whole["output_ids"], whole["text"])
+
+
+def test_seeds_of_n_answers_differ(shared):
+    params = {"max_new_tokens": 8, "n": 3, "sampling_seed": 5}
+    drawn = [shared.client.post("/generate", body(sampling_params=params)).json for _ in range(2)]
+    first, second = ([reply["output_ids"] for reply in replies] for replies in drawn)
+    assert first == second
+    assert len({tuple(tokens) for tokens in first}) == 3
+
+
+def test_the_rest_of_the_context_is_used_when_no_length_is_given(shared):
+    params = {"max_new_tokens": None, "ignore_eos": True}
+    reply = shared.client.post("/generate", body([1] * 250, sampling_params=params)).json
+    assert len(reply["output_ids"]) == 256 - 250
+    reply = shared.client.post("/generate", body([1] * 250, sampling_params={"ignore_eos": True})).json
+    assert len(reply["output_ids"]) == 256 - 250
+
+
+def test_no_pickles(shared):
+    reply = shared.client.post("/update_weights_from_tensor", {"serialized_named_tensors": ["gASV"]})
+    assert reply.status == 400
+    assert "update_weights_from_disk" in reply.text
+
+
+def test_a_key_is_asked_for(lab):
+    with lab.serving(api_key="sesame") as server:
+        assert server.client.get("/health").status == 200
+        for headers in ({}, {"Authorization": "Bearer open"}, {"Authorization": "sesame"}):
+            for path in ("/model_info", "/v1/models"):
+                assert lab.Client(server.url, headers).get(path).status == 401
+        assert lab.Client(server.url, {"Authorization": "Bearer sesame"}).get("/model_info").status == 200
+
+
+class Failing:
+    """An engine that fails as it is told."""
+
+    accepts = frozenset({"disk"})
+    generates = True
+
+    def __init__(self, error):
+        self.error = error
+
+    async def fail(self, *arguments):
+        raise self.error
+
+    generate = score = receive = health = flush_cache = fail
+
+    async def close(self): ...
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(EngineError("its weights are a mixture"), 503), (EngineLostError("it is gone"), 503), (KeyError("a bug"), 500)],
+)
+def test_an_engine_that_fails_is_not_the_clients_fault(playing, tmp_path, error, status):
+    server = playing(Failing(error))
+    for path in ("/generate", "/flush_cache"):
+        reply = server.client.post(path, body())
+        assert reply.status == status
+        assert ("bug" in reply.text) is False  # what it was is for the log
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    moved = server.client.post("/update_weights_from_disk", {"model_path": str(tmp_path)})
+    assert moved.status == (400 if isinstance(error, EngineError) else 500)
+    if isinstance(error, EngineError):
+        assert server.client.get("/health").status == 503
+
+
+def test_an_update_waits_for_requests_and_requests_for_it(lab, tmp_path):
+    other = lab.tiny.checkpoint(tmp_path, lab.tiny.hf_config("llama"), 1)
+    with lab.serving() as server:
+        gate, engine = threading.Event(), server.service.engine
+        generate = engine.generate
+
+        async def slow(request):
+            while not gate.is_set():
+                await asyncio.sleep(0.005)
+            return await generate(request)
+
+        engine.generate = slow
+
+        async def work(session):
+            moving = {"model_path": str(other), "weight_version": "7"}
+            first = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            await asyncio.sleep(0.1)
+            update = asyncio.ensure_future(lab.ask(session, "POST", "/update_weights_from_disk", json=moving))
+            await asyncio.sleep(0.1)
+            second = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            await asyncio.sleep(0.1)
+            held = not (first.done() or update.done() or second.done())
+            gate.set()
+            replies = [(await task).json for task in (first, second)]
+            return held, (await update).status, [reply["meta_info"]["weight_version"] for reply in replies]
+
+        assert server.client.run(work) == (True, 200, ["0", "7"])
+
+
+def test_a_damaged_checkpoint_is_not_served(lab, tmp_path):
+    """Half of the tensors: the engine holds a mixture, says so, and recovers with the next whole update."""
+    from safetensors.torch import load_file, save_file
+
+    whole = load_file(lab.tiny.saved("llama") / "model.safetensors")
+    save_file(dict(list(whole.items())[: len(whole) // 2]), tmp_path / "model.safetensors")
+    with lab.serving() as server:
+        before = server.client.post("/generate", body()).json["output_ids"]
+        moved = server.client.post("/update_weights_from_disk", {"model_path": str(tmp_path), "weight_version": "3"})
+        assert (moved.status, moved.json["success"]) == (400, False)
+        served = server.client.post("/generate", body())
+        assert served.status == 503 or served.json["output_ids"] == before
+        again = {"model_path": str(lab.tiny.saved("llama")), "weight_version": "4"}
+        assert server.client.post("/update_weights_from_disk", again).json["success"] is True
+        after = server.client.post("/generate", body()).json
+        assert (after["output_ids"], after["meta_info"]["weight_version"]) == (before, "4")
+
+
+def test_asleep_it_says_so(lab):
+    with lab.serving() as server:
+        assert server.client.get("/release_memory_occupation").status == 200
+        reply = server.client.post("/generate", body())
+        assert (reply.status, "asleep" in reply.text) == (503, True)
+        assert server.client.post("/release_memory_occupation", {"tags": ["curtains"]}).status == 400
+        assert server.client.get("/resume_memory_occupation").status == 200
+        assert server.client.post("/generate", body()).status == 200
+
+
+def test_memory_is_not_taken_from_requests_under_way(lab):
+    with lab.serving() as server:
+
+        async def work(session):
+            await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
+            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            await asyncio.sleep(0.1)
+            refused = await lab.ask(session, "POST", "/release_memory_occupation", json={})
+            await lab.ask(session, "POST", "/continue_generation", json={})
+            return refused.status, (await task).status
+
+        assert server.client.run(work) == (400, 200)
+
+
+def test_a_score_can_be_aborted(lab):
+    """It has no tokens to end with; while the engine is paused it would wait for ever."""
+    with lab.serving() as server:
+
+        async def work(session):
+            await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
+            asked = body(rid="scoring", logprob_start_len=0)
+            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=asked))
+            await asyncio.sleep(0.1)
+            await lab.ask(session, "POST", "/abort_request", json={"rid": "scor"})
+            reply = (await task).json
+            await lab.ask(session, "POST", "/continue_generation", json={})
+            return reply
+
+        reply = server.client.run(work)
+        assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+        assert reply["output_ids"] == []
+
+
+def test_a_flush_may_wait(shared, lab):
+    async def work(session):
+        task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+        await asyncio.sleep(0.005)
+        return (await lab.ask(session, "POST", "/flush_cache?timeout=10")).status, (await task).status
+
+    assert shared.client.run(work) == (200, 200)
+    assert shared.client.post("/flush_cache?timeout=soon").status == 400
+    assert shared.client.post("/flush_cache?timeout=-1").status == 400
+
+
+def test_stopping_answers_what_is_under_way(lab):
+    """With what there is, once its time is up; who comes then is refused."""
+
+    def stop(server):
+        return asyncio.run_coroutine_threadsafe(server.service.settle(0.1), loop_of(server)).result(10)
+
+    def loop_of(server):
+        async def running():
+            return asyncio.get_running_loop()
+
+        return server.on_loop(running())
+
+    with lab.serving() as server:
+
+        async def work(session):
+            await lab.ask(session, "POST", "/pause_generation", json={"mode": "in_place"})
+            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            await asyncio.sleep(0.05)
+            await asyncio.to_thread(stop, server)
+            late = await lab.ask(session, "POST", "/generate", json=body())
+            return (await task).json["meta_info"]["finish_reason"]["type"], late.status
+
+        assert server.client.run(work) == ("abort", 503)
+        assert server.client.get("/health").status == 503
