@@ -30,6 +30,7 @@ from miles.types import (
     Sample,
     Status,
     StepReport,
+    routed_experts_column,
 )
 
 
@@ -172,6 +173,27 @@ def test_kl_penalties_ask_for_the_reference():
     step(trainer, groups())
     assert [(m, a[0]) for m, a in workers.calls if m == "forward"] == [("forward", "reference")]
     assert workers.steps()[0][0][0].columns["ref_log_probs"][0].tolist() == [-1.0] * 6
+
+
+def test_the_experts_of_the_policy_are_sent_to_no_other_model():
+    trainer, workers = make(algorithm={"advantage_estimator": "gae", "kl_coef": 0.1, "old_logprobs": "recompute"})
+    batch = groups()
+    for one in (one for group in batch for one in group.samples):
+        one.write(routed_experts_column(2, 1, 8), 0, np.full((5, 2, 1), one.id))
+    step(trainer, batch)
+    had = [
+        (method, call[0], {"rollout_routed_experts" in t.columns for t in call[1]}) for method, call in workers.calls
+    ]
+    assert had == [
+        ("forward", "actor", {True}),
+        ("forward", "reference", {False}),
+        ("forward", "critic", {False}),
+        ("train_step", "critic", {False}),
+        ("train_step", "actor", {True}),
+    ]
+    rows = [column for t in workers.steps()[-1][0] for column in t.columns["rollout_routed_experts"]]
+    assert sorted(int(column[0, 0, 0]) for column in rows) == [0, 1, 2, 3]
+    assert {(column.dtype.name, column.shape) for column in rows} == {("uint8", (6, 2, 1))}
 
 
 @pytest.mark.parametrize(("policy", "tokens", "rows"), [("keep", 16, 4), ("mask", 12, 4), ("drop", 12, 3)])
