@@ -184,6 +184,19 @@ class ChatFormatContract(ComponentContract):
         action = chat.parse(chat.render_text("<think>\nhm\n</think>\n\nyes"))
         assert (action.text, action.reasoning) == ("yes", "hm")
 
+    def test_its_markup_is_what_its_models_write(self) -> None:
+        """A server passes text on until it sees a tag: a tag that it does not know is shown to the client."""
+        chat = self.build()
+        markup = getattr(chat, "markup", None)
+        if markup is None:
+            pytest.skip("does not say its markup: its answers are passed on when they are finished")
+        if self.takes_tools:
+            written = self.tokenizer().decode(self.said(chat, CALL), skip_special_tokens=False)
+            assert written.count(markup.call[0]) == written.count(markup.call[1]) == 1
+        if self.takes_reasoning:
+            action = chat.parse(chat.render_text("hm".join(markup.reasoning) + "yes"))
+            assert (action.text, action.reasoning) == ("yes", "hm")
+
     def test_rendering_has_no_memory(self) -> None:
         """One object renders for hundreds of trajectories."""
         chat = self.build()

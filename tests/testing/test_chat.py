@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from miles.api import ChatContext, ToolCall
+from miles.api import HERMES, ChatContext, Markup, ToolCall
 from miles.builtins.chat_template import TemplateChat
 from miles.testing import ChatFormatContract, tiny
 
@@ -103,6 +103,10 @@ def test_wrong_ones_are_caught(catches):
             "test_whatever_the_model_says_can_be_parsed": [but(parse=strict_parse)],
             "test_reasoning_is_read_apart": [
                 but(parse=parsed(lambda action: replace(action, text=action.reasoning + action.text, reasoning=""))),
+            ],
+            "test_its_markup_is_what_its_models_write": [
+                but(markup=Markup(HERMES.reasoning, ("[call]", "[/call]"))),
+                but(markup=Markup(("[think]", "[/think]"), HERMES.call)),
             ],
             "test_rendering_has_no_memory": [but(render_prompt=remembering)],
             "test_a_role_it_does_not_know_is_no_crash": [but(render_prompt=raising_on_roles)],

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from miles.api import GenerateRequest
+from miles.api import ConfigError, GenerateRequest
 from miles_serve.chat import Answer, ChatLayer, Piece
 from miles_serve.concurrent import all_of, merged
 from miles_serve.errors import RequestError
@@ -68,7 +68,10 @@ def layer_for(service: Service, template_kwargs: Mapping[str, Any]) -> ChatLayer
     if template_kwargs:
         if service.chat_with is None:
             raise RequestError("chat_template_kwargs are not supported by this server.", param="chat_template_kwargs")
-        chat = service.chat_with(template_kwargs)
+        try:
+            chat = service.chat_with(template_kwargs)
+        except ConfigError as error:
+            raise RequestError(str(error), param="chat_template_kwargs") from error
     return ChatLayer(chat, service.pieces, service.generate, service.stream)
 
 

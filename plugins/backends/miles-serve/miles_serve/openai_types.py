@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -95,7 +95,7 @@ class Body(BaseModel):
     return_tokens_as_token_ids: bool | None = False
     """Tokens of log-probabilities are written `token_id:17`."""
     return_meta_info: bool | None = False
-    """SGLang's `meta_info` with every choice."""
+    """SGLang's `meta_info` with every choice; not in a stream."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +110,12 @@ class Body(BaseModel):
                 hint = f" Did you mean {close[0]}?" if close else ""
                 raise RequestError(f"Unknown parameter {name}.{hint}", param=name, code="unknown_parameter")
         return given
+
+    @model_validator(mode="after")
+    def _whole_with_meta_info(self) -> Self:
+        if self.stream and self.return_meta_info:
+            raise _unsupported("return_meta_info", True, "it is told of whole answers; leave out stream")
+        return self
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class Vocabulary:
             return b""
         if self._read is None:
             return self.tokenizer.decode([token]).encode()
-        return self._read(self.tokenizer.convert_ids_to_tokens(token))
+        return self._read(self.tokenizer.convert_ids_to_tokens(token) or "")
 
     def text_of(self, token: int) -> str:
         """The token by itself, for people: a part of a character is shown as U+FFFD."""

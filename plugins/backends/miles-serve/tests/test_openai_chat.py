@@ -7,7 +7,7 @@ import time
 import openai
 import pytest
 
-from miles.api import EngineError, EngineLostError
+from miles.api import ConfigError, EngineError, EngineLostError
 from miles.testing import tiny
 from miles.testing.contract import installed
 
@@ -319,6 +319,7 @@ def test_the_asynchronous_client(lab, playing):
         ({"frequency_penalty": 0.5}, "frequency_penalty", "own distribution"),
         ({"extra_body": {"temprature": 1}}, "temprature", "Did you mean temperature?"),
         ({"extra_body": {"regex": "a+"}}, "regex", "cannot be constrained"),
+        ({"stream": True, "extra_body": {"return_meta_info": True}}, "return_meta_info", "leave out stream"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools", "name"),
         ({"messages": [{"role": "auditor", "content": "?"}]}, "messages", "role"),
@@ -408,6 +409,23 @@ def test_options_of_the_template(lab, playing):
     assert given == [{"enable_thinking": False}]
     with pytest.raises(openai.BadRequestError, match="chat_template_kwargs are not supported"):
         ask(playing(engine), extra_body={"chat_template_kwargs": {"a": 1}})
+
+
+def test_options_that_the_chat_format_does_not_know(lab, playing):
+    def chat_with(kwargs):
+        raise ConfigError("it knows enable_thinking")
+
+    with pytest.raises(openai.BadRequestError, match="it knows enable_thinking") as refused:
+        ask(playing(lab.Scripted(("x", "stop")), chat_with=chat_with), extra_body={"chat_template_kwargs": {"a": 1}})
+    assert refused.value.param == "chat_template_kwargs"
+
+
+def test_messages_that_the_chat_format_does_not_take(lab, playing):
+    chat = tiny.chat_format(installed())
+    chat.tokenizer.chat_template = "{{ raise_exception('no tools here') }}"
+    with pytest.raises(openai.BadRequestError, match="no tools here") as refused:
+        ask(playing(lab.Scripted(("x", "stop")), chat=chat))
+    assert refused.value.param == "messages"
 
 
 # ------------------------------------------------------------------------------------------------- with a real engine
