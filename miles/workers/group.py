@@ -13,6 +13,8 @@ from miles.workers.failure import Failure, WorkerFailure, first_cause, standing
 
 PATIENCE = 5.0
 """Seconds that the other ranks have to answer, or to say what is wrong with them, after one has failed."""
+PAUSE = 0.1
+"""Part of the time limit between two pulses: a process that stands still is found so much later."""
 START = 600.0
 """Seconds that building an object may take at least, whatever calls may: libraries are imported, weights are read."""
 
@@ -66,6 +68,8 @@ class Workers:
         self.name, self.links, self.address, self.timeout, self.key = name, links, address, timeout, key
         self.size, self._fate = len(links), fate or Fate()
         self._keys = itertools.count(1)
+        self._alone = 0
+        self._watch: asyncio.Future | None = None
 
     @classmethod
     async def build(cls, group: Workers, target: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Workers:
@@ -86,18 +90,23 @@ class Workers:
     async def call_one(self, rank: int, method: str, *args: Any, **kwargs: Any) -> Any:
         """Of one rank alone, as long as the processes have a pulse: engines take their time."""
         answer = asyncio.ensure_future(self._request(self.links[rank], method, args, kwargs))
+        watch = self._watch = self._watch or asyncio.ensure_future(self._feel_pulses(method))
+        self._alone += 1
         try:
-            while not (await asyncio.wait([answer], timeout=self.timeout))[0]:
-                await self._answers(method, [link.request("pulse") for link in self.links], self.timeout)
-            return answer.result()
+            await asyncio.wait([answer, watch], return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else watch.result()
         except WorkerFailure as error:
             failures = [error.failure, *await self._ends(error.failure)]
             self._check()
             raise first_cause(failures, self.name, method)[0] from None
         finally:
+            self._alone -= 1
+            if not self._alone:
+                watch.cancel()
+                self._watch = None
             answer.cancel()
             await asyncio.wait([answer])  # until the worker has been told
-            _failures([answer])
+            _failures([answer, watch])
 
     async def beside(self, name: str, target: str, *args: Any, **kwargs: Any) -> Workers:
         """Another object in each of these processes, `Target(rank, size, ...)`, as a group of its own."""
@@ -126,6 +135,17 @@ class Workers:
 
     def _ended(self) -> WorkerError:
         return WorkerError(f"the {self.name} workers have ended: {self._fate.end}")
+
+    async def _feel_pulses(self, method: str) -> None:
+        """For ever, for all calls of one rank alone that are under way; `method` is the first one's.
+
+        Raises:
+            WorkerError: a process stood still for the time limit, or has died.
+        """
+        while self.timeout is not None:
+            await asyncio.sleep(self.timeout * PAUSE)
+            await self._answers(method, [link.request("pulse") for link in self.links], self.timeout)
+        await asyncio.Event().wait()
 
     async def _answers(self, method: str, requests: Sequence[Awaitable[Any]], timeout: float | None) -> list[Any]:
         """Everybody's answer, in the order of ranks.

@@ -220,6 +220,35 @@ def test_one_rank_alone_is_waited_for_as_long_as_all_have_a_pulse():
     assert [link.ended for link in group.links] == [["killed"], ["killed"]]
 
 
+def test_calls_of_one_rank_alone_share_their_pulses():
+    links = [FakeLink(after=0.2), FakeLink(0, after=0.2), FakeLink(1, after=0.2)]
+    group = workers(*links, timeout=0.4)  # a pulse each 0.04 s
+
+    async def main():
+        ten = [group.call_one(1 + i % 2, "generate") for i in range(10)]
+        assert await asyncio.gather(*ten) == [0, 1] * 5
+        return len(links[0].asked)
+
+    pulses = asyncio.run(main())
+    assert links[0].asked == [("pulse",)] * pulses
+    assert 1 <= pulses <= 10
+    asyncio.run(asyncio.sleep(0.1))
+    assert len(links[0].asked) == pulses  # nobody waits any more
+
+
+def test_a_process_that_stands_still_is_found_by_all_who_wait():
+    group = workers(FakeLink(), FakeLink(), FakeLink(stacks=IN_OWN_CODE, pulse=False), timeout=0.05)
+
+    async def main():
+        return await asyncio.gather(*(group.call_one(rank, "generate") for rank in (0, 1, 1)), return_exceptions=True)
+
+    errors = asyncio.run(main())
+    assert [type(error) for error in errors] == [WorkerError] * 3
+    assert {str(error).splitlines()[0] for error in errors} == {"train rank 2 does not answer in generate:"}
+    with pytest.raises(WorkerError, match="^the train workers have ended: train rank 2 does not answer in generate"):
+        asyncio.run(group.call_one(0, "generate"))
+
+
 def test_groups_in_the_same_processes_end_together():
     links = FakeLink("a"), FakeLink("b")
     train = workers(*links)
