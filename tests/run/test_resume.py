@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from miniature import assert_same_end, final_state, metrics
+from miniature import assert_same_end, final_state, job, metrics, sums_in
 
 ROOT = Path(__file__).parents[2]
 JUDGE = """
@@ -23,32 +23,33 @@ def short(sample):
 """
 
 
-@pytest.fixture
-def command(config, tmp_path):
+@pytest.fixture(scope="module")
+def command(checkpoint, tmp_path_factory):
     """A command line that trains for eight steps, saving every second one, in a run directory of one's choice."""
-    (tmp_path / "judge.py").write_text(JUDGE)
+    folder = tmp_path_factory.mktemp("resume")
+    config = job(checkpoint, sums_in(folder), folder)
+    (folder / "judge.py").write_text(JUDGE)
     for task_set in (*config["data"]["sets"], *config["eval"]["sets"]):
         task_set["reward"] = "judge:short"
     config["rollout"]["num_rollout"] = 8
     config["eval"]["interval"] = 3
     config["checkpoint"] = {"interval": 2, "keep": 3}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
     def start(run_dir, *flags):
-        words = [
-            sys.executable,
-            "-m",
-            "miles",
-            "train",
-            str(tmp_path / "config.yaml"),
-            "--run-dir",
-            str(run_dir),
-            *flags,
-        ]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+        words = [sys.executable, "-m", "miles", "train", "config.yaml", "--run-dir", str(run_dir), *flags]
+        environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The run directory of one that was left alone."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(command(run_dir))
+    return run_dir
 
 
 def finish(process, code=0):
@@ -77,10 +78,9 @@ def kill_and_restart(command, run_dir, times, seed):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(command, tmp_path):
-    finish(command(tmp_path / "whole"))
+def test_killed_at_random_moments(command, whole, tmp_path):
     kill_and_restart(command, tmp_path / "killed", times=4, seed="1")
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_same_end(whole, tmp_path / "killed")
 
 
 @pytest.mark.slow
@@ -113,8 +113,7 @@ def test_the_quickstart_killed_at_random_moments(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_asked_to_stop(command, tmp_path, number, code):
-    finish(command(tmp_path / "whole"))
+def test_asked_to_stop(command, whole, tmp_path, number, code):
     process = command(tmp_path / "stopped")
     for line in process.stderr:
         if line.startswith("step 3/"):
@@ -126,7 +125,7 @@ def test_asked_to_stop(command, tmp_path, number, code):
     assert summary["status"] == "interrupted"
     assert summary["steps"] >= 3
     finish(command(tmp_path / "stopped"))
-    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_end(whole, tmp_path / "stopped")
     assert json.loads((tmp_path / "stopped" / "summary.json").read_text())["resumed_from"] == summary["steps"]
 
 
