@@ -177,7 +177,10 @@ class PrecisionScheme(Protocol):
 
 @runtime_checkable
 class RoutingReplay(Protocol):
-    """Makes the trainer use the expert choices of the rollout (R3) or of its own first pass (R2)."""
+    """Makes the trainer use the expert choices of the rollout (R3) or of its own first pass (R2).
+
+    Those of the rollout are `miles.api.expert_choices(batch.columns[ROUTED_EXPERTS])`, -1 where there are none.
+    """
 
     def attach(self, model: nn.Module, model_config: Any) -> None: ...
 
