@@ -1,4 +1,5 @@
-"""`faults`, the proxy that spoils what passes through it, can be imported by every test here."""
+"""Modules beside the tests that these can import: `faults` (a proxy that spoils what passes through it), `served` (an
+engine behind HTTP), `fake_server` (answers as SGLang does) and `story` (an engine in front of that)."""
 
 import importlib.util
 import shutil
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-_faults = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
-sys.modules["faults"] = importlib.util.module_from_spec(_faults)
-_faults.loader.exec_module(sys.modules["faults"])
+for name in ("faults", "served", "fake_server", "story"):
+    found = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    sys.modules[name] = importlib.util.module_from_spec(found)
+    found.loader.exec_module(sys.modules[name])
 
 
 @pytest.fixture

@@ -40,6 +40,8 @@ class Fault(StrEnum):
     ERROR_500 = "500"
     ERROR_503 = "503, empty"
     BUSY_429 = "429"
+    REJECTED_400 = "400"
+    """Not a fault that may pass: the next try would hear the same."""
     # The server works on it, and nobody hears what it makes.
     HUNG_UP = "hung up"
     """The connection closes while the server is at work."""
@@ -66,10 +68,13 @@ class Fault(StrEnum):
     """It is delivered two times at once, as by a middle box that retries by itself; the better answer is passed on."""
 
 
-UNSEEN = frozenset({Fault.REFUSED, Fault.ERROR_500, Fault.ERROR_503, Fault.BUSY_429})
+FINAL = frozenset({Fault.REJECTED_400})
+UNSEEN = frozenset({Fault.REFUSED, Fault.ERROR_500, Fault.ERROR_503, Fault.BUSY_429, *FINAL})
 LOST = frozenset({Fault.HUNG_UP, Fault.GATEWAY_504, Fault.SLOW})
 HARMLESS = frozenset({Fault.TWICE})
 SPOILT = frozenset(Fault) - UNSEEN - LOST - HARMLESS
+PASSING = tuple(fault for fault in Fault if fault not in FINAL | HARMLESS)
+"""After these another try may succeed."""
 
 Plan = Callable[[str, int], Fault | None]
 """What is asked (the request without its id), and how often it came before: the fault that it meets."""
@@ -90,7 +95,7 @@ class RandomPlan:
 
     seed: int
     share: float
-    faults: Sequence[Fault] = tuple(Fault)
+    faults: Sequence[Fault] = (*PASSING, *HARMLESS)
 
     def __call__(self, asked: str, earlier: int) -> Fault | None:
         digest = hashlib.blake2b(f"{self.seed}:{earlier}:{asked}".encode(), digest_size=8).digest()
@@ -140,6 +145,10 @@ class FaultyProxy:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Break every connection; nobody listens any more."""
         if self._opening is not None:
             await self._opening
         await self._runner.cleanup()
@@ -187,9 +196,9 @@ class FaultyProxy:
         answer = await (self._delivered_twice(request, data) if fault is Fault.TWICE else self._asked(request, data))
         if fault is Fault.SLOW:
             await asyncio.sleep(self.delay)
-        if fault in SPOILT:
+        if fault in SPOILT and not _has_left(request):
             return await self._spoilt(request, fault, answer)
-        if answer.status == 200 and fault is not Fault.SLOW and not _has_left(request):
+        if answer.status == 200 and fault in (None, *HARMLESS) and not _has_left(request):
             self._last = json.loads(answer.body)
             record.answers.append(self._last)
         return answer.response() if answer.status else _cut(request)
@@ -201,6 +210,8 @@ class FaultyProxy:
             return web.Response(status=503)
         if fault is Fault.BUSY_429:
             return web.Response(status=429, text="slow down", headers={"Retry-After": "0"})
+        if fault is Fault.REJECTED_400:
+            return web.json_response({"error": {"message": "that cannot be done"}}, status=400)
         if self._opening is None or self._opening.done():
             self._opening = asyncio.create_task(self._close_for_a_moment())
         return _cut(request)
