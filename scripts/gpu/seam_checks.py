@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
-from sglang_spike import SGLangSpike
 
 from miles.types import GenerateRequest, SamplingParams
 
 if TYPE_CHECKING:
-    from seam_sglang import Lab
+    from seam_sglang import Attached, Lab
 
 VOCABULARY = 1024
 ANY_TOP_K = (1 << 30) - 1
@@ -31,12 +30,11 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(2, VOCABULARY), k=length)
 
 
-async def many(engine: SGLangSpike, count: int, length: int, name: str, **sampling: Any) -> list[tuple]:
+async def many(engine: Attached, count: int, length: int, name: str, **sampling: Any) -> list[tuple]:
     """`count` generations at once: pairs of request and result."""
-    experts = engine.routing is not None
     requests = [
         GenerateRequest(
-            f"{name}-{i}", prompt(i, 16 + 5 * i), SamplingParams(max_new_tokens=length, **sampling), i, experts
+            f"{name}-{i}", prompt(i, 16 + 5 * i), SamplingParams(max_new_tokens=length, **sampling), i, engine.routes
         )
         for i in range(count)
     ]
@@ -232,13 +230,14 @@ async def throughput(lab: Lab) -> dict[str, Any]:
         ("dense", "default, streams", True),
     ):
         engine, speeds = lab.engines[name], []
-        usual, engine.stream = engine.stream, streams
+        usual = engine.options.stream
+        engine.streaming(streams)
         for round_ in range(2):
             sampling = SamplingParams(max_new_tokens=256)
             requests = [GenerateRequest(f"t{round_}-{i}", prompt(i, 64), sampling, i) for i in range(256)]
             begun = time.perf_counter()
             results = await asyncio.gather(*[engine.generate(r) for r in requests])
             speeds.append(round(sum(len(r.tokens) for r in results) / (time.perf_counter() - begun)))
-        engine.stream = usual
+        engine.streaming(usual)
         figures[f"{what}: tokens/s, cold and warm"] = speeds
     return figures

@@ -93,7 +93,7 @@ async def push_in_flight(lab: Lab, server: str, mode: str, version: int, checkpo
     begun = time.perf_counter()
     if mode == "server retract":
         await raw(lab, server, "/pause_generation", {"mode": "retract"})
-        engine._mode = "in_place"  # so that the spike leaves the server's requests and cache alone
+        engine._flights.mode = "in_place"  # so that the engine leaves the server's requests and cache alone
     else:
         await engine.pause(mode)  # type: ignore[arg-type]
     figures: dict[str, Any] = {"seconds to pause": round(time.perf_counter() - begun, 3)}

@@ -4,9 +4,9 @@
 
 Builds a tiny Qwen3 and a tiny Qwen3-MoE with random weights, each in two versions, starts three servers side by side
 (`dense`; `moe`, which returns routed experts; `seeded`, deterministic, streaming, started without real weights), and
-runs the checks of `seam_checks.py` and `seam_control.py` through `sglang_spike.py`. New weights come from a second
-process on the same GPU, over CUDA IPC, or from disk; transformers' own forward pass is the reference. Every check's
-figures go to `$OUT/seam_sglang.json`, sample replies to `$OUT/replies.json`, and a table is printed last.
+runs the checks of `seam_checks.py` and `seam_control.py` through the engine of miles-sglang. New weights come from a
+second process on the same GPU, over CUDA IPC, or from disk; transformers' own forward pass is the reference. Every
+check's figures go to `$OUT/seam_sglang.json`, sample replies to `$OUT/replies.json`, and a table is printed last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sglang_spike import SGLangSpike
+from miles_sglang.engine import Deliver, SGLangEngine
+from miles_sglang.fleet import LONG
+from miles_sglang.options import ExternalOptions
+from miles_sglang.sender import Sender
+
+from miles.api import EngineContext
+from miles.toolkit import Shipment
 
 VOCABULARY, EOS = 1024, 1
 SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
@@ -218,6 +224,42 @@ class Trainer:
         await self._process.wait()
 
 
+class Attached(SGLangEngine):
+    """The engine of miles-sglang at a server that was started here, so that flags and sudden ends are this script's to
+    choose. Besides checkpoints it takes buckets that the other process made (`cuda_ipc`)."""
+
+    def __init__(self, url: str, checkpoint: Path, stream: bool = False):
+        from transformers import AutoConfig
+
+        context = EngineContext(
+            checkpoint=checkpoint,
+            hf_config=AutoConfig.from_pretrained(checkpoint),
+            tokenizer=None,
+            bridge=None,  # type: ignore[arg-type]  # names of weights are SGLang's to know
+            device="cuda",
+            dtype="bf16",
+            load_weights=True,
+            run_dir=checkpoint,
+        )
+        super().__init__(ExternalOptions(urls=(url,), stream=stream), context=context)
+        self.accepts |= {"cuda_ipc"}
+        self.routes = self._routing is not None
+
+    def streaming(self, stream: bool) -> None:
+        self.options = self.options.model_copy(update={"stream": stream})
+
+    def _from_disk(self, payload: Any) -> Deliver:
+        if isinstance(payload, Path):
+            return super()._from_disk(Shipment("", {"folder": str(payload)}))
+
+        async def deliver(sender: Sender) -> None:
+            async for bucket in payload:
+                body = {"serialized_named_tensors": bucket, "flush_cache": False}
+                await sender.tell("/update_weights_from_tensor", body, LONG, tries=1)
+
+        return deliver
+
+
 # --------------------------------------------------------------------------------------------------------- the lab
 
 
@@ -226,7 +268,7 @@ class Lab:
     """What the checks work with."""
 
     directory: Path
-    engines: dict[str, SGLangSpike]
+    engines: dict[str, Attached]
     processes: dict[str, subprocess.Popen]
     trainer: Trainer
     replies: dict[str, Any] = field(default_factory=dict)
@@ -285,9 +327,10 @@ async def session(directory: Path, out: Path, only: list[str], keep: bool) -> di
     results: dict[str, Any] = {"versions": versions(), "seconds": {}}
     try:
         begun = time.perf_counter()
-        engines = {name: SGLangSpike(f"http://127.0.0.1:{port}", VOCABULARY) for name, (port, *_) in SERVERS.items()}
-        engines["moe"].routing = (4, 4)
-        engines["seeded"].stream = True
+        engines = {
+            name: Attached(f"http://127.0.0.1:{port}", directory / checkpoint, stream=name == "seeded")
+            for name, (port, checkpoint, _) in SERVERS.items()
+        }
         lab = Lab(directory, engines, processes, Trainer())
 
         async def ready(name: str) -> None:

@@ -1,15 +1,79 @@
-"""The engines keep the contract of their kind."""
+"""The engines keep the contract of their kind: `sglang_external` before `miles serve`, `sglang` where SGLang is."""
+
+import asyncio
+import importlib.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from served import served
 
+from miles.config import Spec
 from miles.testing import RolloutEngineContract
+from miles.testing.contract import installed
+from miles.toolkit import Shipment
 
-pytest.skip("needs a server that speaks SGLang's API", allow_module_level=True)
+CHECKPOINT = "miles.builtins.disk_sync:read"
 
 
-class TestSGLang(RolloutEngineContract):
-    name = "sglang"
+@contextmanager
+def miles_serve(context) -> Iterator[str]:
+    """The torch engine behind HTTP, in a thread of its own: its address."""
+    ready, loop = threading.Event(), asyncio.new_event_loop()
+    found, over = [], asyncio.Event()
+
+    async def serve():
+        engine = installed().build("rollout_engines", Spec(name="torch"), context=context)
+        async with served(engine, context) as url:
+            found.append(url)
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    ready.wait(30)
+    try:
+        yield found[0]
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
 
 
 class TestExternal(RolloutEngineContract):
     name = "sglang_external"
+    transport = "disk"
+    bad_options = (
+        {"urls": []},
+        {"urls": ["localhost:1"], "timeout": 0},
+        {"urls": ["localhost:1"], "retries": -1},
+        {"urls": ["localhost:1"], "router_ip": "localhost"},
+    )
+
+    @pytest.fixture(autouse=True)
+    def server(self, monkeypatch, tmp_path):
+        with miles_serve(self.context()) as url:
+            monkeypatch.setattr(type(self), "options", {"urls": [url]})
+            self.folder = tmp_path
+            yield
+
+    async def send(self, engine, version, weights):
+        """As the transport `disk` does: a checkpoint, and its name."""
+        folder = self.folder / f"weight_v{version}"
+        folder.mkdir()
+        save_file(dict(weights), folder / "model.safetensors")
+        await engine.receive("disk", version, Shipment(CHECKPOINT, {"folder": str(folder)}))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None or not torch.cuda.is_available(), reason="needs SGLang and a GPU"
+)
+class TestSGLang(RolloutEngineContract):
+    name = "sglang"
+    patience = 600.0
+    seeded = False
+    bad_options = ({"tp_size": 0}, {"retries": -1}, {"port": 30000})
+    options = {"mem_fraction_static": 0.2, "enable_memory_saver": True}
