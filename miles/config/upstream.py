@@ -330,7 +330,7 @@ UNSUPPORTED: tuple[tuple[str, str], ...] = (
 
 PREFIXES: dict[str, Answer] = {
     "sglang-": Answer("replaced", "pip install miles-sglang, and --rollout-engine sglang"),
-    "router-": Answer("not in this version", "arguments of SGLang's router, but for --sglang-router-..."),
+    "router-": Answer("renamed", "--sglang-router-... VALUE"),
 }
 """Beginnings of flags that upstream hands through, when no installed engine takes them."""
 

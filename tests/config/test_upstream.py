@@ -143,7 +143,7 @@ def test_families_that_are_handed_through_are_answered_and_options_of_the_engine
     assert "pip install miles-sglang" in answer_to("--sglang-mem-fraction-static").remedy
     assert read("--torch-max-running", "5") == []
     assert read("--sglang-server-concurrency", "5") == []
-    assert answer_to("--router-policy").fate == "not in this version"
+    assert answer_to("--router-policy").remedy == "write --sglang-router-... VALUE"
 
 
 @pytest.mark.parametrize(
