@@ -1,0 +1,269 @@
+"""One fault at a time between the engine and a server: what the engine does, and that nothing is generated twice."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from faults import LOST, PASSING, UNSEEN, Fault, FaultyProxy, always, first
+from served import Oracle, Witness, served, tiny_context
+
+from miles.config import Spec
+from miles.errors import EngineError, EngineLostError
+from miles.plugins import load_plugins
+from miles.registry import Registry
+from miles.types import GenerateRequest, SamplingParams
+
+TIMEOUT = 0.5
+"""Of the client; late answers are later."""
+PATIENCE = 30.0
+
+
+@dataclass
+class Place:
+    """An engine, the proxy that it takes for a server, and the server."""
+
+    engine: object
+    proxy: FaultyProxy
+    server: Witness
+
+    @property
+    def oracle(self) -> Oracle:
+        return self.server.engine
+
+    async def counts(self):
+        return (await self.engine.health()).counts
+
+    async def until(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come about"
+            await asyncio.sleep(0.005)
+
+    async def idle(self):
+        """The server works on nothing any more."""
+        await self.until(lambda: not self.server.running)
+
+    @property
+    def record(self):
+        """What the proxy noted of the only request."""
+        (record,) = self.proxy.records.values()
+        return record
+
+
+def at(plan, story, retries=2, **options):
+    """Run `await story(place)` with an engine behind a proxy with this plan."""
+
+    async def whole():
+        context, server = tiny_context(), Witness(Oracle())
+        async with (
+            asyncio.timeout(2 * PATIENCE),
+            served(server, context) as url,
+            FaultyProxy(url, plan, delay=2 * TIMEOUT) as proxy,
+        ):
+            given = {"urls": [proxy.url], "timeout": TIMEOUT, "retries": retries, **options}
+            spec = Spec(name="sglang_external", options=given)
+            engine = Registry(load_plugins()).build("rollout_engines", spec, context=context)
+            await engine.start()
+            try:
+                return await story(Place(engine, proxy, server))
+            finally:
+                await engine.close()
+
+    return asyncio.run(whole())
+
+
+def ask(seed=7, id="r", length=4):
+    return GenerateRequest(id, [3, 4, 5], SamplingParams(max_new_tokens=length), seed=seed)
+
+
+KINDS = {
+    Fault.REFUSED: "unreachable",
+    Fault.HUNG_UP: "unreachable",
+    Fault.RESET: "unreachable",
+    Fault.ERROR_500: "refused",
+    Fault.ERROR_503: "refused",
+    Fault.BUSY_429: "refused",
+    Fault.GATEWAY_504: "refused",
+    Fault.SLOW: "timeouts",
+}
+"""What the engine counts a fault as; all others are `malformed`."""
+
+
+# ------------------------------------------------------------------------------------------- a fault that passes
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_fault_that_passes_costs_a_retry_and_nothing_else(fault):
+    async def story(place):
+        result = await place.engine.generate(ask())
+        await place.idle()
+        assert result.tokens == place.oracle.said(ask())
+        assert result.log_probs == [-0.5] * 4
+        first_rid, second_rid = place.record.rids
+        assert place.server.generated == {second_rid: 1} if fault in UNSEEN else {first_rid: 1, second_rid: 1}
+        counts = await place.counts()
+        assert (counts["retries"], counts[KINDS.get(fault, "malformed")]) == (1, 1)
+
+    at(first(fault), story)
+
+
+def test_two_deliveries_of_one_request_are_one_answer():
+    async def story(place):
+        result = await place.engine.generate(ask())
+        await place.idle()
+        assert result.tokens == place.oracle.said(ask())
+        (rid,) = place.record.rids
+        assert place.server.generated == {rid: 1}  # the server turned the second one away
+        assert not (await place.counts()).get("retries")
+
+    at(first(Fault.TWICE), story)
+
+
+def test_back_off_grows():
+    """So that a server which has too much to do is not asked the more, the less it can answer."""
+
+    async def story(place):
+        asked = []
+
+        def plan(_, earlier):
+            asked.append(time.monotonic())
+            return Fault.ERROR_503 if earlier < 4 else None
+
+        place.proxy.plan = plan
+        await place.engine.generate(ask())
+        pauses = [later - earlier for earlier, later in pairwise(asked)]
+        assert len(pauses) == 4
+        assert pauses[0] < pauses[2]
+        assert pauses[1] < pauses[3]
+
+    at(None, story, retries=5)
+
+
+def test_answers_that_were_exchanged_are_noticed():
+    """Each of many gets somebody else's answer first; all end with their own."""
+
+    async def story(place):
+        asked = [ask(seed=100 + i, id=str(i)) for i in range(20)]
+        results = await asyncio.gather(*(place.engine.generate(request) for request in asked))
+        assert [result.tokens for result in results] == [place.oracle.said(request) for request in asked]
+        assert (await place.counts())["malformed"] == 20
+
+    at(first(Fault.FOREIGN), story)
+
+
+# ------------------------------------------------------------------------------------------ a fault that does not
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR_500, Fault.BUSY_429, Fault.SLOW, Fault.RESET, Fault.HTML, Fault.NO_META])
+def test_a_fault_that_stays_is_an_error_of_the_request_alone(fault):
+    """The server is there; what it cannot do for this request it can do for another."""
+
+    async def story(place):
+        with pytest.raises(EngineError) as raised:
+            await place.engine.generate(ask())
+        await place.idle()
+        assert not isinstance(raised.value, EngineLostError)
+        assert len(place.record.rids) == len(set(place.record.rids)) == 3
+        counts = await place.counts()
+        assert (counts["retries"], counts[KINDS.get(fault, "malformed")]) == (2, 3)
+        assert set(place.server.generated.values()) <= {1}
+        place.proxy.plan = first()
+        assert (await place.engine.generate(ask(seed=8))).tokens == place.oracle.said(ask(seed=8))
+
+    at(always(fault), story)
+
+
+def test_a_server_that_is_nowhere_is_lost():
+    async def story(place):
+        await place.proxy.close()
+        with pytest.raises(EngineLostError):
+            await place.engine.generate(ask())
+        with pytest.raises(EngineLostError):
+            await place.engine.health()
+
+    at(first(), story)
+
+
+def test_a_server_that_is_away_for_a_moment_is_not_lost():
+    """Nobody listens when the last try has failed and it is asked whether it is there."""
+
+    async def story(place):
+        place.proxy.closed = 0.3
+        with pytest.raises(EngineError) as raised:
+            await place.engine.generate(ask())
+        assert not isinstance(raised.value, EngineLostError)
+        place.proxy.plan = first()
+        assert (await place.engine.generate(ask())).tokens == place.oracle.said(ask())
+
+    at(always(Fault.REFUSED), story, retries=0)
+
+
+@pytest.mark.parametrize("tokens", [[], [1] * 256, [10**6]])
+def test_a_request_that_cannot_be_served_is_not_sent(tokens):
+    async def story(place):
+        with pytest.raises(EngineError) as raised:
+            await place.engine.generate(GenerateRequest("r", tokens, SamplingParams()))
+        assert not isinstance(raised.value, EngineLostError)
+        assert place.proxy.records == {}
+
+    at(first(), story)
+
+
+def test_what_the_server_rejects_is_not_asked_again():
+    async def story(place):
+        with pytest.raises(EngineError, match="that cannot be done") as raised:
+            await place.engine.generate(ask())
+        assert not isinstance(raised.value, EngineLostError)
+        assert len(place.record.rids) == 1
+        assert not (await place.counts()).get("retries")
+
+    at(always(Fault.REJECTED_400), story)
+
+
+# --------------------------------------------------------------------------- nobody works for those who have left
+
+
+@pytest.mark.parametrize("fault", [None, *LOST])
+def test_what_nobody_waits_for_is_ended_on_the_server(fault):
+    """The proxy tells no server that a client has left: the engine has to say so, of every attempt."""
+
+    async def story(place):
+        place.oracle.stuck = True
+        with pytest.raises(EngineError):
+            await place.engine.generate(ask())
+        await place.idle()
+        assert place.server.generated == dict.fromkeys(place.record.rids, 1)
+        assert set(place.record.rids) == set(place.proxy.aborted)
+
+    at(lambda asked, earlier: fault, story, retries=1)
+
+
+def test_whoever_stops_waiting_takes_his_request_along():
+    async def story(place):
+        place.oracle.stuck = True
+        task = asyncio.create_task(place.engine.generate(ask()))
+        await place.until(lambda: place.server.running)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await place.idle()
+        assert len(place.record.rids) == 1
+
+    at(first(), story, timeout=PATIENCE)
+
+
+def test_an_abort_ends_a_request_that_waits_for_its_next_try():
+    async def story(place):
+        task = asyncio.create_task(place.engine.generate(ask()))
+        await place.until(lambda: len(place.proxy.records) and len(place.record.rids) == 3)
+        await place.engine.abort("r")
+        result = await task
+        assert (result.finish_reason, result.tokens) == ("abort", [])
+        tries = len(place.record.rids)
+        place.proxy.plan = first()
+        await place.engine.generate(ask(seed=8, id="other"))
+        assert len(place.proxy.records[next(iter(place.proxy.records))].rids) == tries
+
+    at(always(Fault.ERROR_503), story, retries=1000)
