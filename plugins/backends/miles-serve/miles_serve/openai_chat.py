@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
-from miles.api import ConfigError, GenerateRequest
+from miles.api import ChatFormat, ConfigError, GenerateRequest
 from miles_serve.chat import Answer, ChatLayer, Piece
 from miles_serve.concurrent import all_of, merged
 from miles_serve.errors import RequestError
@@ -36,9 +38,6 @@ class Chat:
         """How answers are read: see `ChatLayer.stream`."""
         return {"calls": bool(self.body.offered), "trim": not self.body.no_stop_trim}
 
-    def writer(self, index: int) -> MessageWriter:
-        return MessageWriter(f"{self.id.partition('-')[2][:16]}{index}")
-
     def extras(self, index: int, tokens: Sequence[int], log_probs: Sequence[float], first: bool) -> dict[str, Any]:
         """What a choice, or a piece of it, says of its tokens. `first`: the prompt's are told with them."""
         body = self.body
@@ -64,15 +63,20 @@ def understood(service: Service, body: ChatBody) -> Chat:
 
 def layer_for(service: Service, template_kwargs: Mapping[str, Any]) -> ChatLayer:
     """The chat layer, with these options of the template."""
-    chat = service.chat
-    if template_kwargs:
-        if service.chat_with is None:
-            raise RequestError("chat_template_kwargs are not supported by this server.", param="chat_template_kwargs")
-        try:
-            chat = service.chat_with(template_kwargs)
-        except ConfigError as error:
-            raise RequestError(str(error), param="chat_template_kwargs") from error
+    chat = _with_options(service, template_kwargs) if template_kwargs else service.chat
     return ChatLayer(chat, service.pieces, service.generate, service.stream)
+
+
+def _with_options(service: Service, template_kwargs: Mapping[str, Any]) -> ChatFormat:
+    """Options of the template are a client's to choose; the template and how it is called are not."""
+    name = "chat_template_kwargs"
+    taken = sorted(template_kwargs.keys() & inspect.signature(service.tokenizer.apply_chat_template).parameters.keys())
+    if taken or service.chat_with is None:
+        raise RequestError(f"{name}: {', '.join(taken or template_kwargs)} cannot be set here.", param=name)
+    try:
+        return service.chat_with(template_kwargs)
+    except ConfigError as error:
+        raise RequestError(str(error), param=name) from error
 
 
 def _one_call(layer: ChatLayer, body: ChatBody) -> tuple[str, ...]:
@@ -97,7 +101,7 @@ async def reply(chat: Chat) -> web.Response:
 
 
 def _choice(chat: Chat, index: int, answer: Answer) -> dict[str, Any]:
-    writer, result = chat.writer(index), answer.result
+    writer, result = MessageWriter(), answer.result
     choice = {
         "index": index,
         "message": writer.message(chat.layer.said(answer, **chat.reading)),
@@ -112,18 +116,19 @@ def _choice(chat: Chat, index: int, answer: Answer) -> dict[str, Any]:
 async def stream(chat: Chat, events: EventStream) -> web.StreamResponse:
     """The answers while they are made: the role first, then what was said, and why it ended."""
     envelope = Envelope(chat.service.model, "chat.completion.chunk", chat.id)
-    writers = [chat.writer(index) for index in range(len(chat.requests))]
+    writers = [MessageWriter() for _ in chat.requests]
     begun: set[int] = set()
     answers: dict[int, Answer] = {}
     sources = [chat.layer.stream(request, **chat.reading) for request in chat.requests]
-    async for index, piece in merged(sources):
-        if index not in begun:
-            await events.send(envelope.around([_delta(index, {"role": "assistant", "content": ""})]))
-        for choice in _choices(chat, index, piece, writers[index], index not in begun):
-            await events.send(envelope.around([choice]))
-        begun.add(index)
-        if piece.answer:
-            answers[index] = piece.answer
+    async with aclosing(merged(sources)) as pieces:
+        async for index, piece in pieces:
+            if index not in begun:
+                await events.send(envelope.around([_delta(index, {"role": "assistant", "content": ""})]))
+            for choice in _choices(chat, index, piece, writers[index], index not in begun):
+                await events.send(envelope.around([choice]))
+            begun.add(index)
+            if piece.answer:
+                answers[index] = piece.answer
     if chat.body.stream_options and chat.body.stream_options.include_usage:
         results = [answers[index].result for index in range(len(chat.requests))]
         await events.send(envelope.around([], usage=usage(chat.requests, results)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,11 +52,10 @@ def _arguments(given: str | dict[str, Any]) -> Any:
 
 
 class MessageWriter:
-    """What was said, as OpenAI's fields. Numbers the calls of one choice."""
+    """What was said in one choice, as OpenAI's fields. Its calls have ids that no other turn of a conversation has."""
 
-    def __init__(self, call_ids: str):
-        """`call_ids`: what the ids of its calls begin with; unique in a conversation."""
-        self.call_ids = call_ids
+    def __init__(self) -> None:
+        self.id = secrets.token_hex(8)
         self.calls = 0
 
     def delta(self, said: Said) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class MessageWriter:
             return {"content": said.text}
         index, self.calls = self.calls, self.calls + 1
         function = {"name": said.call.name, "arguments": json.dumps(said.call.arguments, ensure_ascii=False)}
-        call = {"index": index, "id": f"call_{self.call_ids}_{index}", "type": "function", "function": function}
+        call = {"index": index, "id": f"call_{self.id}_{index}", "type": "function", "function": function}
         return {"tool_calls": [call]}
 
     def message(self, said: Sequence[Said]) -> dict[str, Any]:

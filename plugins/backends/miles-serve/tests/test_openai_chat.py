@@ -407,8 +407,10 @@ def test_options_of_the_template(lab, playing):
     server = playing(engine, chat_with=chat_with)
     ask(server, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     assert given == [{"enable_thinking": False}]
-    with pytest.raises(openai.BadRequestError, match="chat_template_kwargs are not supported"):
+    with pytest.raises(openai.BadRequestError, match="a cannot be set here"):
         ask(playing(engine), extra_body={"chat_template_kwargs": {"a": 1}})
+    with pytest.raises(openai.BadRequestError, match="chat_template cannot be set here"):
+        ask(server, extra_body={"chat_template_kwargs": {"chat_template": "{{ 'mine' }}", "enable_thinking": False}})
 
 
 def test_options_that_the_chat_format_does_not_know(lab, playing):
