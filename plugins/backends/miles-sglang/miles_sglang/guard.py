@@ -22,6 +22,7 @@ def main(parent: int, grace: float, command: Sequence[str]) -> int:
     """The command's exit code, as a shell gives it: 128 and the signal for one that was killed."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # sent to the whole group: the command decides what it does then
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # some parents ignore it, and exit codes are lost then
     running = subprocess.Popen(command)
     while os.getppid() == parent:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import signal
@@ -16,10 +17,15 @@ from pathlib import Path
 
 from miles_sglang import guard
 
-GRACE = 10.0
-"""Seconds from SIGTERM to SIGKILL."""
+logger = logging.getLogger(__name__)
+
+GRACE = 3.0
+"""Seconds from SIGTERM to SIGKILL: what a server would finish in more, nobody waits for any more."""
+UNKILLABLE = 30.0
+"""Seconds from SIGKILL until a process that a driver does not let go of is left to the system."""
 TAIL = 20
 """Lines of its log that an error shows."""
+TAIL_BYTES = 64 * 1024
 LOOK = 0.05
 """Seconds between two looks at a process that is ending."""
 
@@ -71,10 +77,13 @@ class GuardedProcess:
 
     def last_lines(self) -> str:
         """Of its log, and where that is."""
-        with suppress(OSError):
-            lines = self.log.read_text(errors="replace").splitlines()[-TAIL:]
-            return "\n".join([f"the last lines of {self.log}:", *(f"    {line}" for line in lines)])
-        return f"its log {self.log} cannot be read"
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
+                lines = log.read().decode(errors="replace").splitlines()[-TAIL:]
+        except OSError as error:
+            return f"its log {self.log} cannot be read: {error.strerror}"
+        return "\n".join([f"the last lines of {self.log}:", *(f"    {line}" for line in lines)])
 
     async def stop(self) -> None:
         """SIGTERM to the whole group, and SIGKILL to what is left of it when the program has ended, or does not."""
@@ -84,7 +93,10 @@ class GuardedProcess:
         _signal(group.pid, signal.SIGTERM)
         last = time.monotonic() + self.grace
         while not self._ended(group):
-            if time.monotonic() > last:
+            if (late := time.monotonic() - last) > UNKILLABLE:
+                logger.warning("%s (process %d) does not end; its log is %s", self.name, group.pid, self.log)
+                return
+            if late > 0:
                 _signal(group.pid, signal.SIGKILL)
             await asyncio.sleep(LOOK)
 
@@ -93,8 +105,9 @@ class GuardedProcess:
         that, so that its number can be nobody else's."""
         if group.returncode is not None:
             return True
-        if os.waitid(os.P_PID, group.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return False
+        with suppress(ChildProcessError):  # somebody in this process waits for every child: it is gone already
+            if os.waitid(os.P_PID, group.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                return False
         _signal(group.pid, signal.SIGKILL)
         return group.poll() is not None
 

@@ -99,6 +99,15 @@ def test_one_that_ends_at_once_is_an_error_with_the_end_of_its_log(tmp_path):
     assert len(said.splitlines()) == 22
 
 
+def test_it_is_noticed_where_children_that_end_are_nobody_s_business(tmp_path):
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with pytest.raises(EngineError, match=r"server sglang-0 ended with exit code \d+;(.|\n)*out of memory"):
+            asyncio.run(server(tmp_path, behave="die").start())
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_one_that_never_answers_is_given_up_and_ended(tmp_path, pids):
     one = server(tmp_path, behave="hang", timeout=1.0, pids=str(tmp_path / "pids"))
     with pytest.raises(EngineError, match=r"was not healthy within 1 s; the last lines of .*sglang-0\.log:\n    # 20"):
