@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from miles.cli import Call
 
 if TYPE_CHECKING:
+    from miles.api import ChatFormat
+    from miles.build import Model
     from miles.config.load import Resolved
     from miles_serve.service import Service
 
 HELP = """usage: miles serve CHECKPOINT [--port 30000] [--engine NAME] [--flag value] [--section.key=value]
 
 Answers over HTTP with a model: SGLang's API (/generate, control) and OpenAI's (/v1/chat/completions, /v1/completions).
-CHECKPOINT is a Hugging Face folder, or a name on the hub.
+CHECKPOINT is a Hugging Face folder, a name on the hub, or a run directory of miles, of which the newest checkpoint is
+taken (or one of its checkpoints/step_NNNNNN).
   --host HOST                     where to listen [127.0.0.1: this machine only]
   --port PORT                     0 takes one that is free [30000]
   --api-key-variable NAME         environment variable with the key that clients have to send [none: no key]
@@ -39,10 +46,13 @@ LARGEST_PORT = 65535
 class Wishes:
     """What the command line says of the server itself."""
 
+    checkpoint: str
+    run: Path | None
+    """The run directory whose checkpoint it is, if it is one of miles."""
     host: str
     port: int
     api_key: str | None
-    name: str | None
+    name: str
     dtype: str
     incremental: bool
 
@@ -58,16 +68,24 @@ def run(call: Call) -> int:
     from miles.log import speak
 
     wishes = _wishes(call)
-    extra = _for_the_engine(call) + _model(call, wishes.dtype)
-    resolved, _ = resolve_call(call, "show", extra, own=OWN)
+    extra = _for_the_engine(call)
+    extra += ["--hf-checkpoint", wishes.checkpoint] if wishes.run is None else []
+    resolved, _ = resolve_call(call, "show", [*extra, *_dtype(call, wishes)], own=OWN)
     speak()
     asyncio.run(_serve(resolved, wishes))
     return 0
 
 
 def _wishes(call: Call) -> Wishes:
+    """Taken out of the command line. What is left is for the configuration, that of a run of miles included."""
     from miles.api import ConfigError
 
+    if not call.words or call.words[0].startswith("-"):
+        raise ConfigError("miles serve needs a checkpoint: `miles serve CHECKPOINT`, a Hugging Face folder or hub name")
+    checkpoint = call.words.pop(0)
+    run = _run_of(Path(checkpoint))
+    if run is not None:
+        call.words.insert(0, str(run / "config.yaml"))
     host, port = call.take_value("--host") or "127.0.0.1", call.take_value("--port") or "30000"
     if not port.isdecimal() or int(port) > LARGEST_PORT:
         raise ConfigError(f"--port {port}: must be a number from 0 (one that is free) to {LARGEST_PORT}")
@@ -75,8 +93,22 @@ def _wishes(call: Call) -> Wishes:
     key = os.environ.get(variable) if variable else None
     if variable and not key:
         raise ConfigError(f"--api-key-variable {variable}: the environment variable {variable} is not set")
-    name, dtype = call.take_value("--served-model-name"), call.take_value("--dtype") or "auto"
-    return Wishes(host, int(port), key, name, dtype, call.take("--incremental-streaming-output"))
+    return Wishes(
+        checkpoint,
+        run,
+        host,
+        int(port),
+        api_key=key,
+        name=call.take_value("--served-model-name") or checkpoint,
+        dtype=call.take_value("--dtype") or "auto",
+        incremental=call.take("--incremental-streaming-output"),
+    )
+
+
+def _run_of(path: Path) -> Path | None:
+    """The run directory that a path is, or that it is a checkpoint in."""
+    candidates = (path, *path.absolute().parents[:2])
+    return next((p for p in candidates if (p / "config.yaml").is_file() and (p / "checkpoints").is_dir()), None)
 
 
 def _for_the_engine(call: Call) -> list[str]:
@@ -90,22 +122,16 @@ def _for_the_engine(call: Call) -> list[str]:
     return found
 
 
-def _model(call: Call, dtype: str) -> list[str]:
-    """The checkpoint and what it is computed in, as the configuration spells them."""
-    from miles.api import ConfigError
+def _dtype(call: Call, wishes: Wishes) -> list[str]:
+    """What is computed in, as the configuration spells it; a run's own type stays unless another is asked for."""
+    if wishes.dtype != "auto":
+        return ["--train-dtype", wishes.dtype]
+    if wishes.run is not None:
+        return []
+    from miles.modeling import resolve_device
 
-    if call.words and not call.words[0].startswith("-"):
-        checkpoint = ["--hf-checkpoint", call.words.pop(0)]
-    elif any(word.partition("=")[0] in ("--hf-checkpoint", "--model.hf_checkpoint") for word in call.words):
-        checkpoint = []
-    else:
-        raise ConfigError("miles serve needs a checkpoint: `miles serve CHECKPOINT`, a Hugging Face folder or hub name")
-    if dtype == "auto":
-        from miles.modeling import resolve_device
-
-        on_gpu = resolve_device(_value(call, "--device") or "auto").startswith("cuda")
-        dtype = "bf16" if on_gpu else "fp32"
-    return [*checkpoint, "--train-dtype", dtype]
+    on_gpu = resolve_device(_value(call, "--device") or "auto").startswith("cuda")
+    return ["--train-dtype", "bf16" if on_gpu else "fp32"]
 
 
 def _value(call: Call, flag: str) -> str | None:
@@ -118,6 +144,8 @@ async def _serve(resolved: Resolved, wishes: Wishes) -> None:
 
     async with AsyncExitStack() as stack:
         service = await _service(resolved, wishes, stack)
+        gc.collect()
+        gc.freeze()  # what was built lives as long as the process; to look through it again costs half a second
         async with listening(service, wishes.host, wishes.port) as url:
             print(f"miles: serving {service.model} at {url} (SGLang's API, and OpenAI's under /v1)", flush=True)
             number = await until_stopped()
@@ -127,40 +155,58 @@ async def _serve(resolved: Resolved, wishes: Wishes) -> None:
 async def _service(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) -> Service:
     """The model and its engine, which is started. Closing it is left to the stack."""
     from miles.api import ConfigError
-    from miles.build import context_limit, load_model
-    from miles.crew import engine_setup, make_crew, make_engine
-    from miles.modeling import chat_format_for, end_token_ids
+    from miles.build import context_limit
+    from miles.modeling import end_token_ids
     from miles_serve.service import Service
 
     config, registry = resolved.config, resolved.registry
     registry.plugins.hook.miles_configure(config=config)
-    model = load_model(config, registry)
-    crew = make_crew(config, registry, stack, trains=False)
-    setup = engine_setup(crew, config.rollout.engine, model.checkpoint, load_weights=True)
-    engine = await make_engine(crew, setup, stack)
+    model, engine = await _started(resolved, wishes, stack)
     if not engine.generates:
         raise ConfigError(f"--engine {config.rollout.engine.name}: it generates nothing that could be served")
-    ends = end_token_ids(model.checkpoint)
-    own = (model.tokenizer.eos_token_id, *ends)
     limits = [limit for limit in (context_limit(config, model), getattr(engine, "max_len", None)) if limit]
-
-    def chat_with(options):
-        told = config.data.model_copy(update={"chat_template_kwargs": {**config.data.chat_template_kwargs, **options}})
-        return chat_format_for(
-            registry, config.model_copy(update={"data": told}), model.hf_config, model.tokenizer, ends
-        )
-
+    if not limits:
+        raise ConfigError("neither the model nor the engine says how long a sequence may be: --rollout-max-context-len")
+    ends = (model.tokenizer.eos_token_id, *end_token_ids(model.checkpoint))
     return Service(
         engine=engine,
         chat=model.chat,
         tokenizer=model.tokenizer,
         hf_config=model.hf_config,
-        model=wishes.name or str(config.model.hf_checkpoint),
+        model=wishes.name,
         model_path=str(model.checkpoint),
         context_length=min(limits),
-        end_token_ids=tuple(dict.fromkeys(token for token in own if token is not None)),
-        chat_with=chat_with,
+        end_token_ids=tuple(dict.fromkeys(token for token in ends if token is not None)),
+        chat_with=partial(_chat_with, resolved, model),
         api_key=wishes.api_key,
         incremental=wishes.incremental,
         version=(await engine.health()).weight_version,
     )
+
+
+async def _started(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) -> tuple[Model, Any]:
+    """The model and the engine that holds its weights: those of Hugging Face, or, by way of the trainer, of a run."""
+    from miles.build import evaluation_parts, load_model
+    from miles.checkpoint import find_checkpoint
+    from miles.crew import engine_setup, make_crew, make_engine
+
+    config, registry = resolved.config, resolved.registry
+    if wishes.run is not None:
+        checkpoint = find_checkpoint(Path(wishes.checkpoint))
+        parts = await evaluation_parts(config, registry, stack, checkpoint)
+        return parts.model, parts.front.engines[0]
+    model = load_model(config, registry)
+    crew = make_crew(config, registry, stack, trains=False)
+    setup = engine_setup(crew, config.rollout.engine, model.checkpoint, load_weights=True)
+    return model, await make_engine(crew, setup, stack)
+
+
+def _chat_with(resolved: Resolved, model: Model, options: Mapping[str, Any]) -> ChatFormat:
+    """The chat format with other options of its template."""
+    from miles.modeling import chat_format_for, end_token_ids
+
+    data = resolved.config.data
+    told = data.model_copy(update={"chat_template_kwargs": {**data.chat_template_kwargs, **options}})
+    config = resolved.config.model_copy(update={"data": told})
+    ends = end_token_ids(model.checkpoint)
+    return chat_format_for(resolved.registry, config, model.hf_config, model.tokenizer, ends)

@@ -75,3 +75,14 @@ def test_it_serves_until_a_signal(lab):
             assert "SIGTERM: stopping" in process.stderr.read()
         finally:
             process.kill()
+
+
+def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path):
+    from miles_serve.command import _run_of
+
+    step = tmp_path / "run" / "checkpoints" / "step_000060"
+    step.mkdir(parents=True)
+    assert _run_of(tmp_path / "run") is None
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    assert _run_of(tmp_path / "run") == _run_of(step) == tmp_path / "run"
+    assert _run_of(lab.tiny.saved("llama")) is None

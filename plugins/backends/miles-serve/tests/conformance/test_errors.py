@@ -52,8 +52,8 @@ def test_what_is_no_json_is_refused(server):
 
 
 def test_tokens_outside_the_vocabulary_are_refused(server):
-    if not (server.ours or server.text):
-        pytest.skip("they end an SGLang without a tokenizer")
+    if not server.ours:
+        pytest.skip("SGLang does not look at them, and may end")
     for token in (server.vocabulary, 2**40):
         assert server.client.post("/generate", server.body([1, token])).status == 400
     alive(server)
