@@ -159,7 +159,7 @@ class Run:
         except RunInterrupted:
             await self.parts.front.abort()
             raise
-        await self.recovery.started()
+        await self.recovery.find_lost()
         return result
 
     async def push_weights(self) -> Metrics:

@@ -13,25 +13,39 @@ from miles.builtins.torch_engine.engine import TorchEngine
 
 
 class Fragile(TorchEngine):
-    """Dies of its `dies_at`th request, with all that it is doing, and loses its weights. Spoils its `spoils`th sync."""
+    """Dies of its `dies_at`th request, with all that it is doing, or after its `leaves_at`th answer, and loses its
+    weights. Spoils its `spoils`th sync."""
 
-    dies_at, spoils = 0, 0
-    asked = received = life = 0
+    dies_at, leaves_at, spoils = 0, 0, 0
+    asked = answered = received = life = 0
     log: list = []
 
     async def generate(self, request):
         cls, life = type(self), self.life
         cls.asked += 1
         if cls.asked == cls.dies_at:
-            self.log.append("dies")
-            self.life += 1
-            self.dying = asyncio.ensure_future(self.close())
+            self._die()
         try:
-            return await super().generate(request)
+            result = await super().generate(request)
         except EngineError as error:
             if self._ended or life != self.life:
                 raise EngineLostError(f"it died: {error}") from error
             raise
+        cls.answered += 1
+        if cls.answered == cls.leaves_at:
+            self._die()
+            await self.dying
+        return result
+
+    def _die(self):
+        self.log.append("dies")
+        self.life += 1
+        self.dying = asyncio.ensure_future(self.close())
+
+    async def health(self):
+        if self._ended:
+            raise EngineLostError("it died")
+        return await super().health()
 
     async def restart(self):
         self.log.append("restarts")
@@ -64,8 +78,9 @@ class Plugin:
 def run(config, tmp_path, monkeypatch):
     """Train with an engine that fails as it is told."""
 
-    def train(name, dies_at=0, spoils=0, **rollout):
-        engine = type("Fragile", (Fragile,), {"dies_at": dies_at, "spoils": spoils, "log": []})
+    def train(name, dies_at=0, leaves_at=0, spoils=0, **rollout):
+        told = {"dies_at": dies_at, "leaves_at": leaves_at, "spoils": spoils}
+        engine = type("Fragile", (Fragile,), {**told, "log": []})
         monkeypatch.setitem(sys.modules, "fragile", types.SimpleNamespace(Fragile=engine))
         where = {"run": config["run"] | {"dir": str(tmp_path / name), "report": False}}
         settings = config | where | {"rollout": config["rollout"] | {"engine": "fragile"} | rollout}
@@ -81,6 +96,14 @@ def test_an_engine_that_dies_in_the_middle_of_a_rollout(run, tmp_path):
     assert log == ["receives 0", "receives 1", "dies", "restarts", "receives 1", "receives 2"]
     assert [line.get("rollout/engine/restarts") for line in metrics(tmp_path / "lost")] == [None, 0.0, 1.0]
     assert_same_end(tmp_path / "whole", tmp_path / "lost", but=("rollout/engine/", "rollout/cached_ratio"))
+
+
+def test_an_engine_that_dies_after_its_last_answer(run, tmp_path):
+    """Eight prompts of evaluation, and the sixteen samples of a batch: it is found before the trainer's turn."""
+    run("whole")
+    _, log = run("left", leaves_at=24)
+    assert log == ["receives 0", "dies", "restarts", "receives 1", "receives 2"]
+    assert_same_end(tmp_path / "whole", tmp_path / "left", but=("rollout/engine/", "rollout/cached_ratio"))
 
 
 def test_a_weight_sync_that_fails_is_done_again(run, tmp_path):
