@@ -29,6 +29,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from cases import Book, GpuWatch, descendants, out_folder, run_process, tail
 from main_job import RECIPE, ROOT, make_problems, overlay
 from servers import THROUGH_MILES
@@ -57,6 +59,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 SMALL = {"0.6B": "tiny", "moe": "tiny-moe"}
 PHASES = ("step", "generate", "rollout", "workers", "train", "move", "sync")
 SHARES = {"perf/overhead_share": "overhead_share", "perf/generate_tokens_per_second": "generate_tokens_per_second"}
+ENGINE = "rollout/engine/"
 SERVER = "sglang.launch_server"
 """In the command line of a server's main process, and of the guard before it, which is not meant."""
 
@@ -73,7 +76,6 @@ class Watch:
         self.differences: list[dict[str, float]] = []
         self.batches: list[dict[str, Any]] = []
         self.syncs: list[dict[str, float]] = []
-        self.counts: dict[str, float] = {}
         self.killed: dict[str, Any] = {}
         self.answered = 0
 
@@ -139,11 +141,11 @@ class Watch:
             "new_tokens": sum(sample.response_length for sample in samples),
             "versions": sorted({int(v) for s in samples for v in s.columns["weight_version"][s.prompt_length :]}),
             "failed_ratio": metrics["rollout/failed_ratio"],
+            "engine": {k.removeprefix(ENGINE): v for k, v in metrics.items() if k.startswith(ENGINE) and v},
         }
         if self.routes:
             found |= coverage(samples)
         self.batches.append(found)
-        self.counts = {name: value for name, value in metrics.items() if name.startswith("rollout/engine/")}
 
     @hookimpl
     def miles_on_train_step_end(self, run: Any, step: int, metrics: Any) -> None:
@@ -222,7 +224,6 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
         "differences": watch.differences,
         "batches": watch.batches,
         "syncs": watch.syncs,
-        "engine_counts": watch.counts,
         "killed": watch.killed,
         "windows": {phase: watch.windows(phase) for phase in ("rollout", "train", "sync")},
     }
@@ -247,6 +248,7 @@ def trained(settings: dict[str, Any], words: Sequence[str], watch: Watch, run_di
         run_training(resolved)
     except miles.errors.MilesError as failure:
         error = f"{type(failure).__name__}: {failure}"
+        traceback.print_exc()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
     steps = []
     for line in lines:
@@ -295,7 +297,6 @@ def leftovers(folder: Path) -> list[str]:
 
 def prepare_heads(data: Path, seed: int, head_dim: int) -> None:
     """The quickstart's data, its model with heads of another width."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     imported(ROOT / "examples/quickstart/prepare.py").prepare(data, seed)
@@ -367,7 +368,7 @@ def more(book: Book) -> None:
         calls = {name: [round(s, 4) for s in seconds] for name, seconds in figures.get("calls", {}).items()}
         idle = json.dumps(figures.get("idle"))
         print(f"{case}: {figures.get('seconds', 0):.0f} s; calls {json.dumps(calls)}; idle {idle}")
-        for name in ("killed", "engine_counts", "left_behind"):
+        for name in ("killed", "left_behind"):
             if figures.get(name):
                 print(f"    {name}: {json.dumps(figures[name])[:400]}")
         print(f"    batches: {json.dumps(figures.get('batches'))[:600]}")
@@ -389,6 +390,8 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
+        if arguments.device == "cpu":  # a server that is no child of ours can open only files
+            torch.multiprocessing.set_sharing_strategy("file_system")
         figures = child(arguments.cases[0], arguments, arguments.child)
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return

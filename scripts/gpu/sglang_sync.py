@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from cases import Book, GpuWatch, out_folder, run_process, tail
 from main_job import RECIPE, make_problems, overlay, synchronize
+from miles_sglang.weights import hand_over
 from servers import THROUGH_MILES
 from shapes import make_checkpoint
 from training import drawn_weights
@@ -149,7 +150,7 @@ def timed(function: Callable, into: list[float]) -> Callable:
 
 
 def settings_of(arguments: argparse.Namespace, folder: Path, shape: str) -> dict[str, Any]:
-    make_checkpoint(folder / "model", shape, weights=False)
+    make_checkpoint(folder / "model", shape, weights=arguments.device == "cpu")  # a stand-in for SGLang reads them
     make_problems(folder)
     settings = overlay(
         folder,
@@ -192,7 +193,7 @@ async def syncs(arguments: argparse.Namespace, run: Run, folder: Path) -> list[d
     engine.receive = timed(engine.receive, receives)  # type: ignore[method-assign]
     with Requests() as requests:
         for mib in arguments.buckets:
-            use_bucket(engine, mib * MIB)
+            use_bucket(mib * MIB)
             for repeat in range(arguments.repeats):
                 run.step += 1
                 async with run.residency.training():
@@ -223,9 +224,10 @@ async def syncs(arguments: argparse.Namespace, run: Run, folder: Path) -> list[d
     return found
 
 
-def use_bucket(engine: Any, nbytes: int) -> None:
-    """Have an engine of this process send buckets of this size."""
-    engine.bucket_bytes = nbytes
+def use_bucket(nbytes: int) -> None:
+    """Have the engine of this process send buckets of this size."""
+    assert hand_over.__kwdefaults__["limit"]
+    hand_over.__kwdefaults__["limit"] = nbytes
 
 
 async def naps(engine: Any) -> dict[str, list[float]]:
@@ -299,6 +301,8 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
+        if arguments.device == "cpu":  # a server that is no child of ours can open only files
+            torch.multiprocessing.set_sharing_strategy("file_system")
         figures = asyncio.run(measure(arguments, arguments.child, arguments.shapes[0]))
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return
