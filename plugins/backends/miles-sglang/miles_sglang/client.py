@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
@@ -22,7 +22,11 @@ QUOTED = 500
 PASSING = frozenset({408, 425, 429})
 """Statuses, besides those from 500 on, of a server that may answer another time."""
 
+FAILURES = (aiohttp.ClientError, ConnectionError)
+"""What a connection that is not made, or breaks, raises. (Also when it takes too long to be made.)"""
+
 Body = Mapping[str, Any] | None
+Headers = Mapping[str, str] | None
 
 
 class PassingError(EngineError):
@@ -59,9 +63,7 @@ class Client:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
 
-    async def ask(
-        self, url: str, body: Body = None, timeout: float | None = None, headers: Mapping[str, str] | None = None
-    ) -> Any:
+    async def ask(self, url: str, body: Body = None, timeout: float | None = None, headers: Headers = None) -> Any:
         """POST `body`, or GET without one. The answer's JSON.
 
         Raises:
@@ -80,42 +82,46 @@ class Client:
         if data.startswith(b"{") and _json(url, data).get("success") is False:
             raise EngineError(f"{url} failed: {_quoted(data)}")
 
-    async def events(self, url: str, body: Body, headers: Mapping[str, str] | None = None) -> AsyncGenerator[Any, None]:
+    async def events(self, url: str, body: Body, headers: Headers = None) -> AsyncGenerator[Any, None]:
         """POST and receive the answer's chunks (server-sent events), each as JSON.
 
         Raises:
             PassingError, EngineError: as `ask`; and the stream ends without saying so.
         """
-        async with self._sent(url, body, headers) as reply:
-            if reply.status != 200:
-                raise _refusal(url, reply.status, await reply.read())
-            async for line in _lines(reply.content):
-                if line == b"data: [DONE]":
-                    return
-                if line.startswith(b"data: "):
-                    yield _json(url, line[6:])
+        try:
+            async with self._request(url, body, headers) as reply:
+                if reply.status != 200:
+                    raise _refusal(url, reply.status, await reply.read())
+                async for line in _lines(reply.content):
+                    if line == b"data: [DONE]":
+                        return
+                    if line.startswith(b"data: "):
+                        yield _json(url, line[6:])
+        except FAILURES as error:
+            raise _unreachable(url, error) from error
         raise MalformedError(f"{url} ended its stream in the middle")
 
     async def close(self) -> None:
         if self._session is not None:
             await self._session.close()
 
-    async def _answer(
-        self, url: str, body: Body, timeout: float | None, headers: Mapping[str, str] | None = None
-    ) -> bytes:
+    async def _answer(self, url: str, body: Body, timeout: float | None, headers: Headers = None) -> bytes:
+        if timeout is not None:
+            try:
+                async with asyncio.timeout(timeout):
+                    return await self._answer(url, body, None, headers)
+            except TimeoutError as error:
+                raise LateError(f"{url} did not answer within {timeout:g} s") from error
         try:
-            async with asyncio.timeout(timeout), self._sent(url, body, headers) as reply:
+            async with self._request(url, body, headers) as reply:
                 data = await reply.read()
-        except TimeoutError as error:
-            raise LateError(f"{url} did not answer within {timeout} s") from error
+        except FAILURES as error:
+            raise _unreachable(url, error) from error
         if reply.status != 200:
             raise _refusal(url, reply.status, data)
         return data
 
-    @asynccontextmanager
-    async def _sent(
-        self, url: str, body: Body, headers: Mapping[str, str] | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    def _request(self, url: str, body: Body, headers: Headers) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE),
@@ -124,17 +130,9 @@ class Client:
                 headers=self._headers,
                 read_bufsize=2**20,
             )
-        data = None if body is None else json.dumps(body, separators=(",", ":")).encode()
-        try:
-            method = "GET" if body is None else "POST"
-            async with self._session.request(method, url, data=data, headers=headers) as reply:
-                yield reply
-        except aiohttp.ConnectionTimeoutError as error:
-            raise UnreachableError(f"{url} took no connection within {CONNECT} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
-            raise UnreachableError(f"{url} was not reached, or broke off: {error!r}") from error
+        if body is None:
+            return self._session.get(url, headers=headers)
+        return self._session.post(url, data=json.dumps(body, separators=(",", ":")).encode(), headers=headers)
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -153,6 +151,10 @@ def _json(url: str, data: bytes) -> Any:
         return json.loads(data)
     except ValueError as error:
         raise MalformedError(f"{url} answered with what is not JSON: {_quoted(data)}") from error
+
+
+def _unreachable(url: str, error: Exception) -> UnreachableError:
+    return UnreachableError(f"{url} was not reached, or broke off: {error!r}")
 
 
 def _refusal(url: str, status: int, data: bytes) -> EngineError:

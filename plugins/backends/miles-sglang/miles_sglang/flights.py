@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from miles.api import PauseMode
 
@@ -49,21 +49,13 @@ class Flight:
         self.retracted = False
         """The server was told to abort it, and the rest is asked for later."""
         self.landed = False
-        self._limit: asyncio.Timeout | None = None
-
-    @asynccontextmanager
-    async def within(self, seconds: float) -> AsyncIterator[None]:
-        """Raises TimeoutError after so many seconds, or when it is interrupted."""
-        try:
-            async with asyncio.timeout(seconds) as self._limit:
-                yield
-        finally:
-            self._limit = None
+        self.limit: asyncio.Timeout | None = None
+        """Of the time that its server has, while that runs."""
 
     def interrupt(self) -> None:
         """Its time is up now."""
-        if self._limit is not None:
-            self._limit.reschedule(asyncio.get_running_loop().time())
+        if self.limit is not None and not self.limit.expired():
+            self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 class Flights:

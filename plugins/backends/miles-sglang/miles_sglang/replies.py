@@ -67,7 +67,7 @@ class Reader:
         if not first and "prompt_tokens" not in meta:
             tokens, log_probs = [], []  # the echo of an abort in the queue: it repeats the last token of a stream
         self._check(tokens, log_probs)
-        prompt = [0.0 if p is None else p for p, *_ in meta.get("input_token_logprobs") or ()]
+        prompt = [row[0] or 0.0 for row in meta.get("input_token_logprobs") or ()]
         return Piece(
             tokens,
             log_probs,
@@ -80,7 +80,7 @@ class Reader:
 
     def _log_probs(self, meta: dict[str, Any], any_tokens: bool) -> list[float]:
         if not self.truncates:
-            return [log_prob for log_prob, *_ in meta.get("output_token_logprobs") or ()]
+            return [row[0] for row in meta.get("output_token_logprobs") or ()]
         found = meta.get("output_token_sampling_logprobs")
         if found is None and any_tokens:
             raise EngineError(

@@ -98,8 +98,7 @@ class Sender:
         body |= {"rid": rid, "extra_key": str(self.standing.version)}  # what older weights cached is never matched
         with self.flights.sent(flight, rid):
             try:
-                async with flight.within(self.options.timeout):
-                    return await self._exchange(flight, body, take)
+                return await self._exchange(flight, body, take)
             except TimeoutError as error:
                 await self._say_goodbye(rid)
                 raise LateError(f"request {flight.id!r} got no answer in {self.options.timeout:g} s") from error
@@ -113,10 +112,17 @@ class Sender:
                 raise
 
     async def _exchange(self, flight: Flight, body: dict[str, Any], take: Take) -> str:
+        try:
+            async with asyncio.timeout(self.options.timeout) as flight.limit:
+                return await self._ask(flight, body, take)
+        finally:
+            flight.limit = None
+
+    async def _ask(self, flight: Flight, body: dict[str, Any], take: Take) -> str:
         key = flight.id.partition(".")[0]  # turns of one trajectory have what came before in one server's cache
         url = self.fleet.entrance(key, direct=not DROPPED.isdisjoint(body)) + "/generate"
         reader = Reader(body["rid"], self.vocabulary, "return_sampling_mask" in body)
-        headers = {ROUTING_KEY: key}
+        headers = {ROUTING_KEY: key} if self.fleet.router else None
         if not body.get("stream"):
             piece = reader.read(await self.fleet.client.ask(url, body, headers=headers))
             take(piece)
