@@ -7,13 +7,14 @@ import signal
 import threading
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from miles.errors import RunInterrupted
 from miles.log import logger
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AT_ONCE: dict[signal.Signals, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+"""What these signals do in a Python that nobody has told otherwise."""
 
 
 class Interrupt:
@@ -24,27 +25,44 @@ class Interrupt:
         self._asked = asyncio.Event()
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it, signals are requests. Only the main thread can receive them; elsewhere this does nothing."""
+    def listening(self, task: asyncio.Task | None = None) -> Iterator[None]:
+        """Within it, signals are requests: to cancel `task`, the one that runs here, or else for `guard` to find. Only
+        the main thread can receive them; elsewhere this does nothing.
+
+        Raises:
+            RunInterrupted: a signal has cancelled the task.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         loop = asyncio.get_running_loop()
-        for number in SIGNALS:
-            loop.add_signal_handler(number, self._receive, number)
+
+        def receive(number: int, frame: Any) -> None:  # also while the loop is busy
+            signal.signal(number, AT_ONCE[signal.Signals(number)])
+            self.signal = self.signal or number
+            loop.call_soon_threadsafe(self._tell, number, task)
+
+        before = {number: signal.signal(number, receive) for number in AT_ONCE}
         try:
             yield
+        except asyncio.CancelledError:
+            if task is None or self.signal is None:
+                raise
+            raise self._stopped() from None
         finally:
-            for number in SIGNALS:
-                loop.remove_signal_handler(number)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
-    def _receive(self, number: int) -> None:
-        loop = asyncio.get_running_loop()
-        loop.remove_signal_handler(number)
-        name = signal.Signals(number).name
-        logger.warning("%s: stopping at the next safe place and saving; the same again stops at once", name)
-        self.signal = self.signal or number
+    def _tell(self, number: int, task: asyncio.Task | None) -> None:
+        place = "" if task else " at the next safe place and saving"
+        logger.warning("%s: stopping%s; the same again stops at once", signal.Signals(number).name, place)
         self._asked.set()
+        if task:
+            task.cancel()
+
+    def _stopped(self) -> RunInterrupted:
+        assert self.signal is not None
+        return RunInterrupted(f"stopped by {signal.Signals(self.signal).name}", self.signal)
 
     async def guard(self, work: Awaitable[T]) -> T:
         """Await `work`, or cancel it when a signal asks.
@@ -59,7 +77,7 @@ class Interrupt:
             if self.signal is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-                raise RunInterrupted(f"stopped by {signal.Signals(self.signal).name}", self.signal)
+                raise self._stopped()
             return task.result()
         finally:
             asked.cancel()

@@ -78,7 +78,7 @@ async def run_job(resolved: Resolved) -> Run:
     from its last checkpoint, as often as `resources.max_restarts` says.
 
     Raises:
-        RunInterrupted: a signal asked to stop; the state is saved.
+        RunInterrupted: a signal asked to stop; where training had begun, the state is saved.
         WorkerError: a worker failed, died or hangs, once too often.
     """
     config, registry = resolved.config, resolved.registry
@@ -108,7 +108,7 @@ async def run_job(resolved: Resolved) -> Run:
 
 async def _attempt(config: Config, registry: Registry, restarts: int, interrupt: Interrupt) -> Run:
     """The run from its last checkpoint, or its beginning, to its end. Nothing that it started is left behind."""
-    with prepared_process(config.run):
+    with prepared_process(config.run), interrupt.listening(asyncio.current_task()):
         async with AsyncExitStack() as stack:
             tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
             derived, parts = await build(config, registry, tracking, stack)
@@ -140,7 +140,8 @@ async def _drive(run: Run) -> None:
         run.status = "completed"
         logger.info("completed: %s; everything is in %s", counted(run.step, "step"), run.directory)
     except BaseException as failure:
-        error, run.status = failure, "interrupted" if isinstance(failure, RunInterrupted) else "failed"
+        stopped = isinstance(failure, RunInterrupted | asyncio.CancelledError)
+        error, run.status = failure, "interrupted" if stopped else "failed"
     for last in (
         run.write_summary,
         partial(run.tracking.finish, run.status),
@@ -165,7 +166,7 @@ async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str,
         ours = find_checkpoint(checkpoint)
     elif checkpoint is not None:
         config = config.model_copy(update={"model": config.model.model_copy(update={"hf_checkpoint": str(checkpoint)})})
-    with prepared_process(config.run):
+    with prepared_process(config.run), Interrupt().listening(asyncio.current_task()):
         async with AsyncExitStack() as stack:
             parts = await evaluation_parts(config, registry, stack, ours)
             return await parts.evaluator.evaluate(parts, ours.step if ours else 0)

@@ -154,12 +154,12 @@ def plain(value: Any) -> Any:
 
 def note_failure(directory: Path, error: BaseException) -> None:
     """Say in `summary.json` what went wrong, also when it happened before there was a run."""
-    if isinstance(error, RunInterrupted):
-        return
     path = directory / SUMMARY
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = isinstance(error, RunInterrupted | KeyboardInterrupt)
     try:
         known = json.loads(path.read_text()) if path.exists() else {}
+        if isinstance(error, RunInterrupted) and known.get("status") == "interrupted":
+            return  # the run has said so
         known |= {"status": "interrupted" if stopped else "failed", "error": f"{type(error).__name__}: {error}"}
         write_summary(directory, known)
     except OSError as failure:

@@ -1,5 +1,6 @@
 """Workers that die, raise or hang, and a driver that is killed: nothing is left behind, and the run goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,10 @@ from pathlib import Path
 from miles.builtins.generate import single_turn
 from miles.builtins.losses import ppo_clip
 from miles.builtins.options import PpoClipOptions
+
+if os.environ.get("SABOTAGE") == "linger" and os.environ.get("RANK") == "1":
+    Path(os.environ["MARKER"]).touch()
+    time.sleep(1000)
 
 calls = 0
 
@@ -132,6 +137,23 @@ def test_once_too_often(command):
     assert errors.count("restart") == 1
     said = errors[errors.rindex("train rank 1 failed") :]
     assert "ArithmeticError: deliberate failure" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_while_it_is_built_ends_at_once(command, number, code):
+    name = f"early-{code}"
+    process = command(name, "linger")
+    deadline = time.monotonic() + 200
+    while not (process.folder / f"{name}.done").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers_of(process.pid)) == 2
+    process.send_signal(number)
+    errors = finish(process, code)
+    assert "Traceback" not in errors
+    assert errors.endswith(f"miles: stopped by {number.name}\n")
+    summary = json.loads((process.folder / name / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
 
 
 @pytest.mark.slow
