@@ -69,17 +69,10 @@ async def launch_train(
 
 
 def engine_setup(crew: Crew, spec: Spec, checkpoint: Path, load_weights: bool = False) -> EngineSetup:
-    placement, trains = crew.placement, crew.train is not None
+    placed, trains, provenance = crew.placement, crew.train is not None, crew.registry.plugins.provenance()
+    shares, sleeps = trains and placed.engines != "apart", trains and placed.offload_rollout
     return EngineSetup(
-        crew.config,
-        spec,
-        checkpoint,
-        crew.device,
-        load_weights,
-        provenance=crew.registry.plugins.provenance(),
-        gpus=placement.gpus_per_engine,
-        shares=trains and placement.engines != "apart",
-        sleeps=trains and placement.offload_rollout,
+        crew.config, spec, checkpoint, crew.device, load_weights, provenance, placed.gpus_per_engine, shares, sleeps
     )
 
 
