@@ -34,7 +34,7 @@ from miles.rollout.producer import Producer
 from miles.rollout.task import Task
 from miles.types import Prompt, SamplingParams
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugins/backends/miles-sglang/tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "plugins/backends/miles-sglang/tests"))
 from faults import Fault, FaultyProxy, RandomPlan, Record
 from served import Witness, served, tiny_context
 
@@ -127,7 +127,8 @@ async def soak(weather: Weather) -> Outcome:
         engine = registry.build("rollout_engines", spec, context=context)
         await engine.start()
         try:
-            producer = make_producer(weather, registry, context, engine, outcome.seeds)
+            front = EngineFront([engine], weather.concurrency)
+            producer = make_producer(weather, registry, context, front, outcome.seeds)
             groups = await producer.collect(0)
             outcome.counts = (await engine.health()).counts
         finally:
@@ -146,10 +147,10 @@ def make_producer(
     weather: Weather,
     registry: Registry,
     context: EngineContext,
-    engine: RolloutEngine,
+    front: EngineFront,
     seeds: dict[int, list[int]],
 ) -> Producer:
-    """The producer of a run, on this engine. Notes the seed of every attempt at a sample."""
+    """The producer of a run, behind this front. Notes the seed of every attempt at a sample."""
 
     async def noted(context: GenerateContext, sample: Sample) -> Sample:
         seeds[sample.id].append(sample.seed)
@@ -177,7 +178,6 @@ def make_producer(
     registry.add("rewards", "said", lambda sample: float(len(sample.text)))
     config = Config.model_validate(settings)
     chat = registry.build("chat_formats", Spec(name="template"), context=ChatContext(context.tokenizer))
-    front = EngineFront([engine], weather.concurrency)
     (task_set,) = config.data.sets
     return Producer(config, Prompts(), {"soak": Task(task_set, config, registry, front, chat)}, [])
 

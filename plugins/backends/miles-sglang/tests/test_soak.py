@@ -2,19 +2,12 @@
 
 import asyncio
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
+import soak
 from faults import HARMLESS, PASSING
 
 from miles.types import Status
-
-SCRIPT = Path(__file__).parents[4] / "scripts" / "soak.py"
-_found = importlib.util.spec_from_file_location("soak", SCRIPT)
-soak = sys.modules["soak"] = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(soak)
 
 
 @pytest.fixture(scope="module")
