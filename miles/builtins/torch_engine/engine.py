@@ -211,10 +211,18 @@ class TorchEngine:
         self._loop_side.submit(partial(self.scheduler.abort, lambda other: other is job))
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+        return await self._score(tokens, temperature)
+
+    async def score_top(self, tokens: Sequence[int], k: int, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+        if not 0 < k <= self.config.vocab_size:
+            raise EngineError(f"torch engine: the {k} likeliest of {self.config.vocab_size} tokens were asked for")
+        return await self._score(tokens, temperature, k)
+
+    async def _score(self, tokens: Sequence[int], temperature: float, top: int = 0) -> Any:
         self._check_tokens(tokens, self.budget.max_len, "score")
         if temperature <= 0:
             raise EngineError(f"torch engine: scoring at temperature {temperature} is undefined; it must be above 0")
-        job = ScoreJob(list(tokens), temperature, self._future())
+        job = ScoreJob(list(tokens), temperature, self._future(), top)
         self._loop_side.submit(partial(self._enter, job.future, partial(self.scheduler.scores.append, job)))
         return await job.future
 

@@ -24,13 +24,13 @@ from miles.builtins.torch_engine.decoder import Decoder
 from miles.builtins.torch_engine.prefill import Piece, prefill
 from miles.builtins.torch_engine.prefix_cache import Match, PrefixCache
 from miles.builtins.torch_engine.sampler import SamplingBatch, draw, uniforms
-from miles.builtins.torch_engine.scoring import ScoreJob, score
+from miles.builtins.torch_engine.scoring import ScoreJob, Scores, score
 from miles.builtins.torch_engine.slots import Job, Slots
 from miles.builtins.torch_engine.stopping import StopStrings, StopWatch
 
 SHARED = 32
 """A request waits a moment for another one that computes at least as many tokens it needs too."""
-Outcome = GenerateResult | np.ndarray | Exception
+Outcome = GenerateResult | Scores | Exception
 
 
 class Scheduler:

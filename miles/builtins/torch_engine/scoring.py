@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens."""
+"""Log-probabilities of given tokens, and of the likeliest ones in their place. `_T` tokens, `_K` likeliest tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ class ScoreJob:
     tokens: list[int]
     temperature: float
     future: Any
+    top: int = 0
+    """How many of the likeliest tokens are wanted, instead of the given ones."""
 
 
-def score(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[np.ndarray]:
-    """For each job `[T]` float32, 0 at position 0. Keys and values are kept only while a group is computed."""
-    scores: list[np.ndarray] = [np.zeros(0, np.float32)] * len(jobs)
+Scores = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""Of the given tokens `[T]` float32, 0 at position 0; or ids and log-probs of the likeliest, `[T, K]` int64 and
+float32, likeliest first, 0 in row 0."""
+
+
+def score(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[Scores]:
+    """For each job what it wants. Keys and values are kept only while a group is computed."""
+    scores: list[Scores] = [np.zeros(0, np.float32)] * len(jobs)
     for group in _groups(jobs, max_tokens):
-        for i, log_probs in zip(group, _score_group(decoder, [jobs[i] for i in group], max_tokens), strict=True):
-            scores[i] = log_probs
+        for i, found in zip(group, _score_group(decoder, [jobs[i] for i in group], max_tokens), strict=True):
+            scores[i] = found
     return scores
 
 
@@ -47,27 +54,38 @@ def _groups(jobs: Sequence[ScoreJob], max_tokens: int) -> Iterator[list[int]]:
     yield group
 
 
-def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[np.ndarray]:
+def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[Scores]:
     longest = max(len(job.tokens) for job in jobs)
     cache = KVCache(Memory(decoder.config, len(jobs) * longest, decoder.device, decoder.dtype), len(jobs), longest)
     pieces = [Piece(job.tokens) for job in jobs]
-    found: list[list[Tensor]] = [[] for _ in jobs]
+    found: list[list[tuple[Tensor, ...]]] = [[] for _ in jobs]
     done = [0] * len(jobs)
     for group, counts, hidden_TH in prefill(decoder, cache, 0, pieces, max_tokens):
         row = 0
         for i, count in zip(group, counts, strict=True):
             targets = jobs[i].tokens[done[i] + 1 : done[i] + count + 1]
-            found[i].append(_log_probs(decoder, hidden_TH[row : row + len(targets)], targets, jobs[i].temperature))
+            found[i] += _read(decoder, hidden_TH[row : row + len(targets)], targets, jobs[i])
             done[i] += count
             row += count
-    return [torch.cat([torch.zeros(1), *parts]).numpy() for parts in found]
+    return [_joined(job, parts) for job, parts in zip(jobs, found, strict=True)]
 
 
-def _log_probs(decoder: Decoder, hidden_TH: Tensor, targets: list[int], temperature: float) -> Tensor:
-    """Of each target, given the hidden state that predicts it, `[T]`, on the CPU."""
-    parts = []
+def _read(decoder: Decoder, hidden_TH: Tensor, targets: list[int], job: ScoreJob) -> Iterator[tuple[Tensor, ...]]:
+    """Given the hidden states that predict the targets: their log-probs `[T]`, or ids and log-probs of the likeliest
+    tokens `[T, K]`, some rows at a time, on the CPU."""
     for start in range(0, len(targets), ROWS):
-        logits = decoder.logits(hidden_TH[start : start + ROWS]) / temperature
-        wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)[:, None]
-        parts.append((logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))[:, 0].cpu())
-    return torch.cat(parts) if parts else torch.zeros(0)
+        logits = decoder.logits(hidden_TH[start : start + ROWS]) / job.temperature
+        if job.top:
+            values, ids = logits.log_softmax(-1).topk(job.top)
+            yield ids.cpu(), values.cpu()
+        else:
+            wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)[:, None]
+            yield ((logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))[:, 0].cpu(),)
+
+
+def _joined(job: ScoreJob, parts: Sequence[tuple[Tensor, ...]]) -> Scores:
+    """With a void row for the first token, which nothing predicts."""
+    if not job.top:
+        return torch.cat([torch.zeros(1), *(log_probs for (log_probs,) in parts)]).numpy()
+    ids, log_probs = torch.zeros(1, job.top, dtype=torch.int64), torch.zeros(1, job.top)
+    return torch.cat([ids, *(i for i, _ in parts)]).numpy(), torch.cat([log_probs, *(v for _, v in parts)]).numpy()

@@ -37,6 +37,30 @@ def test_scores_are_transformers_log_probs(lab, max_prefill_tokens):
         np.testing.assert_allclose(score[1:], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("max_prefill_tokens", [8192, 16])
+def test_the_likeliest_tokens_are_transformers(lab, max_prefill_tokens):
+    model, batch = lab.model("qwen3"), sequences(3)
+
+    async def main():
+        engine = await lab.started(model, max_prefill_tokens=max_prefill_tokens)
+        try:
+            with pytest.raises(EngineError, match="the 68 likeliest of 67"):
+                await engine.score_top([1, 2], 68)
+            return await asyncio.gather(*(engine.score_top(tokens, 5, 0.7) for tokens in batch), engine.score(batch[0]))
+        finally:
+            await engine.close()
+
+    *found, _ = asyncio.run(main())
+    for tokens, (ids_TK, log_probs_TK) in zip(batch, found, strict=True):
+        assert (ids_TK.dtype, log_probs_TK.dtype) == (np.int64, np.float32)
+        assert ids_TK.shape == log_probs_TK.shape == (len(tokens), 5)
+        assert not ids_TK[0].any()
+        assert not log_probs_TK[0].any()
+        values, ids = lab.reference(model, tokens, 0.7)[:-1].topk(5)
+        np.testing.assert_allclose(log_probs_TK[1:], values, atol=1e-5)
+        np.testing.assert_array_equal(ids_TK[1:], ids)
+
+
 def test_scores_that_cannot_be_computed(lab):
     async def main(tokens, temperature=1.0):
         engine = await lab.started(lab.model("qwen3"))

@@ -63,6 +63,11 @@ class GenerateBody(Body):
     return_prompt_token_ids: bool = False
 
 
+class TokenizeBody(Body):
+    prompt: str | list[str]
+    add_special_tokens: bool = True
+
+
 class PauseBody(Body):
     mode: Literal["abort", "retract", "in_place"] = "abort"
 

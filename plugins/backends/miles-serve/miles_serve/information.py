@@ -11,6 +11,7 @@ from typing import Any
 from aiohttp import web
 
 from miles.api import EngineError, SamplingParams
+from miles_serve.bodies import TokenizeBody, read
 from miles_serve.service import Service
 
 HEALTH_SECONDS = 20.0
@@ -84,6 +85,17 @@ async def server_info(service: Service, request: web.Request) -> web.Response:
             "internal_states": [],
         }
     )
+
+
+async def tokenize(service: Service, request: web.Request) -> web.Response:
+    """A text as the model's tokens, or several: with it clients compare their tokenizer."""
+    body = await read(request, TokenizeBody)
+    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    tokens = [service.tokenizer.encode(text, add_special_tokens=body.add_special_tokens) for text in texts]
+    counts = [len(one) for one in tokens]
+    alone = isinstance(body.prompt, str)
+    told = {"tokens": tokens[0], "count": counts[0]} if alone else {"tokens": tokens, "count": counts}
+    return web.json_response(told | {"max_model_len": service.context_length})
 
 
 async def loads(service: Service, request: web.Request) -> web.Response:

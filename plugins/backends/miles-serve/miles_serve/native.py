@@ -28,6 +28,8 @@ GET: dict[str, Handler] = {
 }
 POST: dict[str, Handler] = {
     "/generate": generate,
+    "/tokenize": information.tokenize,
+    "/v1/tokenize": information.tokenize,
     "/abort_request": control.abort,
     "/pause_generation": control.pause,
     "/continue_generation": control.resume,

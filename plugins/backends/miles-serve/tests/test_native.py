@@ -51,7 +51,8 @@ def test_a_dense_model_has_no_experts_to_return(shared):
         ({"sampling_params": {"n": 0}}, "sampling_params.n"),
         ({"image_data": "x.png"}, "image_data"),
         ({"return_hidden_states": True}, "return_hidden_states"),
-        ({"top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"top_logprobs_num": 2}, "prompts only"),
+        ({"top_logprobs_num": -1}, "top_logprobs_num"),
         ({"logprob_start_len": 4}, "logprob_start_len"),
         ({"return_logprob": [True, False]}, "return_logprob"),
         ({"text": "both"}, "not both"),
@@ -286,3 +287,28 @@ def test_stopping_answers_what_is_under_way(lab):
 
         assert server.client.run(work) == ("abort", 503)
         assert server.client.get("/health").status == 503
+
+
+def test_a_distillation_teacher_can_be_served(shared, lab):
+    """Its client finds its own log-probs, at another temperature than 1 too, and the likeliest tokens."""
+    teacher = pytest.importorskip("miles_distillation.scoring_server")
+    from miles_distillation.plugin import ScoringServerOptions
+
+    from miles.testing.contract import installed
+
+    tokens = [5, 17, 3, 200, 9]
+    context = lab.tiny.engine_context(installed(), lab.tiny.hf_config("llama"), lab.tiny.saved("llama"))
+
+    async def main():
+        client = teacher.ScoringServer(ScoringServerOptions(url=shared.url), context=context)
+        await client.start()
+        try:
+            return await client.score(tokens, 0.5), await client.score_top(tokens, 3, 0.5)
+        finally:
+            await client.close()
+
+    scores_T, (ids_TK, log_probs_TK) = asyncio.run(main())
+    expected = lab.tiny.log_probs_of(lab.tiny.model(lab.tiny.hf_config("llama")), tokens, 0.5)
+    np.testing.assert_allclose(scores_T, expected, atol=2e-4)
+    assert ids_TK.shape == (5, 3)
+    assert (log_probs_TK[1:, 0] >= scores_T[1:] - 1e-4).all()

@@ -34,6 +34,14 @@ def test_it_says_what_it_serves(server):
     assert known <= info.keys()
 
 
+def test_it_tells_how_it_splits_text(server):
+    if not server.text:
+        pytest.skip("needs a server with a tokenizer")
+    told = [server.client.post("/tokenize", {"prompt": p}).json for p in ("hello world", ["hello world", "a"])]
+    assert told[0]["tokens"] == told[1]["tokens"][0]
+    assert told[0]["count"] == len(told[0]["tokens"]) > 1
+
+
 def test_it_is_well(server):
     for path in ("/health", "/health_generate"):
         assert server.client.get(path).status == 200
