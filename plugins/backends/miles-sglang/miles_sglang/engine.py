@@ -33,6 +33,7 @@ from miles.api import (
     WeightSyncError,
 )
 from miles.toolkit import Shipment, this_process
+from miles_sglang.affinity import Affinity
 from miles_sglang.asking import Abilities, generation, refuse, refuse_tokens, scoring
 from miles_sglang.client import Client, MalformedError
 from miles_sglang.external import RunningServer
@@ -66,7 +67,7 @@ class SGLangEngine:
         self.accepts = frozenset({"disk"} if self._external else {"inprocess", "broadcast", "disk"})
         self._vocabulary = int(context.hf_config.get_text_config().vocab_size)
         self._routing = Routing.of(context.hf_config)
-        self._flights, self._standing = Flights(), Standing()
+        self._flights, self._standing, self._affinity = Flights(), Standing(), Affinity()
         self._can: Abilities | None = None
         self._sender: Sender | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -194,7 +195,7 @@ class SGLangEngine:
             if listener:
                 listener(piece)
 
-        with self._flights.one(request.id) as flight:
+        with self._flights.one(request.id, self._affinity.key(request.id, request.tokens)) as flight:
             while not answer.finish_reason:
                 reason = await sender.send(flight, body, take)
                 if reason == "abort" and len(answer.tokens) >= most:
@@ -218,7 +219,7 @@ class SGLangEngine:
                 raise MalformedError(f"{len(tokens)} tokens got {len(piece.prompt_log_probs)} scores")
             log_probs[:] = piece.prompt_log_probs
 
-        with self._flights.one(SCORING) as flight:
+        with self._flights.one(SCORING, self._affinity.key(SCORING, tokens)) as flight:
             while await sender.send(flight, lambda: scoring(tokens), take) == "abort":
                 if flight.aborted or not flight.retracted:
                     raise EngineError("tokens to be scored were aborted")

@@ -39,8 +39,8 @@ class Signal:
 class Flight:
     """One request, from its arrival to its answer."""
 
-    def __init__(self, id: str):
-        self.id = id
+    def __init__(self, id: str, key: str):
+        self.id, self.key = id, key
         self.rid = ""
         """Under which a server has it; empty while none does."""
         self.begun = False
@@ -81,9 +81,9 @@ class Flights:
         return [flight for flight in self.all if flight.rid]
 
     @contextmanager
-    def one(self, id: str) -> Iterator[Flight]:
-        """From its arrival to its end."""
-        flight = Flight(id)
+    def one(self, id: str, key: str) -> Iterator[Flight]:
+        """From its arrival to its end. Requests of one key go to one server."""
+        flight = Flight(id, key)
         self.all.add(flight)
         try:
             yield flight

@@ -119,10 +119,9 @@ class Sender:
             flight.limit = None
 
     async def _ask(self, flight: Flight, body: dict[str, Any], take: Take) -> str:
-        key = flight.id.partition(".")[0]  # turns of one trajectory have what came before in one server's cache
-        url = self.fleet.entrance(key, direct=not DROPPED.isdisjoint(body)) + "/generate"
+        url = self.fleet.entrance(flight.key, direct=not DROPPED.isdisjoint(body)) + "/generate"
         reader = Reader(body["rid"], self.vocabulary, "return_sampling_mask" in body)
-        headers = {ROUTING_KEY: key} if self.fleet.router else None
+        headers = {ROUTING_KEY: flight.key} if self.fleet.router else None
         if not body.get("stream"):
             piece = reader.read(await self.fleet.client.ask(url, body, headers=headers))
             take(piece)

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from fake_server import FakeSGLang, context, listening
+from miles_sglang.affinity import Affinity
 from miles_sglang.engine import SGLangEngine
 from miles_sglang.options import ExternalOptions, SGLangOptions
 from story import CHECKPOINT, ask, run, until
@@ -22,17 +23,31 @@ def server():
 # ----------------------------------------------------------------------------------------------------- several servers
 
 
-def test_turns_of_a_trajectory_go_to_one_server_and_trajectories_to_all():
+def test_samples_of_a_prompt_and_their_turns_go_to_one_server_and_prompts_to_all():
     fakes = [FakeSGLang(), FakeSGLang()]
 
     async def story(engine):
-        await asyncio.gather(*(engine.generate(ask(f"{i}.{turn}")) for i in range(20) for turn in range(2)))
+        for turn in range(2):  # prompt p has p + 1 tokens and the samples 2 p and 2 p + 1, which grow apart
+            asked = [ask(f"{i}.{turn}", prompt=i // 2 + 1 + turn * (i + 50)) for i in range(40)]
+            await asyncio.gather(*map(engine.generate, asked))
 
     run(story, *fakes)
-    went = [{body["rid"].split(".")[2] for body in fake.called("/generate")} for fake in fakes]
-    assert went[0] | went[1] == {str(i) for i in range(20)}
+    went = [{int(body["rid"].split(".")[2]) // 2 for body in fake.called("/generate")} for fake in fakes]
+    assert went[0] | went[1] == set(range(20))
     assert not went[0] & went[1]
     assert min(map(len, went)) > 3
+    assert sum(len(fake.called("/generate")) for fake in fakes) == 80
+
+
+def test_trajectories_are_forgotten_when_there_are_too_many(monkeypatch):
+    monkeypatch.setattr("miles_sglang.affinity.REMEMBERED", 2)
+    affinity = Affinity()
+    first = affinity.key("1.0", [1])
+    assert affinity.key("1.1", [1, 2, 3]) == first
+    affinity.key("2.0", [2])
+    affinity.key("3.0", [3])
+    assert affinity.key("1.1", [1, 2, 3]) != first
+    assert affinity.key("score", [1]) == first
 
 
 def test_a_router_gets_requests_and_servers_get_control():
