@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass
 from typing import Any
@@ -74,13 +75,14 @@ def _option_rows(resolved: Resolved, leaf: Leaf, at: str, item: dict[str, Any]) 
             yield Row(f"{at}.{name}", declared[name].default, DEFAULT)
 
 
-def component_rows(resolved: Resolved) -> list[tuple[str, str, str]]:
-    """(key, name, who offers it) for everything that the configuration names."""
+def component_rows(resolved: Resolved) -> list[tuple[str, str, str, str]]:
+    """(key, name, who offers it, options that were given) for everything that the configuration names."""
     rows = []
     for use in components_of(resolved.config):
         if use.name in KINDS[use.kind].words:
-            rows.append((use.key, use.name, "miles"))
+            rows.append((use.key, use.name, "miles", ""))
         else:
             plugin = resolved.registry.entry(use.kind, use.name).plugin
-            rows.append((use.key, use.name, f"{plugin.distribution} {plugin.version}".rstrip()))
+            given = ", ".join(f"{name}={json.dumps(value, default=str)}" for name, value in use.options.items())
+            rows.append((use.key, use.name, f"{plugin.distribution} {plugin.version}".rstrip(), given))
     return rows

@@ -67,6 +67,12 @@ def test_dry_run_prints_components_numbers_and_placement_and_builds_nothing(mile
     assert "trainer" in out
 
 
+def test_dry_run_shows_the_options_that_were_given(miles, jobs, base):
+    _, out, _ = miles("train", "--dry-run", *base, "--torch-max-running", "5", "--torch-max-len", "99")
+    (row,) = [line.split() for line in out.splitlines() if line.strip().startswith("rollout.engine ")]
+    assert row[1:2] + row[-2:] == ["torch", "max_running=5,", "max_len=99"]
+
+
 def test_dry_run_says_what_only_the_data_can_tell(miles, jobs, base):
     sets = [
         "--data.sets.b.path=train.jsonl",
