@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from miles.api import ConfigError, ExecutorContext, Seats
 from miles.toolkit import ProcessLink, Workers, torchrun_environment
 
 HERE = "127.0.0.1"
+LOOPBACK = ("lo", "lo0")
+"""What the machine's network with itself is called, on Linux and elsewhere."""
 
 
 class LocalExecutor:
@@ -58,10 +61,18 @@ class LocalExecutor:
         threads = _cores() // sum(seats.workers for seats in self.context.seats.values())
         return {
             "OMP_NUM_THREADS": str(max(threads, 1)),
+            **_own_network(),
             **os.environ,
             **torchrun_environment(rank, size, rank, size, HERE, port),
             "CUDA_VISIBLE_DEVICES": ",".join(self._gpus[name][rank]),
         }
+
+
+def _own_network() -> dict[str, str]:
+    """What keeps gloo within the machine. By itself it asks what the machine's name resolves to, which may be an
+    address of another machine, or take a name server's time."""
+    names = [name for _, name in socket.if_nameindex() if name in LOOPBACK]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
 
 
 def _cores() -> int:

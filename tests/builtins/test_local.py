@@ -217,6 +217,18 @@ def test_each_worker_has_its_share_of_the_machine(monkeypatch):
     assert executor._environment("train", 0, 77)["OMP_NUM_THREADS"] == "1"
 
 
+def test_ranks_meet_within_the_machine_unless_told_otherwise(launched, monkeypatch):
+    names = "GLOO_SOCKET_IFNAME", "MASTER_ADDR"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(2, "eth0"), (1, "lo")])
+    assert launched(lambda group: group.call("environment", *names)) == [["lo", "127.0.0.1"]] * 2
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert launched(lambda group: group.call("environment", *names), workers=1) == [["eth0", "127.0.0.1"]]
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr("socket.if_nameindex", lambda: [(1, "odd")])
+    assert "GLOO_SOCKET_IFNAME" not in local._own_network()
+
+
 def test_gpus_are_those_that_the_driver_sees(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
