@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from miles.errors import EngineLostError
+from miles.errors import EngineError, EngineLostError
 from miles.protocols import RolloutEngine
 from miles.rollout.recovery import Recovery
 from miles.types import GenerateRequest, GenerateResult
@@ -41,7 +41,7 @@ class EngineFront:
         self._in_flight = 0
         self._busy_since = 0.0
         self._slots = [asyncio.Semaphore(-(-concurrency // len(self.engines))) for _ in self.engines]
-        self._counted: Counter[str] = Counter()
+        self._counted: list[Mapping[str, float]] = [{}] * (len(self.engines) + 1)
 
     @property
     def generates(self) -> bool:
@@ -103,12 +103,19 @@ class EngineFront:
 
     async def take_counts(self) -> dict[str, float]:
         """What engines have counted since this was last asked (retries, time-outs), added up."""
-        total: Counter[str] = Counter()
-        for health in await asyncio.gather(*(engine.health() for engine in self.engines)):
-            total.update(health.counts)
-        if self.recovery is not None:
-            total["restarts"] = self.recovery.restarts
-        # An engine that was started again may count from 0.
-        new = {name: float(max(count - self._counted[name], 0)) for name, count in total.items()}
-        self._counted = total
-        return new
+        told = await asyncio.gather(*map(_counts, self.engines, self._counted))
+        told.append({} if self.recovery is None else {"restarts": self.recovery.restarts})
+        new: Counter[str] = Counter()
+        for counts, before in zip(told, self._counted, strict=True):
+            # An engine that was started again may count from 0.
+            new.update({name: float(max(count - before.get(name, 0), 0)) for name, count in counts.items()})
+        self._counted = told
+        return dict(new)
+
+
+async def _counts(engine: RolloutEngine, before: Mapping[str, float]) -> Mapping[str, float]:
+    """Those of now; those of `before` where it is lost, which whoever needs it finds out."""
+    try:
+        return (await engine.health()).counts
+    except EngineError:
+        return before

@@ -214,3 +214,19 @@ def test_counts_are_those_since_they_were_last_asked_for():
         assert await fleet.front.take_counts() == {"retries": 2.0, "restarts": 0.0}
 
     asyncio.run(story())
+
+
+def test_one_that_is_lost_while_nobody_asks_it_counts_later():
+    """What it did is done; that it is gone, whoever needs it next will find."""
+
+    async def story():
+        fleet = Fleet(Engine("a"), Engine("b"))
+        await fleet.ask(6)
+        fleet.engines[1].gone = True
+        assert await fleet.front.take_counts() == {"retries": 3.0, "restarts": 0.0}
+        await fleet.front.recovery.find_lost()
+        await fleet.push()
+        await fleet.ask(2)
+        assert await fleet.front.take_counts() == {"retries": 5.0, "restarts": 1.0}
+
+    asyncio.run(story())
