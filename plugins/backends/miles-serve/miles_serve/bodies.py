@@ -35,6 +35,10 @@ UNSUPPORTED = (
 """Fields of `/generate` that would change the answer."""
 
 
+Tokens = Annotated[list[int], Field(fail_fast=True)]
+"""Thousands of them that are none are one fault."""
+
+
 class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -46,7 +50,7 @@ class GenerateBody(Body):
 
     rid: str | list[str] | None = None
     text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    input_ids: Tokens | Annotated[list[Tokens], Field(fail_fast=True)] | None = None
     sampling_params: SamplingBody | list[SamplingBody] | None = None
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
@@ -122,12 +126,12 @@ def check(given: dict[str, Any], model: type[Model]) -> Model:
 
 
 def faults(error: ValidationError) -> dict[str, str]:
-    """What is wrong with each field."""
+    """What is wrong with each field. Of a field that may be of several types, what is wrong farthest inside."""
     found: dict[str, str] = {}
     for item in error.errors(include_url=False, include_input=False):
         path = ".".join(str(part) for part in item["loc"] if not _is_choice(str(part)))
         found.setdefault(path or "body", item["msg"])
-    return found
+    return {path: told for path, told in found.items() if not any(other.startswith(f"{path}.") for other in found)}
 
 
 def _is_choice(part: str) -> bool:

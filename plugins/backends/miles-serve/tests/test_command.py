@@ -85,4 +85,4 @@ def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path):
     assert _run_of(tmp_path / "run") is None
     (tmp_path / "run" / "config.yaml").write_text("{}")
     assert _run_of(tmp_path / "run") == _run_of(step) == tmp_path / "run"
-    assert _run_of(lab.tiny.saved("llama")) is None
+    assert _run_of(lab.tiny.checkpoint(tmp_path / "run" / "hf", lab.tiny.hf_config("llama"))) is None

@@ -64,6 +64,16 @@ def test_what_would_be_ignored_in_silence_is_refused(shared, more, named):
     assert named in reply.json["error"]["message"]
 
 
+def test_a_fault_is_named_once(shared):
+    for more, said in (
+        ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature: Input should be greater than"),
+        ({"input_ids": ["a"] * 50_000}, "input_ids.0: Input should be a valid integer."),
+    ):
+        message = shared.client.post("/generate", body(**more)).json["error"]["message"]
+        assert message.startswith(said)
+        assert len(message) < 120
+
+
 def test_neutral_values_are_no_wishes(shared):
     neutral = {"frequency_penalty": 0.0, "repetition_penalty": 1.0, "json_schema": None, "regex": "", "logit_bias": {}}
     params = {**GREEDY, **neutral, "top_k": 1 << 30, "min_p": None}
