@@ -135,6 +135,12 @@ def run_process(
         end_group(process)
 
 
+def options_of(words: Sequence[str]) -> list[str]:
+    """A command line without the names at its beginning."""
+    first = next((index for index, word in enumerate(words) if word.startswith("--")), len(words))
+    return list(words[first:])
+
+
 def end_group(process: subprocess.Popen) -> None:
     """Kill a process and all that it started in its group."""
     with suppress(ProcessLookupError):

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Book, GpuWatch, descendants, out_folder, run_process, tail
+from cases import Book, GpuWatch, descendants, options_of, out_folder, run_process, tail
 from main_job import RECIPE, ROOT, make_problems, overlay
 from servers import THROUGH_MILES
 from shapes import imported, make_checkpoint
@@ -209,7 +209,7 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     words += ["--actor-num-gpus-per-node", "2"] if "two" in special else ["--executor", "inprocess"]
     words += ["--max-restarts", "0", "--no-report"]
     if not torch_engine:
-        words += arguments.flags.split()
+        words += server_flags(arguments)
         words += (
             ["--sglang-enable-return-routed-experts"] if "routes" in special and arguments.engine == "sglang" else []
         )
@@ -242,7 +242,9 @@ def trained(settings: dict[str, Any], words: Sequence[str], watch: Watch, run_di
     from miles.jobs import run_training
     from miles.plugins import load_plugins
 
-    resolved = resolve([RECIPE / "config.yaml", settings], words, load_plugins(extra=[watch]))
+    plugins = load_plugins()
+    plugins.manager.register(watch)  # of this process alone: workers would look for a plugin of its name
+    resolved = resolve([RECIPE / "config.yaml", settings], words, plugins)
     error = None
     try:
         run_training(resolved)
@@ -395,7 +397,7 @@ def main() -> None:
         figures = child(arguments.cases[0], arguments, arguments.child)
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return
-    rest = [word for word in sys.argv[1:] if word not in arguments.cases]
+    rest = options_of(sys.argv[1:])
     book = Book(f"job_{'_'.join(arguments.cases)}")
     measures: Mapping[str, Callable[..., dict[str, Any]]] = {"quickstart": quickstart}
     for case in arguments.cases:

@@ -37,7 +37,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import torch
-from cases import Book, GpuWatch, out_folder, run_process, tail
+from cases import Book, GpuWatch, options_of, out_folder, run_process, tail
 from main_job import RECIPE, make_problems, overlay, synchronize
 from miles_sglang.weights import hand_over
 from servers import THROUGH_MILES
@@ -306,7 +306,7 @@ def main() -> None:
         figures = asyncio.run(measure(arguments, arguments.child, arguments.shapes[0]))
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return
-    rest = [word for word in sys.argv[1:] if word not in arguments.shapes]
+    rest = options_of(sys.argv[1:])
     book = Book(f"sync_{'_'.join(arguments.shapes)}")
     for shape in arguments.shapes:
         book.case(shape, partial(run_shape, shape, arguments, rest))
