@@ -99,7 +99,7 @@ PARTS = (
     Part("wandb", "the tracker wandb", "pip install miles-wandb", ("trackers", "wandb")),
     Part("flash-attn", "--attention flash; sdpa and flex need nothing", "pip install flash-attn --no-build-isolation"),
     Part("triton", "the torch engine's decode kernel, on a GPU", "comes with CUDA builds of torch"),
-    Part("sglang", "SGLang as the rollout engine", "pip install sglang", ("rollout_engines", "sglang")),
+    Part("sglang", "SGLang as the rollout engine", "pip install 'miles-sglang[server]'", ("rollout_engines", "sglang")),
     Part("megatron-core", "Megatron-Core as the train backend, and the test of a seam to it (docs/seams.md)",
          "pip install megatron-core==0.16.1", ("train_backends", "megatron")),
     Part("transformer-engine", "Megatron-Core on packed sequences",
@@ -109,6 +109,16 @@ PARTS = (
     Part("chromium", "tests that open the report in a browser", "your system's package chromium",
          programs=("chromium", "chromium-browser", "google-chrome")),
 )  # fmt: skip
+
+
+def unserved() -> dict[tuple[str, str], str]:
+    """(kind, name) of components that wrap another package and find none of it here -> what to install."""
+    missing: dict[tuple[str, str], str] = {}
+    for part in reversed(PARTS):
+        if part.serves is not None:
+            missing[part.serves] = f"{part.name} is not installed: {part.install}"
+    here = {part.serves for part in PARTS if not part.programs and _version(part.name) is not None}
+    return {component: why for component, why in missing.items() if component not in here}
 
 
 def optional_parts(offered: set[tuple[str, str]]) -> Iterator[Finding]:

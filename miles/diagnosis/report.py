@@ -172,8 +172,13 @@ class Doctor:
         for what, why in (("train on CPU", reasons("training")), ("train on GPU", reasons("training", "gpu"))):
             yield Verdict(what, not why, why)
         components = self._facts["components"].get("components", ())
+        unserved = import_target("miles.diagnosis.installed:unserved")()
         for kind, place in PLACES.items():
-            known = {one["name"]: "; ".join(one["faults"]) for one in components if one["kind"] == kind}
+            known = {
+                one["name"]: "; ".join(one["faults"]) or unserved.get((kind, one["name"]), "")
+                for one in components
+                if one["kind"] == kind
+            }
             for name, distributions in _promised(kind).items():
                 known.setdefault(name, f"no installed plugin offers it (that would be {distributions})")
             for name in sorted(known):

@@ -58,7 +58,7 @@ def test_this_machine_is_sound_and_told_so_quickly(miles, monkeypatch):
     seconds = time.perf_counter() - started
     assert (code, err) == (0, "")
     assert "  yes     train on CPU" in out
-    assert "  no      rollout engine sglang: no installed plugin offers it (that would be miles-sglang)" in out
+    assert "  no      train backend megatron: no installed plugin offers it (that would be miles-megatron)" in out
     assert max(map(len, out.splitlines())) <= 120
     assert seconds < 15  # 4 here; the suite may share the machine
 

@@ -77,3 +77,13 @@ def test_parts_are_of_use_when_something_installed_uses_them(versions):
     assert parts["ray"].remedy == ""
     parts = {finding.name: finding for finding in installed.optional_parts({("executors", "ray")})}
     assert parts["ray"].remedy == "pip install miles-ray"
+
+
+def test_components_that_wrap_what_is_not_there(versions):
+    versions(ray="2.60")
+    missing = installed.unserved()
+    assert missing["rollout_engines", "sglang"] == "sglang is not installed: pip install 'miles-sglang[server]'"
+    assert missing["train_backends", "megatron"].startswith("megatron-core is not installed")
+    assert ("executors", "ray") not in missing
+    versions(**{"transformer-engine": "2"})
+    assert ("train_backends", "megatron") not in installed.unserved()
