@@ -88,7 +88,7 @@ def generation(answer: Answer, can: Abilities, stream: bool = False) -> dict[str
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
+        "top_k": sampling.top_k if sampling.top_k > 0 else -1,
         "min_p": sampling.min_p,
         "max_new_tokens": room,
         # SGLang always adds the checkpoint's own end tokens to those given; with none given it must look at none.

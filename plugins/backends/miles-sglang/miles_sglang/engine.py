@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,8 @@ class SGLangEngine:
         return np.asarray(log_probs, np.float32)
 
     async def abort(self, request_id: str | None = None) -> None:
+        if self._standing.lost:
+            return  # and everything with it
         sender, _ = self._there()
         flights = self._flights
         await self._end(sender, [flight for flight in flights.all if request_id in (None, flight.id)])
@@ -364,7 +367,7 @@ class SGLangEngine:
         folder = payload.arguments.get("folder") if isinstance(payload, Shipment) else None
         if folder is None:
             raise WeightSyncError(f"SGLang engine: by disk it takes the folder of a checkpoint, not {payload!r}")
-        body = {"model_path": str(folder), "flush_cache": False}
+        body = {"model_path": str(Path(folder).absolute()), "flush_cache": False}  # servers run in other directories
         return lambda sender: sender.tell("/update_weights_from_disk", body, LONG, tries=1)
 
     def _from_here(self, payload: Any) -> Deliver:

@@ -1,12 +1,15 @@
-"""Servers that run already."""
+"""Servers, and routers, that run already."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from miles.api import EngineError
 from miles_sglang.client import Client
+
+logger = logging.getLogger("miles")
 
 ASK = 0.5
 """Seconds between two questions whether it is healthy."""
@@ -17,9 +20,9 @@ ANSWER = 30.0
 class RunningServer:
     """Somebody else's: it is waited for, and neither started nor ended."""
 
-    def __init__(self, url: str, client: Client, timeout: float, path: str = "/health"):
+    def __init__(self, url: str, client: Client, timeout: float):
         """`timeout`: seconds until it must be healthy."""
-        self.url, self._client, self._timeout, self._path = url, client, timeout, path
+        self.url, self._client, self._timeout = url, client, timeout
 
     async def start(self) -> None:
         """Returns when it is healthy.
@@ -27,12 +30,15 @@ class RunningServer:
         Raises:
             EngineError: it was not, in time.
         """
-        last = time.monotonic() + self._timeout
+        last, silent = time.monotonic() + self._timeout, False
         while True:
             try:
-                await self._client.tell(self.url + self._path, timeout=ANSWER)
+                await self._client.tell(f"{self.url}/health", timeout=ANSWER)
                 return
             except EngineError as error:
+                if not silent:
+                    logger.info("waiting %g s at most for %s to be healthy", self._timeout, self.url)
+                    silent = True
                 if time.monotonic() > last:
                     raise EngineError(
                         f"no server became healthy at {self.url} within {self._timeout:g} s: {error}"

@@ -5,6 +5,7 @@ import importlib.util
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,3 +78,6 @@ class TestSGLang(RolloutEngineContract):
     seeded = False
     bad_options = ({"tp_size": 0}, {"retries": -1}, {"port": 30000})
     options = {"mem_fraction_static": 0.2, "enable_memory_saver": True}
+
+    def context(self):
+        return replace(super().context(), device="cuda:0", sleeps=True)

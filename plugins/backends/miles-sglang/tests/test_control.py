@@ -1,6 +1,7 @@
 """Pauses, weights from disk, memory that is given back: in front of one server."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_a_failed_push_makes_the_engine_refuse_until_one_succeeds(server):
         return await engine.generate(ask())
 
     assert run(story, server).weight_versions == [1] * 4
-    assert server.called("/update_weights_from_disk")[0]["model_path"] == "weight_v1"
+    assert server.called("/update_weights_from_disk")[0]["model_path"] == str(Path("weight_v1").absolute())
 
 
 @pytest.mark.parametrize(
