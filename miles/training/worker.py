@@ -6,6 +6,7 @@ The driver talks to it through a `WorkerGroup`: method names, plain data and tar
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -75,7 +76,7 @@ class StepOutcome:
     sums: Metrics
     report: StepReport
     out_of_memory: int
-    """Times the step was started again with smaller micro-batches."""
+    """Times that it, or a forward pass since the step before, was started again with smaller micro-batches."""
     losses: Mapping[int, float] = field(default_factory=dict)
     """Sample id -> mean policy loss of its trainable tokens, before the step."""
 
@@ -110,6 +111,8 @@ class TrainWorker:
             "actor": Objective(config.algorithm, loss, masks),
             "critic": ValueObjective(config.critic.value_clip),
         }
+        self.retries = Counter[str]()
+        """After memory ran out, of models that learn, since their last step; those of others are the actor's."""
 
     def _context(self, model: ModelSetup) -> BackendContext:
         setup, config = self.setup, self.setup.config
@@ -138,7 +141,7 @@ class TrainWorker:
     def forward(self, name: str, tables: Sequence[Table], want: Sequence[Want]) -> list[dict[str, list[np.ndarray]]]:
         """What a model says: per table, per wanted quantity, one array a sample."""
         model, wanted = self.models[name], frozenset(want)
-        batches, outputs, _ = self._fitting(model, tables, lambda batches: model.forward(batches, wanted))
+        batches, outputs = self._fitting(name, tables, lambda batches: model.forward(batches, wanted))
         pairs = list(zip(outputs, batches, strict=True))
         columns = {key: [row for o, b in pairs for row in _per_sample(getattr(o, f"{key}_T"), b)] for key in want}
         bounds = [0, *accumulate(len(table) for table in tables)]
@@ -166,28 +169,30 @@ class TrainWorker:
             sums = model.forward_backward(batches, objective, self.wants[name])
             return sums, model.optim_step()
 
-        _, (sums, report), retries = self._fitting(model, tables, step)
+        sums, report = self._fitting(name, tables, step)[1]
         model.zero_grad()
         if taught is not None:
             taught.teacher_logits = None
         losses = {i: loss for ids, loss_N in objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)}
-        return StepOutcome({name: float(value) for name, value in sums.items()}, report, retries, losses)
+        metrics = {metric: float(value) for metric, value in sums.items()}
+        return StepOutcome(metrics, report, self.retries.pop(name, 0), losses)
 
     def _fitting(
-        self, model: TrainBackend, tables: Sequence[Table], act: Callable[[Sequence[MicroBatch]], T]
-    ) -> tuple[list[MicroBatch], T, int]:
-        """Does something with a micro-batch a table; also returns these, and how often it began again. Out of memory,
-        on whichever rank, starts it again with halves: nothing is lost, since the weight of each token does not depend
-        on the micro-batch it is in."""
-        batches, retries = [self._pack(table) for table in tables], 0
+        self, name: str, tables: Sequence[Table], act: Callable[[Sequence[MicroBatch]], T]
+    ) -> tuple[list[MicroBatch], T]:
+        """Has a model do something with a micro-batch a table; also returns these. Out of memory, on whichever rank,
+        starts it again with halves: nothing is lost, since the weight of each token does not depend on the micro-batch
+        it is in."""
+        batches, retries, alike = [self._pack(table) for table in tables], 0, self.models[name].data_size > 1
         while True:
             try:
-                return batches, act(batches), retries
+                return batches, act(batches)
             except torch.OutOfMemoryError as error:
                 if self.size > 1 and not hasattr(error, "rank"):
                     raise  # of this rank alone: the others know nothing of it and go on
-                batches = self._smaller(batches, retries, error, alike=model.data_size > 1)
+                batches = self._smaller(batches, retries, error, alike)
                 retries += 1
+                self.retries[name if name in self._learning else "actor"] += 1
 
     def _pack(self, table: Table) -> MicroBatch:
         batch = build_micro_batch(

@@ -1,5 +1,6 @@
 """What the tests of memory running out, and of what is communicated, run on each rank."""
 
+from collections import Counter
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
@@ -203,6 +204,7 @@ def worker(rank: int, size: int) -> dict:
         one.compares_logits, one.setup = False, SimpleNamespace(config=Config(), device="cpu")
         one.models = {"actor": make_backend("dense", rank, size, dtype="fp64")}
         one.losses = {"actor": Weighted()}
+        one.retries = Counter()
         with failing(one.models["actor"], *place):
             outcome = one.train_step("actor", [table(batch) for batch in batches], StepScope(tokens=1.0))
         found[name] = outcome.out_of_memory

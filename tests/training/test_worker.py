@@ -1,5 +1,6 @@
 """Out of memory in a worker: smaller micro-batches, the same step, counted; one sample too large is an error."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -54,6 +55,7 @@ def worker(backend, **train):
     one.setup = SimpleNamespace(config=Config.model_validate({"train": train}), device="cpu")
     one.models = {"actor": backend}
     one.losses = {"actor": SimpleNamespace(scope=None, losses=[])}
+    one.retries = Counter()
     return one
 
 
@@ -86,6 +88,16 @@ def test_the_optimizer_running_out_of_memory_starts_the_step_again():
 def test_a_forward_pass_is_halved_too_and_keeps_its_order():
     (result,) = worker(Backend(room=4)).forward("actor", [table()], ("log_probs",))
     assert [row.tolist() for row in result["log_probs"]] == [[float(i)] * 4 for i in range(4)]
+
+
+def test_retries_of_forward_passes_are_counted_with_the_next_step():
+    one = worker(Backend(room=4))
+    one.models["reference"] = Backend(room=8)
+    one.forward("actor", [table()], ("log_probs",))  # 16 tokens, then 8, then 4
+    one.forward("reference", [table()], ("log_probs",))  # 16, then 8
+    one.models["actor"].room = 100
+    counted = [one.train_step("actor", [table()], StepScope(tokens=16.0)).out_of_memory for _ in range(2)]
+    assert counted == [3, 0]
 
 
 def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
