@@ -4,10 +4,11 @@
     python scripts/gpu/sglang_sync.py tiny --device cpu --buckets 1 4
 
 Every shape has a process of its own: the train backend `fsdp` in bf16 with random weights, the engine `sglang` beside
-it (executor inprocess), taking turns as in a colocated run. For every size of bucket (MiB), weights are sent
-`--repeats` times, the very first time with whatever is set up by it. Before each, a fifth of every matrix is drawn
-anew, and after it trainer and engine score the same random tokens: `probe` is how far they are apart, `stirred` how far
-the trainer is from what it said before, which is what the probe would show of weights that did not arrive.
+it (executor inprocess), taking turns as in a colocated run; without an optimizer, which takes no part in this and would
+leave no room for 8B. For every size of bucket (MiB), weights are sent `--repeats` times, the very first time with
+whatever is set up by it. Before each, a fifth of every matrix is drawn anew, and after it trainer and engine score the
+same random tokens: `probe` is how far they are apart, `stirred` how far the trainer is from what it said before, which
+is what the probe would show of weights that did not arrive.
 
     push      the whole weight sync; `receive` of it in the engine
     post      waiting for the server to take buckets; `version` and `flush` for its answers to these
@@ -171,6 +172,7 @@ async def measure(arguments: argparse.Namespace, folder: Path, shape: str) -> di
     resolved = resolve([RECIPE / "config.yaml", settings], words, load_plugins())
     config, registry = resolved.config, resolved.registry
     fsdp.initial_weights = partial(drawn_weights, arguments.device)
+    fsdp.FsdpBackend._make_optimizer = lambda backend: None  # type: ignore[method-assign]
     figures: dict[str, Any] = {"copy_bytes_per_second": copy_rate(arguments.device)}
     start = time.perf_counter()
     with prepared_process(config.run):
@@ -193,12 +195,12 @@ async def syncs(arguments: argparse.Namespace, run: Run, folder: Path) -> list[d
     engine.receive = timed(engine.receive, receives)  # type: ignore[method-assign]
     with Requests() as requests:
         for mib in arguments.buckets:
-            use_bucket(mib * MIB)
+            use_bucket(int(mib * MIB))
             for repeat in range(arguments.repeats):
                 run.step += 1
                 async with run.residency.training():
                     await parts.workers.call("send_weights", f"{HERE}:stir", run.step)
-                    [alone] = await parts.workers.call("send_weights", f"{HERE}:walk", mib * MIB)
+                    [alone] = await parts.workers.call("send_weights", f"{HERE}:walk", int(mib * MIB))
                     assert parts.probe is not None
                     now = await parts.probe.trainer(parts.workers)
                 requests.take()
@@ -268,7 +270,9 @@ def run_shape(shape: str, arguments: argparse.Namespace, rest: Sequence[str]) ->
 def table(book: Book) -> list[list[Any]]:
     """The first sync, then medians of the others, of each size of bucket."""
     names = ("push", "receive", "post", "version", "flush", "walk", "largest_post")
-    rows: list[list[Any]] = [["shape", "GB", "bucket MiB", "syncs", *names, "GB/s", "of copy", "probe", "stirred"]]
+    rows: list[list[Any]] = [
+        ["shape", "GB", "bucket MiB", "buckets", "syncs", *names, "GB/s", "of copy", "probe", "stirred"]
+    ]
     for shape, figures in book.figures.items():
         if shape == "versions":
             continue
@@ -283,7 +287,20 @@ def table(book: Book) -> list[list[Any]]:
                 worst, stirred = max(s["probe"] for s in chosen), [s["stirred"] for s in chosen if s["stirred"]]
                 cells = [median(sync[name] for sync in chosen) for name in names]
                 least = min(stirred) if stirred else None
-                rows.append([shape, chosen[0]["bytes"] / 1e9, mib, label, *cells, rate / 1e9, share, worst, least])
+                rows.append(
+                    [
+                        shape,
+                        chosen[0]["bytes"] / 1e9,
+                        mib,
+                        chosen[0]["buckets"],
+                        label,
+                        *cells,
+                        rate / 1e9,
+                        share,
+                        worst,
+                        least,
+                    ]
+                )
         if "error" in figures:
             rows.append([shape, *[None] * (len(rows[0]) - 2), str(figures["error"])])
     return rows
@@ -295,7 +312,7 @@ def main() -> None:
     parser.add_argument("--engine", default="sglang")
     parser.add_argument("--flags", default=SERVER_FLAGS, help="of SGLang, in one string")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--buckets", type=int, nargs="+", default=[512, 128, 1024], help="MiB")
+    parser.add_argument("--buckets", type=float, nargs="+", default=[512, 128, 1024], help="MiB")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a shape is killed")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
