@@ -8,6 +8,8 @@ What is particular to it:
   than another. `manual` keeps requests of one key together, where the cache has what they share, and gives new keys to
   the server with the fewest: that is the default here, with the key in the header `ROUTING_KEY`.
 - It retries by itself, under the same request id. That is off: the engine does it, under ids of its own.
+- It asks servers for their /health, for which these generate a token, asleep or not: one whose memory was released
+  would die of it (reading). That is off: the engine watches its servers.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ DEFAULTS: Mapping[str, Value] = {
     "assignment_mode": "min_group",
     "disable_retries": True,
     "disable_circuit_breaker": True,
+    "disable_health_check": True,
     "request_timeout_secs": 24 * 3600,
     "shutdown_grace_period_secs": 1,
     "log_level": "warn",

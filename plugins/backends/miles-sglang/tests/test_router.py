@@ -47,12 +47,14 @@ class Worker:
 
     def __init__(self):
         self.bodies = []
+        self.health_checks = 0
 
     async def generate(self, request):
         self.bodies.append(body := await request.json())
         return web.json_response({"text": ""}, status=500 if body["input_ids"] == [500] else 200)
 
     async def inform(self, request):
+        self.health_checks += request.path == "/health"
         return web.json_response({"model_path": "tiny", "served_model_name": "tiny", "tp_size": 1, "dp_size": 1})
 
     async def start(self, stack):
@@ -136,6 +138,17 @@ def test_a_server_s_error_is_passed_on_and_the_request_not_made_again(tmp_path):
         assert await ask({"input_ids": [1]}) == 200
 
     before_two_servers(tmp_path, story)
+
+
+@REAL
+def test_a_server_that_may_sleep_is_not_asked_to_generate_for_its_health(tmp_path):
+    async def story(ask, workers):
+        before = [worker.health_checks for worker in workers]
+        await asyncio.sleep(2.5)
+        assert [worker.health_checks for worker in workers] == before
+        assert await ask({"input_ids": [1]}) == 200
+
+    before_two_servers(tmp_path, story, health_check_interval_secs=1)
 
 
 @REAL
