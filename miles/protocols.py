@@ -262,7 +262,7 @@ class RolloutEngine(Protocol):
         """Log-probability of each given token, `[T]` float32, 0 at position 0.
 
         Raises:
-            EngineError: the engine cannot score at this temperature (SGLang: only at 1).
+            EngineError: the engine cannot score at this temperature.
         """
 
     async def abort(self, request_id: str | None = None) -> None:

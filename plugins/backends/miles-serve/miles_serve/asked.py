@@ -30,6 +30,8 @@ class Wanted:
     """None where the client did not say, which is 1."""
     top: int
     """Likeliest prompt tokens to tell of at each place."""
+    candidates: list[int]
+    """Tokens of which it is wanted how likely each was as the one that is generated."""
     text_in_log_probs: bool
     sampling_log_probs: bool
     """Log-probs are wanted a second time, as those of the truncated distribution."""
@@ -104,6 +106,11 @@ def _answers(service: Service, body: GenerateBody, prompt: _Prompt) -> list[Want
         raise RequestError("top_logprobs_num is not supported by this engine; leave it out.")
     if prompt.top and sampling.params.max_new_tokens:
         raise RequestError("top_logprobs_num is told of prompts only: ask with max_new_tokens 0.")
+    candidates = body.token_ids_logprob or []
+    if candidates and sampling.params.max_new_tokens != 1:
+        raise RequestError("token_ids_logprob is told of one generated token only: ask with max_new_tokens 1.")
+    if candidates:
+        service.check_tokens([*candidates])
     return [
         Wanted(
             request=service.request(
@@ -120,6 +127,7 @@ def _answers(service: Service, body: GenerateBody, prompt: _Prompt) -> list[Want
             score_from=length if prompt.start == -1 else prompt.start,
             score_temperature=body.input_logprob_temperature,
             top=prompt.top,
+            candidates=candidates,
             text_in_log_probs=body.return_text_in_logprobs,
             sampling_log_probs=prompt.mask,
             prompt_ids=body.return_prompt_token_ids,

@@ -21,7 +21,6 @@ UNSUPPORTED = (
     "image_data",
     "video_data",
     "audio_data",
-    "token_ids_logprob",
     "return_hidden_states",
     "lora_path",
     "custom_logit_processor",
@@ -56,6 +55,8 @@ class GenerateBody(Body):
     logprob_start_len: int | list[int] | None = None
     """First prompt token whose log-prob is told; -1 for none."""
     top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: Tokens | None = None
+    """Tokens whose log-probs as the first one of the answer are told, at the answer's temperature."""
     return_text_in_logprobs: bool = False
     return_sampling_mask: bool | list[bool] | None = None
     input_logprob_temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

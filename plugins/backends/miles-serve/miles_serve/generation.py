@@ -61,11 +61,18 @@ async def _pieces(service: Service, wanted: Wanted) -> AsyncIterator[dict[str, A
 
 
 async def _score(service: Service, wanted: Wanted, reply: Reply) -> None:
-    """What is wanted to be known of the prompt."""
+    """What is wanted to be known of the prompt, and of tokens that may come next."""
+    engine: Any = service.engine
+    tokens, sampling = wanted.request.tokens, wanted.request.sampling
+    for candidate in wanted.candidates if wanted.log_probs else ():
+        scored = engine.score([*tokens, candidate], sampling.temperature or 1.0)
+        if (scores := await service.score(wanted.request.id, scored)) is None:
+            reply.abort()
+            return
+        reply.score_candidate(candidate, float(scores[-1]))
     if not wanted.scores:
         return
-    engine: Any = service.engine
-    tokens, temperature = wanted.request.tokens, wanted.score_temperature or 1.0
+    temperature = wanted.score_temperature or 1.0
     scores = await service.score(wanted.request.id, engine.score(tokens, temperature))
     if scores is None:
         reply.abort()

@@ -67,6 +67,7 @@ def meta_info(service: Service, request: GenerateRequest, result: GenerateResult
         score_from=len(request.tokens),
         score_temperature=None,
         top=0,
+        candidates=[],
         text_in_log_probs=False,
         sampling_log_probs=False,
         prompt_ids=False,

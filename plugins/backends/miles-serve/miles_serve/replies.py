@@ -26,6 +26,7 @@ class Reply:
         self.begun = time.perf_counter()
         self.prompt_log_probs: list[LogProb] = []
         self.prompt_top: list[list[LogProb] | None] | None = None
+        self.candidates: list[LogProb] = []
         self.finished: dict[str, Any] | None = None if wanted.generates else {"type": "length", "length": 0}
         """SGLang's `finish_reason`, once there is one."""
         self._tokens: list[int] = []
@@ -51,6 +52,9 @@ class Reply:
         start = self.wanted.score_from + 1
         rows = zip(log_probs_TK[start:].tolist(), ids_TK[start:].tolist(), strict=True)
         self.prompt_top = [None, *([self._log_prob(*pair) for pair in zip(*row, strict=True)] for row in rows)]
+
+    def score_candidate(self, token: int, log_prob: float) -> None:
+        self.candidates.append(self._log_prob(log_prob, token))
 
     def add(self, piece: GenerateResult) -> None:
         """Take in what was generated: a piece of a stream, or everything at once."""
@@ -122,6 +126,8 @@ class Reply:
             meta["input_token_logprobs"] = self.prompt_log_probs
             meta["output_token_logprobs"] = self._log_probs[since:]
             meta["output_token_logprobs_length"] = len(self._log_probs)
+            if self.candidates:
+                meta["output_token_ids_logprobs"] = [self.candidates]
             if self.prompt_top is not None:
                 meta["input_top_logprobs"] = self.prompt_top
             if wanted.score_temperature is not None:

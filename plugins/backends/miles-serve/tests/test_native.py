@@ -53,6 +53,7 @@ def test_a_dense_model_has_no_experts_to_return(shared):
         ({"return_hidden_states": True}, "return_hidden_states"),
         ({"top_logprobs_num": 2}, "prompts only"),
         ({"top_logprobs_num": -1}, "top_logprobs_num"),
+        ({"token_ids_logprob": [5]}, "one generated token"),
         ({"logprob_start_len": 4}, "logprob_start_len"),
         ({"return_logprob": [True, False]}, "return_logprob"),
         ({"text": "both"}, "not both"),

@@ -128,3 +128,13 @@ def scoring(tokens: Sequence[int]) -> dict[str, Any]:
         "return_logprob": True,
         "logprob_start_len": 0,
     }
+
+
+def scoring_next(tokens: Sequence[int], temperature: float) -> dict[str, Any]:
+    """The body that asks for the log-probability of the last of these tokens, given the others, at a temperature."""
+    return {
+        "input_ids": list(tokens[:-1]),
+        "sampling_params": {"max_new_tokens": 1, "temperature": temperature, "ignore_eos": True},
+        "return_logprob": True,
+        "token_ids_logprob": [tokens[-1]],
+    }

@@ -35,7 +35,7 @@ from miles.api import (
 )
 from miles.toolkit import Shipment, this_process
 from miles_sglang.affinity import Affinity
-from miles_sglang.asking import Abilities, generation, refuse, refuse_tokens, scoring
+from miles_sglang.asking import Abilities, generation, refuse, refuse_tokens, scoring, scoring_next
 from miles_sglang.client import Client, MalformedError
 from miles_sglang.external import RunningServer
 from miles_sglang.fleet import LONG, Fleet
@@ -206,25 +206,37 @@ class SGLangEngine:
         return answer.result()
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-        sender, can = self._there()
+        """SGLang scores given tokens at temperature 1. At another one it is asked about each of them as the next token:
+        as many requests as there are tokens, which share their beginnings in its cache."""
+        _, can = self._there()
         refuse_tokens(tokens, self._vocabulary, can.max_len - 1)
-        if temperature != 1.0:
-            raise EngineError(
-                f"SGLang scores given tokens at temperature 1 only, and {temperature} was asked for: "
-                "score with the trainer's own forward pass instead"
-            )
-        log_probs: list[float] = []
+        if temperature <= 0:
+            raise EngineError(f"SGLang engine: temperature {temperature} is no distribution to score under")
+        key = self._affinity.key(SCORING, tokens)
+        if temperature == 1.0:
+            piece = await self._scored(key, scoring(tokens), lambda piece: len(piece.prompt_log_probs) == len(tokens))
+            return np.asarray(piece.prompt_log_probs, np.float32)
+        bodies = (scoring_next(tokens[: end + 1], temperature) for end in range(1, len(tokens)))
+        pieces = await asyncio.gather(
+            *(self._scored(key, body, lambda piece: piece.next_log_prob is not None) for body in bodies)
+        )
+        return np.asarray([0.0, *(piece.next_log_prob for piece in pieces)], np.float32)
+
+    async def _scored(self, key: str, body: dict[str, Any], complete: Callable[[Piece], bool]) -> Piece:
+        """The answer to a request that scores, which says all that was asked."""
+        (sender, _), taken = self._there(), Piece()
 
         def take(piece: Piece) -> None:
-            if piece.finish_reason != "abort" and len(piece.prompt_log_probs) != len(tokens):
-                raise MalformedError(f"{len(tokens)} tokens got {len(piece.prompt_log_probs)} scores")
-            log_probs[:] = piece.prompt_log_probs
+            nonlocal taken
+            if piece.finish_reason != "abort" and not complete(piece):
+                raise MalformedError("some of the scores that were asked for are missing")
+            taken = piece
 
-        with self._flights.one(SCORING, self._affinity.key(SCORING, tokens)) as flight:
-            while await sender.send(flight, lambda: scoring(tokens), take) == "abort":
+        with self._flights.one(SCORING, key) as flight:
+            while await sender.send(flight, lambda: dict(body), take) == "abort":
                 if flight.aborted or not flight.retracted:
                     raise EngineError("tokens to be scored were aborted")
-        return np.asarray(log_probs, np.float32)
+        return taken
 
     async def abort(self, request_id: str | None = None) -> None:
         if self._standing.lost:

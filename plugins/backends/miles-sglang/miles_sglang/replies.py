@@ -31,6 +31,8 @@ class Piece:
     cached_tokens: int = 0
     prompt_log_probs: list[float] = field(default_factory=list)
     """`[T]`, 0 at position 0, when they were asked for."""
+    next_log_prob: float | None = None
+    """Of the one token that was asked about as the first of the answer."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Reader:
             tokens, log_probs = [], []  # the echo of an abort in the queue: it repeats the last token of a stream
         self._check(tokens, log_probs)
         prompt = [row[0] or 0.0 for row in meta.get("input_token_logprobs") or ()]
+        asked = meta.get("output_token_ids_logprobs")
         return Piece(
             tokens,
             log_probs,
@@ -76,6 +79,7 @@ class Reader:
             meta.get("routed_experts"),
             meta.get("cached_tokens", 0),
             prompt,
+            asked[0][0][0] if asked else None,
         )
 
     def _log_probs(self, meta: dict[str, Any], any_tokens: bool) -> list[float]:

@@ -140,6 +140,9 @@ class FakeSGLang:
         if body.get("logprob_start_len") == 0:
             given = body["input_ids"]
             meta["input_token_logprobs"] = [[-0.5 * i if i else None, t, None] for i, t in enumerate(given)]
+        if asked := body.get("token_ids_logprob"):
+            at = body["sampling_params"]["temperature"]
+            meta["output_token_ids_logprobs"] = [[[-0.5 * len(body["input_ids"]) / at, t, None] for t in asked]]
         if body.get("return_routed_experts") and finish is not None:
             positions = np.arange(body["routed_experts_start_len"], len(body["input_ids"]) + len(tokens) - 1)
             rows = np.broadcast_to(positions[:, None, None], (len(positions), LAYERS, TOP_K)).astype(np.int32)

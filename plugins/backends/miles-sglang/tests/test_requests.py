@@ -134,15 +134,30 @@ def test_stop_strings_reach_a_server_with_a_tokenizer():
     assert (params["stop"], params["min_new_tokens"]) == (["x", "y"], 2)
 
 
-def test_score_reads_the_prompt_and_refuses_another_temperature(server):
-    async def story(engine):
-        with pytest.raises(EngineError, match="temperature"):
-            await engine.score([7, 8], temperature=0.5)
-        return await engine.score([7, 8, 9])
-
-    scores = run(story, server)
+def test_score_reads_the_prompt(server):
+    scores = run(lambda engine: engine.score([7, 8, 9]), server)
     assert scores.tolist() == [0.0, -0.5, -1.0]
     assert scores.dtype == np.float32
+
+
+def test_at_another_temperature_each_token_is_asked_about_as_the_next(server):
+    async def story(engine):
+        with pytest.raises(EngineError, match="temperature 0"):
+            await engine.score([7, 8], temperature=0.0)
+        return await engine.score([7, 8, 9], temperature=0.5)
+
+    scores = run(story, server)
+    assert scores.tolist() == [0.0, -1.0, -2.0]
+    asked = sorted((body["input_ids"], body["token_ids_logprob"]) for body in server.called("/generate"))
+    assert asked == [([7], [8]), ([7, 8], [9])]
+
+
+def test_a_score_that_is_missing_is_asked_for_again(server):
+    async def story(engine):
+        server.spoils = [{"output_token_ids_logprobs": []}]
+        return await engine.score([7, 8], temperature=0.5)
+
+    assert run(story, server, retries=1).tolist() == [0.0, -1.0]
 
 
 def test_an_answer_that_is_malformed_is_asked_for_again(server):

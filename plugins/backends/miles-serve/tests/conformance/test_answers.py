@@ -41,6 +41,22 @@ def test_log_probs_of_generated_tokens_are_their_scores(server, temperature):
     np.testing.assert_allclose(output(reply), scored, atol=server.tolerance)
 
 
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_how_likely_given_tokens_are_next(server, temperature):
+    """At the temperature of the answer; of the token that was drawn it is what the answer says."""
+    prompt, candidates = server.prompt(4), server.prompt(5)[:3]
+    asked = server.body(prompt, 1, temperature=temperature) | {"token_ids_logprob": candidates}
+    reply = server.client.post("/generate", asked).json
+    (rows,) = reply["meta_info"]["output_token_ids_logprobs"]
+    assert [row[1] for row in rows] == candidates
+    again = asked | {"token_ids_logprob": reply["output_ids"]}
+    (drawn,) = server.client.post("/generate", again).json["meta_info"]["output_token_ids_logprobs"]
+    np.testing.assert_allclose(values(drawn), output(reply), atol=server.tolerance)
+    if temperature == 1:
+        scored = [values(server.score([*prompt, token]))[-1] for token in candidates]
+        np.testing.assert_allclose(values(rows), scored, atol=server.tolerance)
+
+
 def test_greedy_is_the_same_each_time(server):
     first, second = (server.generate(server.prompt(2), 16) for _ in range(2))
     assert first["output_ids"] == second["output_ids"]
