@@ -21,7 +21,7 @@ def run_ranks() -> Callable[..., None]:
     def run(script: str, *arguments: str) -> None:
         ranks = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name(script)), *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -1,9 +1,9 @@
-"""One rank of the Megatron spike, as a program of its own: what it changes in its process ends with it.
+"""The ranks of the Megatron spike, in a program of their own: what they change in their processes ends with these.
 
-    python megatron_rank.py FOLDER RANK WORLD_SIZE TENSOR_SIZE EXPERT_SIZE
+    python megatron_rank.py FOLDER
 
-reads `FOLDER/checkpoint` and `FOLDER/tokens.pt` (one list of samples for each data rank), and writes what the backend
-said to `FOLDER/rank-RANK.pt`.
+For each folder `MODEL-WORLD_SIZE-TENSOR_SIZE-EXPERT_SIZE` in it, one after the other, that many ranks read `checkpoint`
+and `tokens.pt` (one list of samples for each data rank), and write what the backend said to `rank-RANK.pt`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from forked_ranks import fork, wait
 from megatron_backend import MegatronBackend, parallel, run_on_cpu
 from miles_llama.bridge import LlamaBridge
 from miles_qwen.bridge import QwenBridge
@@ -39,8 +40,7 @@ def weighted(batch: MicroBatch, outputs: Outputs) -> LossResult:
     return LossResult(loss, {"loss": loss.detach()})
 
 
-def main(folder: Path, rank: int, world_size: int, tensor_size: int, expert_size: int) -> None:
-    torch.set_num_threads(1)
+def one_rank(folder: Path, rank: int, world_size: int, tensor_size: int, expert_size: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     run_on_cpu()
     parallel(tensor_size, expert_size)
@@ -84,4 +84,6 @@ def main(folder: Path, rank: int, world_size: int, tensor_size: int, expert_size
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        sizes = [int(size) for size in folder.name.split("-")[1:]]
+        wait([fork(one_rank, folder, rank, *sizes) for rank in range(sizes[0])])

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +33,9 @@ MODELS = {
     "qwen3_moe": Qwen3MoeConfig(**MOE, head_dim=16, norm_topk_prob=True),
     "qwen2_moe": Qwen2MoeConfig(**MOE, shared_expert_intermediate_size=24),
 }
+LAYOUTS = [(name, 1, 1, 1) for name in ("qwen3", "llama", "qwen3_moe", "qwen2_moe")]
+LAYOUTS += [("qwen3_tied", 2, 2, 1), ("qwen2", 2, 2, 1), ("qwen3_moe", 2, 1, 2)]
+"""Model, ranks, how many split a matrix, how many the experts."""
 SAMPLES = [[3, 1, 4, 1, 5, 9, 2], [6, 5, 3], [5, 8, 9, 7, 9], [3, 2, 3, 8, 4, 6, 2, 6]]
 TEMPERATURE = 0.7
 
@@ -47,30 +47,6 @@ def random_model(config):
         for name, parameter in model.named_parameters():
             parameter.normal_(mean=float("norm" in name), std=0.3)
     return model
-
-
-def run_ranks(folder: Path, ranks: int, tensor_size: int, expert_size: int, data_size: int) -> list[dict]:
-    """Every rank in a process of its own; what each wrote."""
-    share = len(SAMPLES) // data_size
-    torch.save([SAMPLES[i * share : (i + 1) * share] for i in range(data_size)], folder / "tokens.pt")
-    program = Path(__file__).with_name("megatron_rank.py")
-    command = [sys.executable, str(program), str(folder)]
-    sizes = [str(ranks), str(tensor_size), str(expert_size)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), *sizes], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        for rank, process in enumerate(running):
-            output, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, f"rank {rank}:\n{output[-4000:]}"
-    finally:
-        for process in running:
-            process.kill()
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(ranks)]
 
 
 def expected(model) -> dict:
@@ -93,19 +69,25 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-LAYOUTS = [(name, 1, 1, 1) for name in ("qwen3", "llama", "qwen3_moe", "qwen2_moe")]
-LAYOUTS += [("qwen3_tied", 2, 2, 1), ("qwen2", 2, 2, 1), ("qwen3_moe", 2, 1, 2)]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_ranks) -> Path:
+    """What the ranks of every layout wrote, each layout in a folder of its own."""
+    folder = tmp_path_factory.mktemp("megatron")
+    for name, ranks, tensor_size, expert_size in LAYOUTS:
+        own, share = folder / f"{name}-{ranks}-{tensor_size}-{expert_size}", len(SAMPLES) * tensor_size // ranks
+        random_model(MODELS[name]).save_pretrained(own / "checkpoint")
+        torch.save([SAMPLES[i : i + share] for i in range(0, len(SAMPLES), share)], own / "tokens.pt")
+    run_ranks("megatron_rank.py", str(folder))
+    return folder
 
 
 @pytest.mark.parametrize(("name", "ranks", "tensor_size", "expert_size"), LAYOUTS)
-def test_megatron_equals_transformers(name, ranks, tensor_size, expert_size, tmp_path):
-    model = random_model(MODELS[name])
-    model.save_pretrained(tmp_path / "checkpoint")
-    data_size = ranks // tensor_size
-    said = run_ranks(tmp_path, ranks, tensor_size, expert_size, data_size)
-    wanted = expected(model)
-    share = len(SAMPLES) // data_size
-    checkpoint = load_file(tmp_path / "checkpoint" / "model.safetensors")
+def test_megatron_equals_transformers(folder, name, ranks, tensor_size, expert_size):
+    own = folder / f"{name}-{ranks}-{tensor_size}-{expert_size}"
+    said = [torch.load(own / f"rank-{rank}.pt") for rank in range(ranks)]
+    wanted = expected(random_model(MODELS[name]))
+    share = len(SAMPLES) * tensor_size // ranks
+    checkpoint = load_file(own / "checkpoint" / "model.safetensors")
     for rank in said:
         mine = slice(rank["data_rank"] * share, (rank["data_rank"] + 1) * share)
         for quantity in ("log_probs", "entropy"):
