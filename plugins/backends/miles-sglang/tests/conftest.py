@@ -2,11 +2,14 @@
 HTTP), `fake_server` (answers as SGLang does), `story` (an engine in front of that) and `soak` (scripts/soak.py)."""
 
 import importlib.util
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[3] / "scripts"
@@ -25,3 +28,35 @@ def stand_ins(tmp_path_factory, monkeypatch):
         (package / "__init__.py").touch()  # or one that is installed would come first
     monkeypatch.syspath_prepend(str(folder))
     return folder
+
+
+class Servers:
+    """Those that stand for SGLang's, by what they wrote into a file when they were ready."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    @property
+    def pids(self) -> list[int]:
+        return [int(line) for line in self.file.read_text().split()]
+
+    def kill(self, index: int = -1) -> None:
+        os.kill(self.pids[index], signal.SIGKILL)
+
+
+@pytest.fixture
+def servers(tmp_path, monkeypatch):
+    """The engine `sglang` starts servers of `stand_in.py`. It hands them weights in memory that any process can open by
+    its name."""
+    package = tmp_path / "path" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    shutil.copy(HERE / "stand_in.py", package / "launch_server.py")
+    (tmp_path / "pids").touch()
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
+    monkeypatch.setenv("STAND_IN_PIDS", str(tmp_path / "pids"))
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    yield Servers(tmp_path / "pids")
+    torch.multiprocessing.set_sharing_strategy(before)

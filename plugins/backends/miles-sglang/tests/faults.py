@@ -1,6 +1,6 @@
 """A reverse proxy that spoils what passes through it: a network and a server on their bad days, by a plan.
 
-It stands between an engine and its server. Which requests for tokens suffer what, a plan says: a function of what is
+It stands between an engine and its server. Which requests of one path suffer what, a plan says: a function of what is
 asked and of how often it was asked before, so that a seed repeats a whole bad day whatever came in which order. All
 else passes as it is. It keeps a record of every request, to compare with what engine and server say.
 
@@ -85,6 +85,12 @@ def first(*faults: Fault) -> Plan:
     return lambda asked, earlier: faults[earlier] if earlier < len(faults) else None
 
 
+def once(*faults: Fault) -> Plan:
+    """The first deliveries of all meet these, whatever they are."""
+    left = list(faults)
+    return lambda asked, earlier: left.pop(0) if left else None
+
+
 def always(fault: Fault) -> Plan:
     return lambda asked, earlier: fault
 
@@ -120,10 +126,25 @@ class Record:
 class FaultyProxy:
     """Listens on a port of its own while its `async with` lasts."""
 
-    def __init__(self, target: str, plan: Plan, *, delay: float = 1.0, closed: float = 0.02, beyond: int = 10**6):
-        """`delay`: how late the answer of a slow server is. `closed`: seconds for which nobody listens. `beyond`: a
-        token outside the vocabulary."""
-        self.target, self.plan, self.delay, self.closed, self.beyond = target, plan, delay, closed, beyond
+    def __init__(
+        self,
+        target: str,
+        plan: Plan,
+        *,
+        path: str = GENERATE,
+        delay: float = 1.0,
+        closed: float = 0.02,
+        beyond: int = 10**6,
+    ):
+        """
+        Args:
+            path: of requests that may suffer.
+            delay: seconds that an answer of a slow server is late.
+            closed: seconds for which nobody listens.
+            beyond: a token outside the vocabulary.
+        """
+        self.target, self.plan, self.path = target, plan, path
+        self.delay, self.closed, self.beyond = delay, closed, beyond
         self.counts: Counter[Fault] = Counter()
         self.records: dict[str, Record] = {}
         self.passed: Counter[str] = Counter()
@@ -174,7 +195,7 @@ class FaultyProxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         data = await request.read()
-        if request.path != GENERATE:
+        if request.path != self.path:
             if request.path == "/abort_request":
                 self.aborted.append(json.loads(data).get("rid", ""))
             return await self._passed_on(request, data)

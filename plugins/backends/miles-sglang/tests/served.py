@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 from miles_serve.server import listening
@@ -26,6 +27,8 @@ from miles.plugins import load_plugins
 from miles.protocols import ChatContext
 from miles.registry import Registry
 from miles.testing import tiny
+
+T = TypeVar("T")
 
 
 class Oracle:
@@ -112,14 +115,31 @@ def tiny_context(model_type: str = "llama", seed: int = 0) -> EngineContext:
 
 
 @asynccontextmanager
-async def served(engine: RolloutEngine, context: EngineContext) -> AsyncIterator[str]:
-    """Start an engine and put it behind HTTP: its address. Both end with the `async with`."""
+async def served(engine: RolloutEngine, context: EngineContext, **options: Any) -> AsyncIterator[str]:
+    """Start an engine and put it behind HTTP: its address. Both end with the `async with`. `options` are of the
+    service."""
     await engine.start()
     chat = Registry(load_plugins()).build("chat_formats", Spec(name="template"), context=ChatContext(context.tokenizer))
     limit = context.hf_config.max_position_embeddings
-    service = Service(engine, chat, context.tokenizer, context.hf_config, "tiny", str(context.checkpoint), limit)
+    folder = str(context.checkpoint)
+    service = Service(engine, chat, context.tokenizer, context.hf_config, "tiny", folder, limit, **options)
     try:
         async with listening(service, "127.0.0.1", 0, grace=0.1) as url:
             yield url
     finally:
         await engine.close()
+
+
+@contextmanager
+def in_thread(lasting: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """What `async with` gives, in an event loop of its own: for tests whose work has one already."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield asyncio.run_coroutine_threadsafe(lasting.__aenter__(), loop).result()
+        asyncio.run_coroutine_threadsafe(lasting.__aexit__(None, None, None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

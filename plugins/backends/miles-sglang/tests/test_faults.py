@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-from faults import LOST, PASSING, UNSEEN, Fault, FaultyProxy, always, first
+from faults import LOST, PASSING, UNSEEN, Fault, FaultyProxy, always, first, once
 from served import Oracle, Witness, served, tiny_context
 
 from miles.config import Spec
@@ -52,19 +52,24 @@ class Place:
         return record
 
 
+def build(name, context, **options):
+    return Registry(load_plugins()).build("rollout_engines", Spec(name=name, options=options), context=context)
+
+
 def at(plan, story, retries=2, **options):
     """Run `await story(place)` with an engine behind a proxy with this plan."""
 
     async def whole():
-        context, server = tiny_context(), Witness(Oracle())
+        context = tiny_context()
+        streams = options.get("stream", False)
+        server = Witness(build("torch", context) if streams else Oracle())
         async with (
             asyncio.timeout(2 * PATIENCE),
-            served(server, context) as url,
+            served(server, context, incremental=streams) as url,
             FaultyProxy(url, plan, delay=2 * TIMEOUT) as proxy,
         ):
             given = {"urls": [proxy.url], "timeout": TIMEOUT, "retries": retries, **options}
-            spec = Spec(name="sglang_external", options=given)
-            engine = Registry(load_plugins()).build("rollout_engines", spec, context=context)
+            engine = build("sglang_external", context, **given)
             await engine.start()
             try:
                 return await story(Place(engine, proxy, server))
@@ -151,6 +156,26 @@ def test_answers_that_were_exchanged_are_noticed():
         assert (await place.counts())["malformed"] == 20
 
     at(first(Fault.FOREIGN), story)
+
+
+@pytest.mark.parametrize(
+    "fault", [Fault.RESET, Fault.TRUNCATED, Fault.EMPTY, Fault.HTML, Fault.HUNG_UP, Fault.GATEWAY_504]
+)
+def test_a_stream_that_breaks_goes_on_where_it_broke(fault):
+    """What had come is kept, and the rest asked for: with the same seed it is what would have come."""
+
+    async def story(place):
+        whole = await place.oracle.generate(ask(length=40))
+        streamed = await place.engine.generate(ask(length=40))
+        assert streamed.tokens == whole.tokens
+        assert streamed.log_probs == pytest.approx(whole.log_probs, abs=1e-4)
+        assert len(streamed.weight_versions) == 40
+        kept = [len(record.body["input_ids"]) - 3 for record in place.proxy.records.values()]
+        assert kept[0] == 0
+        if fault in (Fault.RESET, Fault.TRUNCATED):
+            assert 0 < kept[1] < 40
+
+    at(once(fault), story, stream=True)
 
 
 # ------------------------------------------------------------------------------------------ a fault that does not

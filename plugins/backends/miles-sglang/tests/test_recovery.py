@@ -2,16 +2,11 @@
 and no token is drawn from other weights than those of now."""
 
 import asyncio
-import os
-import shutil
-import signal
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from served import tiny_context
 from soak import Weather, disturbed, make_producer
@@ -26,38 +21,6 @@ from miles.testing import tiny
 from miles.types import Status
 
 PATIENCE = 120.0
-
-
-class Servers:
-    """Those that stand for SGLang's, by what they wrote into a file when they were ready."""
-
-    def __init__(self, file: Path):
-        self.file = file
-
-    @property
-    def pids(self) -> list[int]:
-        return [int(line) for line in self.file.read_text().split()]
-
-    def kill(self, index: int = -1) -> None:
-        os.kill(self.pids[index], signal.SIGKILL)
-
-
-@pytest.fixture
-def servers(tmp_path, monkeypatch):
-    """The engine `sglang` starts servers of `stand_in.py`. It hands them weights in memory that any process can open by
-    its name."""
-    package = tmp_path / "path" / "sglang"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    shutil.copy(Path(__file__).with_name("stand_in.py"), package / "launch_server.py")
-    (tmp_path / "pids").touch()
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setenv("PYTHONPATH", str(package.parent), prepend=os.pathsep)
-    monkeypatch.setenv("STAND_IN_PIDS", str(tmp_path / "pids"))
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    yield Servers(tmp_path / "pids")
-    torch.multiprocessing.set_sharing_strategy(before)
 
 
 # ------------------------------------------------------------------------------------------- in the middle of a batch
