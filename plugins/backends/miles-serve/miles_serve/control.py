@@ -24,16 +24,20 @@ FLUSHED = (
 async def pause(service: Service, request: web.Request) -> web.Response:
     """Requests that come while it lasts wait, whatever the mode."""
     mode = (await read(request, PauseBody)).mode
-    service.paused = mode
-    await service.engine.pause(mode)
+    before, service.traffic.paused = service.traffic.paused, True
+    try:
+        await service.engine.pause(mode)
+    except BaseException:
+        service.traffic.paused = before
+        raise
     if mode == "abort":
-        await service.abort()  # those that were waiting
+        await service.abort()  # those that had no turn yet
     return web.json_response({"message": "Generation paused successfully.", "status": "ok"})
 
 
 async def resume(service: Service, request: web.Request) -> web.Response:
     await service.engine.resume()
-    service.paused = None
+    service.traffic.paused = False
     return web.json_response({"message": "Generation continued successfully.", "status": "ok"})
 
 
@@ -93,7 +97,7 @@ async def update_from_disk(service: Service, request: web.Request) -> web.Respon
         folder = _folder(service, body)
         if body.abort_all_requests:
             await service.abort()
-        async with service.traffic.alone(beside=service.paused is not None):
+        async with service.traffic.alone():
             version = service.version + 1
             shipment = Shipment("miles.toolkit:read_weights", {"folder": folder})
             await service.engine.receive("disk", version, shipment)

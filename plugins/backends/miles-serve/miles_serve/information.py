@@ -32,7 +32,7 @@ async def health(service: Service, request: web.Request) -> web.Response:
 async def health_generate(service: Service, request: web.Request) -> web.Response:
     """Whether a token comes out. While requests are under way, or it is paused, this is `/health`."""
     alive = await health(service, request)
-    if alive.status != 200 or service.paused or service.traffic.underway:
+    if alive.status != 200 or service.traffic.paused or service.traffic.underway:
         return alive
     sampling = SamplingParams(temperature=0.0, max_new_tokens=1)
     probe = service.request([0], sampling, id=f"HEALTH_CHECK_{uuid.uuid4().hex}")

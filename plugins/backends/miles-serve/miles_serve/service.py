@@ -10,12 +10,12 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from miles.api import ChatFormat, GenerateRequest, GenerateResult, PauseMode, RolloutEngine, SamplingParams
+from miles.api import ChatFormat, GenerateRequest, GenerateResult, RolloutEngine, SamplingParams
 from miles_serve.errors import RequestError
 from miles_serve.traffic import Traffic
 from miles_serve.vocabulary import Vocabulary
@@ -51,7 +51,6 @@ class Service:
     """The engine's version of its weights."""
     labels: dict[int, str] = field(default_factory=dict)
     """What clients call a version, where that is not its number."""
-    paused: PauseMode | None = None
     stopping: bool = False
     """No request is taken any more."""
     _scoring: dict[str, asyncio.Future] = field(default_factory=dict)
@@ -134,15 +133,15 @@ class Service:
             RequestError: a request of this id is under way.
             EngineError: see `RolloutEngine.generate`.
         """
-        async with self.traffic.entered(request.id):
-            return await self.engine.generate(request)
+        async with self.traffic.entered(request.id) as entered:
+            return await self.engine.generate(request) if entered else _nothing()
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[GenerateResult, None]:
         """The answer as it is made: each piece holds the tokens since the one before, and only the last says how it
         finished. One piece with everything where the engine has no streams."""
-        async with self.traffic.entered(request.id):
-            if not hasattr(self.engine, "stream"):
-                yield await self.engine.generate(request)
+        async with self.traffic.entered(request.id) as entered:
+            if not entered or not hasattr(self.engine, "stream"):
+                yield await self.engine.generate(request) if entered else _nothing()
                 return
             async with aclosing(self.engine.stream(request)) as pieces:
                 async for piece in pieces:
@@ -150,17 +149,22 @@ class Service:
 
     async def score(self, id: str, work: Coroutine[Any, Any, T]) -> T | None:
         """What the engine says of given tokens, as a request that can be aborted: None if it was."""
-        async with self.traffic.entered(id):
-            self._scoring[id] = task = asyncio.ensure_future(work)
-            try:
-                await asyncio.wait([task])
-                return None if task.cancelled() else task.result()
-            finally:
-                task.cancel()
-                del self._scoring[id]
+        with closing(work):
+            async with self.traffic.entered(id) as entered:
+                if not entered:
+                    return None
+                self._scoring[id] = task = asyncio.ensure_future(work)
+                try:
+                    await asyncio.wait([task])
+                    return None if task.cancelled() else task.result()
+                finally:
+                    task.cancel()
+                    await asyncio.wait([task])
+                    del self._scoring[id]
 
     async def abort(self, prefix: str = "") -> None:
         """End the requests whose ids begin like this; on return they have ended. Those that come later are spared."""
+        self.traffic.turn_away(prefix)
         chosen = [id for id in self.traffic.underway if id.startswith(prefix)]
         for id in chosen:
             if id in self._scoring:
@@ -174,6 +178,12 @@ class Service:
         """Take no more requests, give those under way so many seconds, then abort them: they are answered with what
         they have."""
         self.stopping = True
+        self.traffic.turn_away()
         if not await self.traffic.idle(seconds):
             await self.abort()
             await self.traffic.idle(seconds)
+
+
+def _nothing() -> GenerateResult:
+    """The answer to a request that was aborted before the engine had it."""
+    return GenerateResult([], [], "abort", [])

@@ -234,9 +234,11 @@ def test_memory_is_not_taken_from_requests_under_way(lab):
     with lab.serving() as server:
 
         async def work(session):
+            long = {**GREEDY, "max_new_tokens": 250}
+            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body(sampling_params=long)))
+            while not server.service.traffic.underway:
+                await asyncio.sleep(0)
             await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
-            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
-            await asyncio.sleep(0.1)
             refused = await lab.ask(session, "POST", "/release_memory_occupation", json={})
             await lab.ask(session, "POST", "/continue_generation", json={})
             return refused.status, (await task).status
@@ -244,23 +246,53 @@ def test_memory_is_not_taken_from_requests_under_way(lab):
         assert server.client.run(work) == (400, 200)
 
 
-def test_a_score_can_be_aborted(lab):
-    """It has no tokens to end with; while the engine is paused it would wait for ever."""
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_score_can_be_aborted(lab, paused):
+    """Outside, where it waits for a pause to end, and in the engine."""
     with lab.serving() as server:
 
+        async def never(tokens, temperature):
+            await asyncio.sleep(100)
+
         async def work(session):
-            await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
+            if paused:
+                await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
+            else:
+                server.service.engine.score = never
             asked = body(rid="scoring", logprob_start_len=0)
             task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=asked))
             await asyncio.sleep(0.1)
             await lab.ask(session, "POST", "/abort_request", json={"rid": "scor"})
-            reply = (await task).json
-            await lab.ask(session, "POST", "/continue_generation", json={})
-            return reply
+            return (await task).json
 
         reply = server.client.run(work)
         assert reply["meta_info"]["finish_reason"]["type"] == "abort"
         assert reply["output_ids"] == []
+        assert not server.service.traffic.underway
+
+
+def test_who_waits_for_a_pause_to_end_is_in_nobodys_way(lab):
+    """As in SGLang: what comes meanwhile has not reached the engine, so its cache can be flushed."""
+    with lab.serving() as server:
+
+        async def work(session):
+            await lab.ask(session, "POST", "/pause_generation", json={"mode": "retract"})
+            tasks = [
+                asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body(rid=rid, stream=stream)))
+                for rid, stream in (("stays", False), ("goes-1", False), ("goes-2", True))
+            ]
+            await asyncio.sleep(0.1)
+            flushed = (await lab.ask(session, "POST", "/flush_cache")).status
+            twice = (await lab.ask(session, "POST", "/generate", json=body(rid="stays"))).status
+            await lab.ask(session, "POST", "/abort_request", json={"rid": "goes"})
+            gone = await asyncio.gather(*tasks[1:])
+            await lab.ask(session, "POST", "/continue_generation", json={})
+            return flushed, twice, gone[0].json, gone[1].events[0], (await tasks[0]).json
+
+        flushed, twice, *gone, stayed = server.client.run(work)
+        assert (flushed, twice) == (200, 400)
+        assert [reply["meta_info"]["finish_reason"]["type"] for reply in gone] == ["abort", "abort"]
+        assert len(stayed["output_ids"]) == 6
 
 
 def test_a_flush_may_wait(shared, lab):
@@ -289,14 +321,18 @@ def test_stopping_answers_what_is_under_way(lab):
     with lab.serving() as server:
 
         async def work(session):
+            long = {**GREEDY, "max_new_tokens": 250}
+            tasks = [asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body(sampling_params=long)))]
+            while not server.service.traffic.underway:
+                await asyncio.sleep(0)
             await lab.ask(session, "POST", "/pause_generation", json={"mode": "in_place"})
-            task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            tasks += [asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))]
             await asyncio.sleep(0.05)
             await asyncio.to_thread(stop, server)
             late = await lab.ask(session, "POST", "/generate", json=body())
-            return (await task).json["meta_info"]["finish_reason"]["type"], late.status
+            return [(await task).json["meta_info"]["finish_reason"]["type"] for task in tasks], late.status
 
-        assert server.client.run(work) == ("abort", 503)
+        assert server.client.run(work) == (["abort", "abort"], 503)
         assert server.client.get("/health").status == 503
 
 
