@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from miles import __version__
 from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import TEACHER_NEEDS
@@ -55,8 +52,6 @@ from miles.training.trainer import Trainer
 from miles.training.worker import ModelSetup
 from miles.types import Prompt
 
-LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
-
 
 @dataclass
 class Model:
@@ -88,15 +83,6 @@ class Parts:
 
     def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
-
-
-def versions() -> dict[str, str]:
-    """Of miles, Python and the libraries that decide results."""
-    found = {"miles": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def load_model(config: Config, registry: Registry) -> Model:

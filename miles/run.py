@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from miles.build import Parts, context_limit, load_prompts, versions
+from miles.build import Parts, context_limit, load_prompts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config, TaskSet
 from miles.config.derived import Derived
@@ -31,13 +31,14 @@ from miles.log import counted, logger
 from miles.modeling import resolve_device
 from miles.protocols import Evaluator, RunInfo, WeightSync
 from miles.report.dump import FOLDER, dump_samples
+from miles.report.progress import Progress
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.rollout.recovery import Recovery
 from miles.rollout.task import Task
-from miles.rundir import METRICS, write_summary
-from miles.tracking import Progress, Tracking
+from miles.rundir import METRICS, versions, write_summary
+from miles.tracking import Tracking
 from miles.training.checksums import compare_checksums
 from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt

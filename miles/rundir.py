@@ -10,16 +10,19 @@ import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from miles import __version__
 from miles.config import Config
 from miles.errors import ConfigError, RunInterrupted
 from miles.log import logger
@@ -32,6 +35,7 @@ FREE = (
     "weight_sync.tolerance", "weight_sync.transport", "rollout.num_engines", "teacher.urls", "teacher.engine",
 )  # fmt: skip
 """What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
+LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
 
 @contextmanager
@@ -130,6 +134,15 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     parts = {f"{path}.{name}" if path else str(name): item for name, item in value.items()}
     return {key: leaf for part, item in parts.items() for key, leaf in leaves(item, part).items()}
+
+
+def versions() -> dict[str, str]:
+    """Of miles, Python and the libraries that decide results."""
+    found = {"miles": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:

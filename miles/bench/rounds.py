@@ -17,9 +17,9 @@ from miles.bench.measure import Benchmark, Circumstances, Measured, Round
 from miles.bench.record import Results
 from miles.bench.sizes import SIZES
 from miles.bench.workbench import Workbench
-from miles.build import versions
 from miles.errors import ConfigError, RunInterrupted
 from miles.modeling import resolve_device
+from miles.rundir import versions
 
 Say = Callable[[str], None]
 
