@@ -1,7 +1,7 @@
 """The main job with SGLang as its engine, on GPUs that trainer and servers share: end to end, and where time goes.
 
     python scripts/gpu/sglang_job.py dense moe torch killed quickstart [--steps 4] [--flags "--sglang-KEY VALUE ..."]
-    python scripts/gpu/sglang_job.py dense --small --device cpu --engine sglang    # the same, of a tiny model
+    PYTHONPATH=$PWD/scripts/gpu/stand_in python scripts/gpu/sglang_job.py dense two killed --small --device cpu  # no GPU
 
 Cases, each a process of its own with a limit of `--limit` seconds:
 
@@ -392,8 +392,6 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        if arguments.device == "cpu":  # a server that is no child of ours can open only files
-            torch.multiprocessing.set_sharing_strategy("file_system")
         figures = child(arguments.cases[0], arguments, arguments.child)
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return

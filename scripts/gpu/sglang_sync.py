@@ -318,8 +318,6 @@ def main() -> None:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
-        if arguments.device == "cpu":  # a server that is no child of ours can open only files
-            torch.multiprocessing.set_sharing_strategy("file_system")
         figures = asyncio.run(measure(arguments, arguments.child, arguments.shapes[0]))
         (arguments.child / "figures.json").write_text(json.dumps(figures))
         return
@@ -331,9 +329,9 @@ def main() -> None:
     for shape, figures in book.figures.items():
         if "copy_bytes_per_second" in figures:
             said = f"copy {figures['copy_bytes_per_second'] / 1e12:.2f} TB/s, built in {figures['build_seconds']:.0f} s"
-            print(
-                f"{shape}: {said}, peak {max(figures['gpu_peak_mib'] or [0]) / 1024:.1f} GiB; moves {figures['moves']}"
-            )
+            print(f"{shape}: {said}, peak {max(figures['gpu_peak_mib'] or [0]) / 1024:.1f} GiB")
+            for moves in figures["moves"]:
+                print("   ", ", ".join(f"{what} {s:.3f} s {gib:+.1f} GiB" for what, (s, gib) in moves.items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """`python -m sglang.launch_server`, without SGLang: `miles serve`, which also takes weights as SGLang does.
 
-    PYTHONPATH=scripts/gpu/stand_in python scripts/gpu/sglang_job.py dense --small --device cpu
+    PYTHONPATH=$PWD/scripts/gpu/stand_in python scripts/gpu/sglang_job.py dense --small --device cpu
 
 Of SGLang's arguments it heeds `--model-path`, `--host`, `--port`, `--dtype` and `--incremental-streaming-output`.
 Buckets of `/update_weights_from_tensor` are kept until the version is updated, and then given to the torch engine at
