@@ -41,10 +41,10 @@ def out_folder() -> Path:
 
 def versions() -> dict[str, str]:
     """Of Python, the libraries that decide, and the name of the accelerator."""
-    import torch
-
     found = {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime())}
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]  # torch would take memory to say it
+    with suppress(OSError):
+        found["device"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\n")[0]
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -1,7 +1,7 @@
 """The main job with SGLang as its engine, on GPUs that trainer and servers share: end to end, and where time goes.
 
     python scripts/gpu/sglang_job.py dense moe torch killed quickstart [--steps 4] [--flags "--sglang-KEY VALUE ..."]
-    PYTHONPATH=$PWD/scripts/gpu/stand_in python scripts/gpu/sglang_job.py dense two killed --small --device cpu  # no GPU
+    PYTHONPATH=$PWD/scripts/gpu/stand_in python scripts/gpu/sglang_job.py dense killed --small --device cpu   # no GPU
 
 Cases, each a process of its own with a limit of `--limit` seconds:
 

@@ -58,6 +58,11 @@ GROUP = 8
 RID = re.compile(rb'"rid": ?"[^"]*"')
 """A request's id on the server; no two of an engine's life are equal."""
 SIDES = ("bare", "driver", "worker")
+FLAGS = {
+    "sglang": "--attention-backend triton --mem-fraction-static 0.6 --cuda-graph-max-bs-decode 512",
+    "miles": "--device cpu",
+    "canned": "",
+}
 
 
 @dataclass(frozen=True)
@@ -180,8 +185,8 @@ async def timed(
     work: Callable[[], Awaitable[Any]], count: Callable[[Any], int], worker: int | None, url: str
 ) -> dict[str, float]:
     """One round of one side."""
-    async with ClientSession() as session, session.post(f"{url}/flush_cache") as answer:
-        await answer.read()
+    async with ClientSession() as session, session.post(f"{url}/flush_cache?timeout=20") as answer:
+        answer.raise_for_status()  # it waits until the server is idle
     await asyncio.sleep(0.3)
     gc.collect()
     before, processor, wall = processor_seconds(worker) if worker else 0.0, time.process_time(), time.perf_counter()
@@ -208,7 +213,7 @@ async def measure(arguments: argparse.Namespace, checkpoint: Path, url: str, wor
             "worker": (lambda: miles.samples(engines["worker"]), count_samples, worker),
         }
         rounds: list[dict[str, dict[str, float]]] = []
-        for number in range(-1, arguments.rounds):
+        for number in range(-1 if workload is arguments.workloads[0] else 0, arguments.rounds):
             found = {}
             for place in range(len(SIDES)):
                 side = SIDES[(place + number) % len(SIDES)]
@@ -265,10 +270,11 @@ def sglangs_own(arguments: argparse.Namespace, checkpoint: Path, url: str, workl
 
 async def session(arguments: argparse.Namespace, book: Book, folder: Path) -> None:
     checkpoint = folder / arguments.shape
-    config = make_checkpoint(checkpoint, arguments.shape, arguments.device, ends=False)
+    canned = arguments.server == "canned"
+    config = make_checkpoint(checkpoint, arguments.shape, arguments.device, weights=not canned, ends=False)
     log = out_folder() / f"server_{arguments.server}.log"
     flags = arguments.flags.split()
-    if arguments.server == "canned":
+    if canned:
         flags += ["--token", str(config.vocab_size - 1)]
     async with serving(arguments.server, checkpoint, log, flags) as url:
         for workload in arguments.workloads:
@@ -305,16 +311,17 @@ def table(book: Book) -> list[list[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", choices=["sglang", "miles", "canned"], default="sglang")
-    parser.add_argument("--flags", default="", help="of the server, in one string")
+    parser.add_argument("--server", choices=FLAGS, default="sglang")
+    parser.add_argument("--flags", help="of the server, in one string")
     parser.add_argument("--shape", default="0.6B")
     parser.add_argument("--device", default="cuda", help="where the model's weights are drawn")
     parser.add_argument("--workloads", nargs="+", type=Workload.read, default=["1024x128x128", "512x128x1024"])
     parser.add_argument("--concurrency", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=240, help="seconds for a workload")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for a workload")
     arguments = parser.parse_args()
     arguments.workloads = [Workload.read(w) if isinstance(w, str) else w for w in arguments.workloads]
+    arguments.flags = FLAGS[arguments.server] if arguments.flags is None else arguments.flags
     book = Book(f"throughput_{arguments.server}")
     with tempfile.TemporaryDirectory() as folder:
         asyncio.run(session(arguments, book, Path(folder)))

@@ -91,6 +91,8 @@ def make_checkpoint(
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config)
         model.to(torch.bfloat16).save_pretrained(folder)
+        del model
+        torch.cuda.empty_cache()
     else:
         config.architectures = ["Qwen3MoeForCausalLM" if "num_experts" in SHAPES[shape] else "Qwen3ForCausalLM"]
         config.dtype = torch.bfloat16
