@@ -109,6 +109,8 @@ async def read(request: web.Request, model: type[Model]) -> Model:
     raw = await request.read()
     try:
         given = json.loads(raw) if raw.strip() else {}
+        if b"\\u" in raw or not raw.isascii():
+            json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}") from error
     if not isinstance(given, dict):
