@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from miles.api import EngineError, GenerateRequest, Routing
@@ -46,6 +46,14 @@ class Abilities:
             keeps_weights=bool(info.get("enable_weights_cpu_backup")),
             streams=bool(info.get("incremental_streaming_output")),
         )
+
+    @classmethod
+    def common(cls, each: Sequence[Abilities]) -> Abilities:
+        """Of several servers. Raises EngineError when they differ in more than the room that they have."""
+        shared = replace(each[0], max_len=min(can.max_len for can in each))
+        if any(replace(can, max_len=shared.max_len) != shared for can in each):
+            raise EngineError(f"the servers of one engine were started differently: {each}")
+        return shared
 
 
 def refuse(request: GenerateRequest, can: Abilities, vocabulary: int, routing: Routing | None) -> None:

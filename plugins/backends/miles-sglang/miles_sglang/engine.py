@@ -108,12 +108,10 @@ class SGLangEngine:
 
     async def _begin(self, sender: Sender) -> None:
         await sender.fleet.start()
-        said = [Abilities.of(info, self.context.hf_config) for info in await sender.fleet.ask("/server_info")]
-        if any(can != said[0] for can in said):
-            raise EngineError(f"the servers of one engine were started differently: {said}")
-        if self.options.stream and not said[0].streams:
+        infos = await sender.fleet.ask("/server_info")
+        self._can, standing = Abilities.common([Abilities.of(i, self.context.hf_config) for i in infos]), self._standing
+        if self.options.stream and not self._can.streams:
             raise EngineError("streams need servers that were started with --incremental-streaming-output")
-        self._can, standing = said[0], self._standing
         standing.version = await self._agreed_version(sender)
         standing.ended = standing.lost = ""
         standing.asleep = frozenset()
@@ -136,6 +134,7 @@ class SGLangEngine:
         await sender.fleet.stop()
         await self._begin(sender)
         self._standing.unusable = NO_WEIGHTS
+        await self._flights.traffic.until(lambda: not self._flights.out, CLOSING)
         if frozen and self._external:
             await sender.tell("/continue_generation", {})
 
@@ -363,6 +362,7 @@ class SGLangEngine:
         flights.receiving = True
         try:
             await deliver(sender)
+            standing.coming = version
             label = {"new_version": str(version), "abort_all_requests": False}
             await sender.tell("/update_weight_version", label)
             if flights.mode != "in_place" and "kv_cache" not in standing.asleep:
@@ -370,10 +370,11 @@ class SGLangEngine:
         except BaseException as error:
             standing.unusable = f"the weight sync of version {version} did not complete ({error})"
             raise
+        else:
+            standing.version, standing.unusable = version, ""
         finally:
-            flights.receiving = False
+            flights.receiving, standing.coming = False, None
             flights.gate.tell()
-        standing.version, standing.unusable = version, ""
 
     def _from_disk(self, payload: Any) -> Deliver:
         folder = payload.arguments.get("folder") if isinstance(payload, Shipment) else None

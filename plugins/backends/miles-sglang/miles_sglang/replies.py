@@ -23,7 +23,7 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     version: int = 0
-    """Of all its tokens: a reply carries one, that of its end."""
+    """Of all its tokens: a reply carries one, that of its end. -1 where the server says no number."""
     finish_reason: str = ""
     """Empty in a chunk of a stream that goes on."""
     experts: str | None = None
@@ -74,7 +74,7 @@ class Reader:
         return Piece(
             tokens,
             log_probs,
-            int(meta["weight_version"]),
+            int(version) if (version := str(meta["weight_version"])).isdecimal() else -1,
             REASONS[finish.get("type")],
             meta.get("routed_experts"),
             meta.get("cached_tokens", 0),

@@ -124,6 +124,7 @@ class Sender:
         headers = {ROUTING_KEY: flight.key} if self.fleet.router else None
         if not body.get("stream"):
             piece = reader.read(await self.fleet.client.ask(url, body, headers=headers))
+            self._check_version(piece, url)
             take(piece)
             return piece.finish_reason
         piece, anything = Piece(), False
@@ -131,10 +132,18 @@ class Sender:
             async for chunk in chunks:
                 piece = reader.read(chunk, first=not anything)
                 anything = anything or bool(piece.tokens)
+                self._check_version(piece, url)
                 take(piece)
         if not piece.finish_reason:
             raise MalformedError(f"{url} ended a stream without saying why")
         return piece.finish_reason
+
+    def _check_version(self, piece: Piece, url: str) -> None:
+        """A server that was started again behind our back answers, too, from weights that nobody knows."""
+        standing = self.standing
+        if piece.version not in (standing.version, standing.coming):
+            self.lose(f"{url} answers from weights of version {piece.version}, and {standing.version} was sent to it")
+            raise MalformedError(standing.lost)
 
     async def _say_goodbye(self, rid: str) -> None:
         """Nobody waits for it any more, so that no server need go on with it."""

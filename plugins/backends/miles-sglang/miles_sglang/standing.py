@@ -18,6 +18,8 @@ class Standing:
     asleep: frozenset[EnginePart] = frozenset()
     version: int = 0
     """Of the weights that it serves."""
+    coming: int | None = None
+    """Of those that it is being given, once servers may say so."""
 
     @property
     def gone(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 from fake_server import FakeSGLang
 from story import ALL, CHECKPOINT, ask, run, until
 
-from miles.api import EngineError, WeightSyncError
+from miles.api import EngineError, EngineLostError, WeightSyncError
 from miles.toolkit import Shipment
 
 
@@ -179,9 +179,14 @@ def test_a_push_to_a_running_engine_is_refused(server):
 def test_weights_that_somebody_else_sent_are_noticed(server):
     async def story(engine):
         server.version = "17"
-        return await engine.health()
+        assert (await engine.health()).weight_version == -1
+        with pytest.raises(EngineLostError, match="version 17, and 0 was sent"):
+            await engine.generate(ask())
+        await engine.restart()
+        await engine.receive("disk", 18, CHECKPOINT)
+        return await engine.generate(ask())
 
-    assert run(story, server).weight_version == -1
+    assert run(story, server).weight_versions == [18] * 4
 
 
 def test_servers_without_a_version_are_called_version_0():

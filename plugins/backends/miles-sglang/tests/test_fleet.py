@@ -83,6 +83,15 @@ def test_no_server_serves_until_all_have_the_weights():
     assert {version for result in run(story, *fakes) for version in result.weight_versions} == {1}
 
 
+def test_the_shortest_of_several_contexts_counts():
+    fakes = FakeSGLang(max_total_num_tokens=900), FakeSGLang(max_total_num_tokens=800)
+
+    async def story(engine):
+        return engine.max_len
+
+    assert run(story, *fakes) == 800
+
+
 def test_servers_that_were_started_differently_are_refused():
     with pytest.raises(EngineError, match="started differently"):
         run(lambda engine: engine.health(), FakeSGLang(), FakeSGLang(enable_memory_saver=False))

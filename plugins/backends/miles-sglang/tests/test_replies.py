@@ -142,7 +142,6 @@ META = GOOD["meta_info"]
         (GOOD | {"output_ids": [*GOOD["output_ids"][:-1], "x"]}, "TypeError"),
         (GOOD | {"meta_info": META | {"output_token_logprobs": [[float("nan"), 1, None]] * 6}}, "finite"),
         (GOOD | {"meta_info": META | {"output_token_logprobs": [[None, 1, None]] * 6}}, "TypeError"),
-        (GOOD | {"meta_info": META | {"weight_version": "default"}}, "default"),
         (GOOD | {"meta_info": META | {"finish_reason": {"type": "whim"}}}, "whim"),
         (GOOD | {"meta_info": META | {"id": "another"}}, "another"),
     ],
