@@ -212,6 +212,8 @@ async def measure(arguments: argparse.Namespace, checkpoint: Path, url: str, wor
             "driver": (lambda: miles.samples(engines["driver"]), count_samples, None),
             "worker": (lambda: miles.samples(engines["worker"]), count_samples, worker),
         }
+        gc.collect()
+        gc.freeze()  # as a run does when it is built
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(-1 if workload is arguments.workloads[0] else 0, arguments.rounds):
             found = {}
