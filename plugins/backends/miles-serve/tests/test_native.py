@@ -2,13 +2,17 @@
 
 import asyncio
 import base64
+import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from miles.api import EngineError, EngineLostError
 
+RECORDED = json.loads((Path(__file__).parents[2] / "miles-sglang/tests/data/sglang_replies.json").read_text())
+"""Replies of a real SGLang 0.5.17."""
 GREEDY = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
 
 
@@ -38,6 +42,47 @@ def test_expert_choices_are_int32_rows_from_where_asked(experts):
 def test_a_dense_model_has_no_experts_to_return(shared):
     reply = shared.client.post("/generate", body(return_routed_experts=True))
     assert (reply.status, "experts" in reply.text) == (400, True)
+
+
+def shape(value):
+    """A reply without what it says: fields and types, of lists that of the last entry. Whole numbers stand for any."""
+    if isinstance(value, dict):
+        return {name: shape(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [shape(value[-1])] if value else []
+    return "number" if isinstance(value, int | float) else type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("recorded", "asked"),
+    [
+        ("length", {}),
+        ("score", {"sampling_params": {"max_new_tokens": 0}, "logprob_start_len": 0}),
+        ("stop", {"sampling_params": {"max_new_tokens": 200, "stop_token_ids": list(range(320))}}),
+    ],
+)
+def test_replies_have_the_fields_of_recorded_ones(shared, recorded, asked):
+    expected, found = shape(RECORDED[recorded]), shape(shared.client.post("/generate", body(**asked)).json)
+    assert found["output_ids"] == expected["output_ids"]
+    assert expected["meta_info"].items() <= found["meta_info"].items()
+
+
+def test_pieces_have_the_fields_of_recorded_ones(shared):
+    *pieces, _ = shared.client.post("/generate", body(stream=True)).events
+    *expected, done = [line.removeprefix("data: ") for line in RECORDED["stream"].split("\n\n") if line]
+    assert done == "[DONE]"
+    for piece, recorded in ((pieces[0], expected[0]), (pieces[-1], expected[-1])):
+        known = shape(json.loads(recorded))["meta_info"]
+        known.pop("response_sent_to_client_ts", None)
+        assert known.items() <= shape(piece)["meta_info"].items()
+
+
+@pytest.mark.parametrize("what", ["model_info", "server_info", "loads"])
+def test_the_server_says_the_fields_of_recorded_ones(shared, what):
+    path = {"loads": "/v1/loads?include=core"}.get(what, f"/{what}")
+    told = shared.client.get(path).json
+    left_out = {"accelerator", "num_accelerators"}  # of the machine
+    assert RECORDED[what].keys() - left_out <= told.keys()
 
 
 @pytest.mark.parametrize(
