@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -96,14 +96,27 @@ class Witness:
         self.generated: Counter[str] = Counter()
         """Ids of requests, as the server's client gave them."""
         self.running: set[str] = set()
+        if hasattr(engine, "stream"):
+            self.stream = self._stream
+
+    @contextmanager
+    def _at_work(self, id: str) -> Iterator[None]:
+        self.generated[id] += 1
+        self.running.add(id)
+        try:
+            yield
+        finally:
+            self.running.discard(id)
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
-        self.generated[request.id] += 1
-        self.running.add(request.id)
-        try:
+        with self._at_work(request.id):
             return await self.engine.generate(request)
-        finally:
-            self.running.discard(request.id)
+
+    async def _stream(self, request: GenerateRequest) -> AsyncIterator[GenerateResult]:
+        with self._at_work(request.id):
+            async with aclosing(self.engine.stream(request)) as pieces:  # type: ignore[attr-defined]
+                async for piece in pieces:
+                    yield piece
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
