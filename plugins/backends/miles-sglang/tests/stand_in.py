@@ -40,7 +40,7 @@ async def from_tensor(service, request):
         about.name: said["flattened_tensor"][about.start_idx : about.end_idx].view(about.dtype).reshape(about.shape)
         for about in said["metadata"]
     }
-    async with service.traffic.alone(beside=service.paused is not None):
+    async with service.traffic.alone():
         await service.engine.receive("inprocess", service.version + 1, iter([group]))
         service.version += 1
     return web.json_response({"success": True, "message": "Success"})
