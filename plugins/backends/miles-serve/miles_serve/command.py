@@ -107,7 +107,7 @@ def _wishes(call: Call) -> Wishes:
 
 def _run_of(path: Path) -> Path | None:
     """The run directory that a path is, or that it is a checkpoint in. An export for Hugging Face is no such one."""
-    if (path / "config.json").is_file():
+    if not path.is_dir() or (path / "config.json").is_file():
         return None
     candidates = (path, *path.absolute().parents[:2])
     return next((p for p in candidates if (p / "config.yaml").is_file() and (p / "checkpoints").is_dir()), None)

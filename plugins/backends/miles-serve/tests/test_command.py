@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_it_serves_until_a_signal(lab):
             process.kill()
 
 
-def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path):
+def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path, monkeypatch):
     from miles_serve.command import _run_of
 
     step = tmp_path / "run" / "checkpoints" / "step_000060"
@@ -85,4 +86,6 @@ def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path):
     assert _run_of(tmp_path / "run") is None
     (tmp_path / "run" / "config.yaml").write_text("{}")
     assert _run_of(tmp_path / "run") == _run_of(step) == tmp_path / "run"
+    monkeypatch.chdir(tmp_path / "run")
+    assert _run_of(Path("owner/name")) is None
     assert _run_of(lab.tiny.checkpoint(tmp_path / "run" / "hf", lab.tiny.hf_config("llama"))) is None
