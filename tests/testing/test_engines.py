@@ -106,6 +106,17 @@ async def no_freezing(self, mode="retract"):
     await TorchEngine.pause(self, mode)
 
 
+async def late_stream(self, request):
+    pieces = [piece async for piece in TorchEngine.stream(self, request)]
+    for piece in pieces[1:]:
+        yield piece
+
+
+async def hasty_stream(self, request):
+    async for piece in TorchEngine.stream(self, request):
+        yield replace(piece, finish_reason="stop")
+
+
 async def close_once(self):
     await TorchEngine.close(self)
     del self.scheduler
@@ -142,6 +153,7 @@ def test_wrong_engines_are_caught(catches):
             ],
             "test_a_prefix_that_is_cached_changes_nothing": [but(flush_cache=nothing)],
             "test_a_request_it_cannot_serve_is_refused": [but(generate=takes_anything)],
+            "test_a_stream_is_the_answer_in_pieces": [but(stream=late_stream), but(stream=hasty_stream)],
             "test_an_abort_ends_one_or_all": [but(abort=nothing)],
             "test_a_pause_stops_and_a_resume_goes_on": [but(pause=nothing)],
             "test_a_pause_can_abort": [but(pause=retracts)],
