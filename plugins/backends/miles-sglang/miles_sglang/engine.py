@@ -144,10 +144,7 @@ class SGLangEngine:
         if self._watch:
             self._watch.cancel()
         if self._sender:
-            self._sender.interrupt()
-            await self._flights.traffic.until(lambda: not self._flights.all, CLOSING)
-            await self._sender.fleet.close()
-            await self._sender.fleet.client.close()
+            await self._sender.close(CLOSING)
 
     def _there(self) -> tuple[Sender, Abilities]:
         """Raises EngineError when nothing can be asked of it, EngineLostError when a server is gone."""

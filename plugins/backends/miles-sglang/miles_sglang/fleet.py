@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from miles.api import EngineError
-from miles_sglang.client import Body, Client, PassingError
+from miles_sglang.client import Body, Client, LateError, PassingError
 
 CONTROL = 60.0
 """Seconds for an answer that needs no work."""
@@ -82,7 +82,7 @@ class Fleet:
         """Every server, at once.
 
         Args:
-            tries: how often it is said when a fault may pass; 1 for what must not be done twice.
+            tries: how often it is said when a fault may pass (no time-out); 1 for what must not be done twice.
 
         Raises:
             EngineError: one of them did not do it.
@@ -98,8 +98,8 @@ class Fleet:
         for _ in range(tries - 1):
             try:
                 return await self.client.tell(url, body, timeout)
-            except PassingError:
-                if self.death():
+            except PassingError as error:
+                if isinstance(error, LateError) or self.death():
                     raise
                 await asyncio.sleep(AGAIN)
         return await self.client.tell(url, body, timeout)

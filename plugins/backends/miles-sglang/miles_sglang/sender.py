@@ -265,3 +265,12 @@ class Sender:
         for flight in self.flights.all:
             flight.interrupt()
         self.flights.gate.tell()
+
+    async def close(self, seconds: float) -> None:
+        """End all waiting, and the servers that are ours; for so long requests may say that they are over."""
+        self.interrupt()
+        await self.flights.traffic.until(lambda: not self.flights.all, seconds)
+        if self._goodbyes:
+            await asyncio.wait(self._goodbyes, timeout=seconds)
+        await self.fleet.close()
+        await self.fleet.client.close()

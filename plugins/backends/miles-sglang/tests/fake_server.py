@@ -82,6 +82,8 @@ class FakeSGLang:
         body = await request.json()
         path = request.path
         self.calls.append((path, body))
+        if self.hangs and path == "/pause_generation":
+            await asyncio.sleep(60)
         if path == "/generate":
             return await self.generate(request, body)
         if path == "/abort_request":

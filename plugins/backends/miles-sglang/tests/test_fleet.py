@@ -10,6 +10,7 @@ from fake_server import FakeSGLang, context, listening
 from miles_sglang.affinity import Affinity
 from miles_sglang.engine import SGLangEngine
 from miles_sglang.options import ExternalOptions, SGLangOptions
+from miles_sglang.sender import Sender
 from story import CHECKPOINT, ask, run, until
 
 from miles.api import EngineError, EngineLostError
@@ -148,6 +149,32 @@ def test_closing_ends_requests_and_tells_the_servers(server):
         assert len(server.called("/abort_request")) == 1
 
     run(story, server)
+
+
+def test_closing_waits_for_the_word_that_a_request_was_given_up(server):
+    async def story(engine):
+        task = asyncio.create_task(engine.generate(ask(length=2000)))
+        await until(lambda: server.aborted)
+        task.cancel()
+        await asyncio.sleep(0)
+        await engine.close()
+        assert len(server.called("/abort_request")) == 1
+
+    run(story, server)
+
+
+def test_control_that_gets_no_answer_finds_the_server_lost(server, monkeypatch):
+    """Said once: what hangs for a minute hangs for three."""
+    monkeypatch.setattr(Sender.tell, "__defaults__", (None, 0.1, 3))
+    monkeypatch.setattr("miles_sglang.sender.SECOND_LOOKS", (0.01, 0.01))
+
+    async def story(engine):
+        server.hangs = True
+        with pytest.raises(EngineLostError):
+            await engine.pause("in_place")
+        assert len(server.called("/pause_generation")) == 1
+
+    run(story, server, health_check_timeout=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- own servers
