@@ -40,8 +40,9 @@ class Servers:
     def pids(self) -> list[int]:
         return [int(line) for line in self.file.read_text().split()]
 
-    def kill(self, index: int = -1) -> None:
-        os.kill(self.pids[index], signal.SIGKILL)
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """The one that was ready last."""
+        os.kill(self.pids[-1], how)
 
 
 @pytest.fixture

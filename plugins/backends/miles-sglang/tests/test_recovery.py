@@ -2,6 +2,7 @@
 and no token is drawn from other weights than those of now."""
 
 import asyncio
+import signal
 from collections import defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -34,7 +35,8 @@ class Fleet:
     """Engines behind a front, which come back and get the weights of now, as in a run. `pushes` counts those."""
 
     def __init__(self, registry, context, count, weights):
-        spec = Spec(name="sglang", options={"start_timeout": PATIENCE})
+        questions = {"health_check_interval": 0.5, "health_check_timeout": 3.0}
+        spec = Spec(name="sglang", options={"start_timeout": PATIENCE, **questions})
         contexts = (replace(context, rank=rank) for rank in range(count))
         self.engines = [registry.build("rollout_engines", spec, context=each) for each in contexts]
         self.weights, self.pushes = weights, 0
@@ -62,8 +64,8 @@ async def fleet_of(count, registry, context, weights):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_server_that_is_killed_loses_no_sample(count, servers, tmp_path):
+@pytest.mark.parametrize(("count", "how"), [(1, signal.SIGKILL), (2, signal.SIGKILL), (2, signal.SIGSTOP)])
+def test_a_server_that_is_killed_or_hangs_loses_no_sample(count, how, servers, tmp_path):
     """With another engine its samples are finished there; without one they wait for its restart and the weights."""
     weights = load_file(tiny.saved("llama", 1) / "model.safetensors")  # not those of the checkpoint that servers know
     registry, context = Registry(load_plugins()), replace(tiny_context(), load_weights=False, run_dir=tmp_path)
@@ -75,7 +77,7 @@ def test_a_server_that_is_killed_loses_no_sample(count, servers, tmp_path):
             batch = asyncio.create_task(producer.collect(0))
             while fleet.front.traffic.generated_tokens < 80 * WEATHER.new_tokens:
                 await asyncio.sleep(0.005)
-            servers.kill()
+            servers.kill(how)
             assert not batch.done()
             ended = [sample for group in await batch for sample in group.samples]
             assert producer.lost == []
