@@ -10,6 +10,7 @@ import base64
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import torch
 from aiohttp import web
@@ -56,14 +57,14 @@ async def main(words):
     registry, hf_config = Registry(load_plugins()), load_hf_config(given.model_path)
     tokenizer = load_tokenizer(given.model_path)
     context = EngineContext(
-        checkpoint=given.model_path,
+        checkpoint=Path(given.model_path),
         hf_config=hf_config,
         tokenizer=tokenizer,
         bridge=bridge_for(registry, Config(), hf_config),
         device="cpu",
         dtype="fp32",
         load_weights=given.load_format != "dummy",
-        run_dir=given.model_path,
+        run_dir=Path(given.model_path),
     )
     engine = registry.build("rollout_engines", Spec(name="torch"), context=context)
     await engine.start()
