@@ -154,7 +154,7 @@ def _json(url: str, data: bytes) -> Any:
 
 
 def _unreachable(url: str, error: Exception) -> UnreachableError:
-    return UnreachableError(f"{url} was not reached, or broke off: {error!r}")
+    return UnreachableError(f"{url} was not reached, or broke off: {str(error) or type(error).__name__}")
 
 
 def _refusal(url: str, status: int, data: bytes) -> EngineError:
