@@ -147,7 +147,7 @@ class Sender:
 
     async def _say_goodbye(self, rid: str) -> None:
         """Nobody waits for it any more, so that no server need go on with it."""
-        if self.standing.ended and self.alone:
+        if self.standing.gone and self.alone:
             return  # they end as well
         try:
             await self.fleet.tell("/abort_request", {"rid": rid}, GOODBYE, tries=1)
