@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -58,6 +59,7 @@ class Book:
         self.name = name
         self.file = out_folder() / f"{name}.json"
         self.figures: dict[str, Any] = {"versions": versions()}
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # and with it what was started
 
     def case(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> None:
         """Run a case; an error is a figure of it."""

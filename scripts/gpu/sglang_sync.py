@@ -61,7 +61,10 @@ PATHS = {
     "/update_weight_version": "version",
     "/flush_cache": "flush",
 }
-SERVER_FLAGS = "--sglang-attention-backend triton --sglang-mem-fraction-static 0.3 --sglang-max-total-tokens 65536"
+SERVER_FLAGS = (
+    "--sglang-attention-backend triton --sglang-mem-fraction-static 0.3 --sglang-max-total-tokens 65536 "
+    "--sglang-cuda-graph-max-bs-decode 32"
+)
 DEVIATION = 0.05
 HERE = "sglang_sync"
 """This module, for what runs where the weights are."""
