@@ -264,7 +264,7 @@ def sglangs_own(arguments: argparse.Namespace, checkpoint: Path, url: str, workl
         f"--max-concurrency {arguments.concurrency} --disable-stream --return-logprob --flush-cache --disable-tqdm "
         f"--output-file {result}"
     )
-    code, seconds = run_process([sys.executable, *words.split()], log, arguments.limit)
+    code, seconds = run_process([sys.executable, *words.split()], log, 60)
     if code or not result.exists():
         return {"error": f"status {code}", "said": tail(log, 12), "seconds": seconds}
     return {"tokens_per_second": json.loads(result.read_text().splitlines()[-1])["output_throughput"]}
@@ -287,9 +287,9 @@ async def session(arguments: argparse.Namespace, book: Book, folder: Path) -> No
                 print(f"{workload}: {type(error).__name__}: {error}\n{tail(log, 8)}", flush=True)
                 figures = {"error": f"{type(error).__name__}: {error}"}
             book.note(str(workload), {**figures, "case_seconds": time.perf_counter() - start})
-            if arguments.server == "sglang":
-                own = await asyncio.to_thread(sglangs_own, arguments, checkpoint, url, workload)
-                book.note(f"bench_serving {workload}", own)
+        for workload in arguments.workloads if arguments.server == "sglang" else ():
+            own = await asyncio.to_thread(sglangs_own, arguments, checkpoint, url, workload)
+            book.note(f"bench_serving {workload}", own)
 
 
 def table(book: Book) -> list[list[Any]]:
