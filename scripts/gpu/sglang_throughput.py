@@ -39,6 +39,7 @@ from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, TCPConnector
 from cases import Book, descendants, out_folder, processor_seconds, run_process, tail
+from miles_sglang.engine import SGLangEngine
 from servers import serving
 from shapes import make_checkpoint
 
@@ -56,7 +57,7 @@ from miles.types import Group, Prompt, Sample, Status
 
 GROUP = 8
 RID = re.compile(rb'"rid": ?"[^"]*"')
-"""A request's id on the server; no two of an engine's life are equal."""
+"""A request's id on the server; no two of an engine's life are equal (those of the driver's side are made so)."""
 SIDES = ("bare", "driver", "worker")
 FLAGS = {
     "sglang": "--attention-backend triton --mem-fraction-static 0.6 --cuda-graph-max-bs-decode 512",
@@ -118,6 +119,9 @@ class Miles:
 
     async def samples(self, engine: Any) -> list[Sample]:
         """All of the workload, finished."""
+        if isinstance(engine, SGLangEngine):  # in this process: ids of requests begin anew, and so are the same again
+            assert engine._sender is not None
+            engine._sender._name, engine._sender._sent = "measured", 0
         front = EngineFront([engine], self.concurrency)
         limits = {"max_context_tokens": None, "evaluation": False, "routed_experts": False}
         task = Task(self.config.data.sets[0], self.config, self.registry, front, self.model.chat, **limits)
