@@ -260,7 +260,7 @@ def test_what_the_server_rejects_is_not_asked_again():
 # --------------------------------------------------------------------------- nobody works for those who have left
 
 
-@pytest.mark.parametrize("fault", [None, *LOST])
+@pytest.mark.parametrize("fault", [None, *sorted(LOST)])
 def test_what_nobody_waits_for_is_ended_on_the_server(fault):
     """The proxy tells no server that a client has left: the engine has to say so, of every attempt."""
 
