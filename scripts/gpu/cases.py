@@ -149,6 +149,12 @@ def end_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def keep_logs(run_dir: Path, name: str) -> None:
+    """What workers and servers of a run wrote, in `$OUT` under this name."""
+    for log in sorted((run_dir / "logs").glob("*.log")):
+        (out_folder() / f"{name}_{log.name}").write_bytes(log.read_bytes()[-1_000_000:])
+
+
 def tail(log: Path, lines: int = 25) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.exists() else ""
 

@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cases import Book, GpuWatch, descendants, options_of, out_folder, run_process, tail
+from cases import Book, GpuWatch, descendants, keep_logs, options_of, out_folder, run_process, tail
 from main_job import RECIPE, ROOT, make_problems, overlay
 from servers import THROUGH_MILES
 from shapes import imported, make_checkpoint
@@ -251,9 +251,14 @@ def trained(settings: dict[str, Any], words: Sequence[str], watch: Watch, run_di
     except miles.errors.MilesError as failure:
         error = f"{type(failure).__name__}: {failure}"
         traceback.print_exc()
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines() if (run_dir / "metrics.jsonl").exists() else []
+    return {"steps": steps_of(run_dir), **({"error": error} if error else {})}
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """What the table shows of each step that a run has finished."""
+    file = run_dir / "metrics.jsonl"
     steps = []
-    for line in lines:
+    for line in file.read_text().splitlines() if file.exists() else ():
         metrics = json.loads(line)
         row = {phase: metrics.get(f"perf/{phase}_time") for phase in PHASES}
         row |= {short: metrics.get(name) for name, short in SHARES.items()}
@@ -262,7 +267,7 @@ def trained(settings: dict[str, Any], words: Sequence[str], watch: Watch, run_di
         row["probe"] = metrics.get("weight_sync/logprob_abs_diff")
         row["bytes"] = metrics.get("weight_sync/bytes")
         steps.append(row)
-    return {"steps": steps, **({"error": error} if error else {})}
+    return steps
 
 
 # --------------------------------------------------------------------------------------------------------- the parent
@@ -277,10 +282,11 @@ def run_case(case: str, arguments: argparse.Namespace, rest: Sequence[str]) -> d
             code, seconds = run_process(
                 [sys.executable, __file__, case, "--child", folder, *rest], log, arguments.limit
             )
+        keep_logs(folder / case, f"job_{case}")
         figures: dict[str, Any] = {"code": code, "seconds": seconds, "gpu_peak_mib": watch.peak_mib()}
         found = folder / "figures.json"
         if not found.exists():
-            return {**figures, "error": f"status {code}", "said": tail(log)}
+            return {**figures, "error": f"status {code}", "said": tail(log), "steps": steps_of(folder / case)}
         figures |= json.loads(found.read_text())
         windows = figures.pop("windows")
         figures["idle"] = {phase: watch.idle(spans) for phase, spans in windows.items()}
@@ -350,7 +356,7 @@ def table(book: Book) -> list[list[Any]]:
             continue
         idle, peak = figures.get("idle", {}), figures.get("gpu_peak_mib") or [0]
         for index, step in enumerate(figures.get("steps", [])):
-            gaps = figures["differences"][index - 1] if 0 < index <= len(figures["differences"]) else {}
+            gaps = figures["differences"][index - 1] if 0 < index <= len(figures.get("differences", [])) else {}
             cells = [step[phase] for phase in PHASES]
             cells += [step["generate_tokens_per_second"], gaps.get("mean"), gaps.get("max"), step["probe"]]
             rows.append([case, index, *cells, idle.get("step"), max(peak) / 1024, ""])

@@ -38,7 +38,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import torch
-from cases import Book, GpuWatch, options_of, out_folder, run_process, tail
+from cases import Book, GpuWatch, keep_logs, options_of, out_folder, run_process, tail
 from main_job import RECIPE, make_problems, overlay, synchronize
 from miles_sglang.weights import hand_over
 from servers import THROUGH_MILES
@@ -260,6 +260,7 @@ def run_shape(shape: str, arguments: argparse.Namespace, rest: Sequence[str]) ->
         with watch.watching():
             command = [sys.executable, __file__, shape, "--child", folder, *rest]
             code, seconds = run_process(command, log, arguments.limit)
+        keep_logs(folder / "run", f"sync_{shape}")
         figures: dict[str, Any] = {"code": code, "seconds": seconds, "gpu_peak_mib": watch.peak_mib()}
         if (folder / "figures.json").exists():
             return figures | json.loads((folder / "figures.json").read_text())
