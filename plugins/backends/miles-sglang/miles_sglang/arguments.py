@@ -26,6 +26,7 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
     given: dict[str, Any] = {n: v for n, v in (options.model_extra or {}).items() if not n.startswith(ROUTER)}
     if isinstance(given.get("random_seed"), int):  # servers with one seed would draw the same
         given["random_seed"] += context.rank * (context.gpus // tp_size) + index
+    sleeps = given.get("enable_memory_saver", context.sleeps)
     return {
         "model_path": str(context.checkpoint),
         "dtype": DTYPES[context.dtype],
@@ -34,7 +35,9 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
         "tp_size": tp_size,
         "base_gpu_id": int(context.device.partition(":")[2] or 0) + index * tp_size,
         "mem_fraction_static": (SHARED_ASLEEP if context.sleeps else SHARED_AWAKE) if context.shares else None,
-        "enable_memory_saver": context.sleeps,
+        "enable_memory_saver": sleeps,
+        # Graphs of prefill are `breakable` by default, and a server with these does not start where graphs can sleep.
+        "cuda_graph_backend_prefill": "disabled" if sleeps else None,
         "incremental_streaming_output": options.stream,
         "weight_version": "0",
         "log_level_http": "warning",

@@ -64,12 +64,15 @@ def test_what_the_context_decides():
         command(dtype="fp64")
 
 
+SLEEPS = ["--enable-memory-saver", "--cuda-graph-backend-prefill", "disabled"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words_of_memory"),
     [
-        ({"shares": True, "sleeps": True}, ["--mem-fraction-static", "0.7", "--enable-memory-saver"]),
+        ({"shares": True, "sleeps": True}, ["--mem-fraction-static", "0.7", *SLEEPS]),
         ({"shares": True}, ["--mem-fraction-static", "0.4"]),
-        ({"sleeps": True}, ["--enable-memory-saver"]),
+        ({"sleeps": True}, SLEEPS),
         ({}, []),
     ],
 )
@@ -87,6 +90,11 @@ def test_the_user_has_the_last_word():
     )
     assert (said["mem_fraction_static"], said["enable_memory_saver"], said["dtype"]) == (0.5, False, "half")
     assert said["incremental_streaming_output"] is True
+    assert said["cuda_graph_backend_prefill"] is None
+    awake = server_arguments(SGLangOptions(enable_memory_saver=True), context(), 1)
+    assert awake["cuda_graph_backend_prefill"] == "disabled"
+    options = SGLangOptions(cuda_graph_backend_prefill="tc_piecewise")
+    assert server_arguments(options, context(sleeps=True), 1)["cuda_graph_backend_prefill"] == "tc_piecewise"
 
 
 def test_servers_of_one_run_have_seeds_of_their_own():
