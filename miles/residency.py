@@ -12,8 +12,9 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
+from miles.errors import EngineLostError
 from miles.protocols import EnginePart, RankPart, RolloutEngine, WorkerGroup
 from miles.types import Metrics
 
@@ -93,10 +94,16 @@ class Residency:
             return
         leaving, coming = self.engine_here - wanted, wanted - self.engine_here
         if leaving:
-            await asyncio.gather(*(engine.sleep(leaving) for engine in self.engines))
+            await asyncio.gather(*(_asleep(engine, leaving) for engine in self.engines))
         if coming:
             await asyncio.gather(*(engine.wake(coming) for engine in self.engines))
         self.engine_here = wanted
+
+
+async def _asleep(engine: RolloutEngine, parts: frozenset[EnginePart]) -> None:
+    """A lost engine has nothing left to let go of; whoever needs it next finds out."""
+    with suppress(EngineLostError):
+        await engine.sleep(parts)
 
 
 class _timed:

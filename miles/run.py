@@ -154,10 +154,12 @@ class Run:
         return groups
 
     async def interruptible(self, work: Awaitable[T]) -> T:
-        """Await rollouts; a signal cancels them and raises RunInterrupted. Engines that were lost are up afterwards."""
+        """Await rollouts; a signal cancels them and raises RunInterrupted. Engines that were lost are up afterwards, or
+        start no more."""
         try:
             result = await self.interrupt.guard(work)
         except RunInterrupted:
+            await self.recovery.close()
             await self.parts.front.abort()
             raise
         await self.recovery.find_lost()

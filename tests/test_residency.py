@@ -2,6 +2,7 @@
 
 import asyncio
 
+from miles.errors import EngineLostError
 from miles.residency import Residency
 
 
@@ -87,3 +88,27 @@ def test_an_engine_that_starts_finds_room_and_then_sleeps_like_the_others():
 
     asyncio.run(story())
     assert recorder.log == [("offload", "policy"), ("sleep", "graphs", "kv_cache")]
+
+
+def test_the_trainer_comes_back_though_an_engine_is_lost():
+    """A run that is asked to stop meanwhile saves: nobody waits for the engine any more."""
+
+    class Lost(Recorder):
+        async def sleep(self, parts):
+            raise EngineLostError("it died")
+
+    recorder = Recorder()
+    residency = Residency(recorder, [Lost(), recorder], offload_train=True, offload_rollout=True)
+
+    async def story():
+        async with residency.rollout():
+            recorder.log.clear()
+        async with residency.training():
+            recorder.log.append("training")
+
+    asyncio.run(story())
+    assert recorder.log == [
+        ("sleep", "graphs", "kv_cache", "weights"),
+        ("onload", "gradients", "optimizer", "other models", "policy"),
+        "training",
+    ]

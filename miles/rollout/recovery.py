@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 from miles.errors import EngineError, EngineLostError, MilesError
@@ -81,7 +80,7 @@ class Recovery:
         Raises:
             EngineLostError: one did not come up.
         """
-        for index, task in self._starting.items():
+        for index, task in list(self._starting.items()):  # others may be lost meanwhile
             try:
                 await asyncio.shield(task)
             except MilesError as error:
@@ -108,7 +107,7 @@ class Recovery:
 
     async def close(self) -> None:
         """Engines still on their way up are left to whoever closes them."""
-        for task in self._starting.values():
+        tasks = list(self._starting.values())
+        for task in tasks:
             task.cancel()
-            with suppress(asyncio.CancelledError, MilesError):
-                await task
+        await asyncio.gather(*tasks, return_exceptions=True)
