@@ -64,6 +64,8 @@ class EngineContext:
     """A train rank works on the same accelerator."""
     sleeps: bool = False
     """It is put to sleep while the trainer works."""
+    routed_experts: bool = False
+    """Requests ask for the expert choices of their tokens."""
 
 
 @dataclass

@@ -10,6 +10,8 @@ from miles.build import context_limit, make_probe, make_source, make_task
 from miles.config import Config, TaskSet
 from miles.plugins import load_plugins
 from miles.registry import Registry
+from miles.rollout.engine_worker import EngineSetup
+from miles.testing import tiny
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +64,14 @@ def test_what_is_trained_with_a_replay_asks_for_expert_choices(replay, evaluatio
     registry = Registry(load_plugins(extra=[Replays()]))
     task = make_task(config, registry, built, front, TaskSet(), evaluation)
     assert (task.context.routed_experts, task.greedy.routed_experts) == (asks, False)
+
+
+@pytest.mark.parametrize("replay", ["replay", "none"])
+def test_engines_know_whether_they_will_be_asked_for_expert_choices(replay):
+    config = Config.model_validate({"moe": {"routing_replay": replay}})
+    setup = EngineSetup(config, config.rollout.engine, tiny.saved("qwen3_moe"), "cpu", load_weights=True)
+    context = setup.context(Registry(load_plugins(extra=[Replays()])))
+    assert context.routed_experts == (replay == "replay")
 
 
 @pytest.mark.parametrize(

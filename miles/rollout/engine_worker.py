@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.config import Config, Spec
+from miles.config.components import needs_of
 from miles.modeling import bridge_for, load_hf_config, load_tokenizer, precision_for
 from miles.protocols import EngineContext, WorkerGroup
 from miles.registry import Registry
@@ -54,6 +55,7 @@ class EngineSetup:
             gpus=self.gpus,
             shares=self.shares,
             sleeps=self.sleeps,
+            routed_experts="routed_experts" in needs_of(config, registry, "moe"),
         )
 
 

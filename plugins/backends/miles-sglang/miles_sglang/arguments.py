@@ -38,6 +38,7 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
         "enable_memory_saver": sleeps,
         # Graphs of prefill are `breakable` by default, and a server with these does not start where graphs can sleep.
         "cuda_graph_backend_prefill": "disabled" if sleeps else None,
+        "enable_return_routed_experts": context.routed_experts,
         "incremental_streaming_output": options.stream,
         "weight_version": "0",
         "log_level_http": "warning",

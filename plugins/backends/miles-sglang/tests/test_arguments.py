@@ -82,6 +82,11 @@ def test_memory_goes_by_who_is_beside_it(changes, words_of_memory):
     assert said[start : said.index("--weight-version")] == words_of_memory
 
 
+def test_expert_choices_are_returned_where_requests_ask_for_them():
+    assert "--enable-return-routed-experts" in command(routed_experts=True)
+    assert "--enable-return-routed-experts" not in command()
+
+
 def test_the_user_has_the_last_word():
     said = server_arguments(
         SGLangOptions(mem_fraction_static=0.5, enable_memory_saver=False, dtype="half", stream=True),
