@@ -40,7 +40,7 @@ from miles.protocols import (
     WorkerGroup,
 )
 from miles.registry import Registry
-from miles.residency import Residency
+from miles.residency import TRAINING, Residency
 from miles.rollout.engines import EngineFront
 from miles.rollout.producer import Producer
 from miles.rollout.task import Task
@@ -169,6 +169,8 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     models = train_models(config, derived, registry, model)
     crew = make_crew(config, registry, stack, trains=True)
     workers = await launch_train(crew, models, rollout_temperature(config), stack)
+    if crew.placement.offload_train:
+        await workers.call("offload", TRAINING)  # engines take of the memory that they find free
     engines = await make_engines(crew, model.checkpoint, stack)
     front = EngineFront(engines, config.rollout.concurrency)
     teachers = await make_teachers(crew, model, stack)

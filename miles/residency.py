@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from miles.errors import EngineLostError
@@ -32,7 +32,8 @@ class Residency:
     ):
         self.workers, self.engines = workers, engines
         self.offload_train, self.offload_rollout = offload_train, offload_rollout
-        self.trainer_here = TRAINING
+        self.trainer_here = frozenset[RankPart]() if offload_train else TRAINING
+        """A trainer that makes room has done so before the engines started."""
         self.engine_here: frozenset[EnginePart] = WEIGHTS | CACHE
         self.seconds: dict[str, float] = defaultdict(float)
 
@@ -94,16 +95,16 @@ class Residency:
             return
         leaving, coming = self.engine_here - wanted, wanted - self.engine_here
         if leaving:
-            await asyncio.gather(*(_asleep(engine, leaving) for engine in self.engines))
+            await asyncio.gather(*(_unless_lost(engine.sleep(leaving)) for engine in self.engines))
         if coming:
-            await asyncio.gather(*(engine.wake(coming) for engine in self.engines))
+            await asyncio.gather(*(_unless_lost(engine.wake(coming)) for engine in self.engines))
         self.engine_here = wanted
 
 
-async def _asleep(engine: RolloutEngine, parts: frozenset[EnginePart]) -> None:
-    """A lost engine has nothing left to let go of; whoever needs it next finds out."""
+async def _unless_lost(move: Awaitable[None]) -> None:
+    """A lost engine has nothing to move; whoever needs it next finds out."""
     with suppress(EngineLostError):
-        await engine.sleep(parts)
+        await move
 
 
 class _timed:

@@ -319,14 +319,16 @@ class Run:
         if found is None and mode == "must":
             raise CheckpointError(f"--resume must: there is no checkpoint in {self.store.directory}")
         if found is not None:
-            await self.read(found.path)
+            async with self.residency.training():
+                await self.read(found.path)
             self.resumed_from = self.step
             done = self.step >= self.derived.num_rollout
             rest = "there is nothing left to do; --num-rollout asks for more" if done else "going on from there"
             logger.info("%s holds step %d of %d: %s", found.path, self.step, self.derived.num_rollout, rest)
         elif self.config.checkpoint.load is not None:
             start = find_checkpoint(self.config.checkpoint.load)
-            await self.parts.workers.call("load", start.path, weights_only=True)
+            async with self.residency.training():
+                await self.parts.workers.call("load", start.path, weights_only=True)
             logger.info("starting from the weights of %s", start.path)
         if found is None and (self.directory / METRICS).exists():
             logger.warning("%s holds a run without a checkpoint, which is started again", self.directory)

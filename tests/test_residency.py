@@ -76,6 +76,36 @@ def test_weights_in_the_middle_of_a_rollout():
     ]
 
 
+def test_a_trainer_that_makes_room_has_done_so_before_the_engines_start():
+    recorder = Recorder()
+    residency = Residency(recorder, [recorder], offload_train=True, offload_rollout=True)
+
+    async def story():
+        async with residency.syncing():
+            recorder.log.append("syncing")
+
+    asyncio.run(story())
+    assert recorder.log == [("sleep", "graphs", "kv_cache"), ("onload", "policy"), "syncing"]
+
+
+def test_an_engine_that_is_lost_stands_in_nobodys_way():
+    class Lost(Recorder):
+        async def sleep(self, parts):
+            raise EngineLostError("gone")
+
+        wake = sleep
+
+    recorder = Recorder()
+    residency = Residency(recorder, [Lost(), recorder], offload_train=False, offload_rollout=True)
+
+    async def story():
+        async with residency.training(), residency.syncing():
+            recorder.log.append("syncing")
+
+    asyncio.run(story())
+    assert recorder.log == [("sleep", "graphs", "kv_cache", "weights"), ("wake", "weights"), "syncing"]
+
+
 def test_an_engine_that_starts_finds_room_and_then_sleeps_like_the_others():
     recorder = Recorder()
     residency = Residency(recorder, [recorder], offload_train=True, offload_rollout=True)

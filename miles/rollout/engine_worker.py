@@ -86,14 +86,14 @@ class RemoteEngine:
         self._workers, self._rank = workers, rank
         self.__dict__.update(facts)
 
-    async def start(self) -> None:
+    async def start(self, method: str = "start") -> None:
         """Some facts are known only then: how many tokens fit beside the weights."""
-        await self._workers.call_one(self._rank, "start")
+        await self._workers.call_one(self._rank, method)
         self.__dict__.update(await self._workers.call_one(self._rank, "facts"))
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("coroutines", ()):
-            return partial(self._workers.call_one, self._rank, name)
+            return partial(self.start, name) if name == "restart" else partial(self._workers.call_one, self._rank, name)
         raise AttributeError(f"the engine in worker {self._rank} has no {name!r}")
 
 

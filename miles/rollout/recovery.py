@@ -40,6 +40,8 @@ class Recovery:
         self._starting: dict[int, asyncio.Future[None]] = {}
         """Engines out of service, and their start, which may have ended."""
         self._turn = asyncio.Lock()
+        self._hopeless: MilesError | None = None
+        """Why no engine can be brought back, once that is known: nobody who waits need try again."""
 
     def serving(self) -> list[int]:
         """Engines that have weights and can be asked."""
@@ -70,9 +72,15 @@ class Recovery:
             EngineLostError: none can be started again.
         """
         async with self._turn:
+            if self._hopeless is not None:
+                raise self._hopeless
             if not self.serving():
-                await self.started()
-                await self.resync()
+                try:
+                    await self.started()
+                    await self.resync()
+                except MilesError as error:
+                    self._hopeless = error
+                    raise
 
     async def started(self) -> None:
         """Wait until every lost engine is up again; its weights are undefined.

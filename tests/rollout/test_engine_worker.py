@@ -73,3 +73,20 @@ def test_what_stands_for_an_engine_knows_what_the_engine_knows_after_its_start()
             _ = first.restart
 
     asyncio.run(main())
+
+
+class Shrinking(Growing):
+    """Finds less memory when it starts again."""
+
+    async def restart(self):
+        self.max_len -= 2
+
+
+def test_and_after_it_was_started_again():
+    async def main():
+        (engine,) = await remote_engines(Here(Shrinking()))
+        await engine.start()
+        await engine.restart()
+        assert engine.max_len == 5
+
+    asyncio.run(main())

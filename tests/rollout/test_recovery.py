@@ -149,11 +149,14 @@ def test_weights_that_do_not_arrive_are_an_error():
         fleet = Fleet(Engine("a", breaks_at=[1]))
 
         async def fails():
+            fleet.pushes += 1
             raise WeightSyncError("no")
 
         fleet.front.recovery.resync = fails
-        with pytest.raises(WeightSyncError):
-            await fleet.ask(3)
+        waiting = (fleet.front.generate(GenerateRequest(str(i), [1], SamplingParams())) for i in range(5))
+        told = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {str(error) for error in told} == {"no"}
+        assert fleet.pushes == 1  # of five that wait one tries, for all
 
     asyncio.run(story())
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -31,7 +32,8 @@ def make_app(service: Service) -> web.Application:
 
 
 def _guarding(service: Service) -> Any:
-    """Refuses who has no key, and everybody once the server is about to end."""
+    """Refuses who has no key, what a page of another site has a browser ask, and everybody once the server is about to
+    end."""
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -39,6 +41,9 @@ def _guarding(service: Service) -> Any:
             given = request.headers.get("Authorization", "").encode()
             if not secrets.compare_digest(given, f"Bearer {service.api_key}".encode()):
                 raise RequestError("The API key is missing or wrong: send it as `Authorization: Bearer KEY`.", 401)
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            raise RequestError("Pages of other sites are not answered.", 403)
         if service.stopping and request.path not in OPEN:
             raise RequestError("The server is stopping.", 503)
         return await handler(request)

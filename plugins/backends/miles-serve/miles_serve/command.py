@@ -40,6 +40,10 @@ SIGINT and SIGTERM stop it: requests have 5 seconds to end, and are then answere
 OWN = ("--host", "--port", "--api-key-variable", "--served-model-name", "--dtype", "--engine",
        "--incremental-streaming-output")  # fmt: skip
 LARGEST_PORT = 65535
+HERE = ("127.0.0.1", "localhost", "::1")
+OPEN_TO_ALL = (
+    "miles: without a key, whoever reaches this host may use the server and change its weights: --api-key-variable NAME"
+)
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,8 @@ async def _serve(resolved: Resolved, wishes: Wishes) -> None:
         gc.freeze()  # what was built lives as long as the process; to look through it again costs half a second
         async with listening(service, wishes.host, wishes.port) as url:
             print(f"miles: serving {service.model} at {url} (SGLang's API, and OpenAI's under /v1)", flush=True)
+            if wishes.api_key is None and wishes.host not in HERE:
+                print(OPEN_TO_ALL, file=sys.stderr, flush=True)
             number = await until_stopped()
             print(f"miles: {number.name}: stopping", file=sys.stderr, flush=True)
 

@@ -184,6 +184,14 @@ def test_a_key_is_asked_for(lab):
         assert lab.Client(server.url, {"Authorization": "Bearer sesame"}).get("/model_info").status == 200
 
 
+def test_a_page_of_another_site_gets_nothing_done(lab, shared):
+    """A browser says whose page asks, and sends such requests without asking anybody."""
+    foreign = lab.Client(shared.url, {"Origin": "http://elsewhere.example"})
+    for path in ("/flush_cache", "/generate", "/v1/completions"):
+        assert foreign.post(path, {}).status == 403
+    assert lab.Client(shared.url, {"Origin": shared.url}).get("/model_info").status == 200
+
+
 class Failing:
     """An engine that fails as it is told."""
 

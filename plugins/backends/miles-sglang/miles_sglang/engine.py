@@ -36,7 +36,7 @@ from miles.api import (
 from miles.toolkit import Shipment, this_process
 from miles_sglang.affinity import Affinity
 from miles_sglang.asking import Abilities, generation, refuse, refuse_tokens, scoring, scoring_next
-from miles_sglang.client import Client, MalformedError
+from miles_sglang.client import Client, MalformedError, PassingError
 from miles_sglang.external import RunningServer
 from miles_sglang.fleet import LONG, Fleet
 from miles_sglang.flights import Flight, Flights
@@ -308,8 +308,7 @@ class SGLangEngine:
         try:
             if "kv_cache" not in awake:
                 await self._flush(sender)  # it also waits until the servers are idle: they die otherwise
-            tags = [TAGS[part] for part in sorted(new)]
-            await sender.tell("/release_memory_occupation", {"tags": tags}, LONG, tries=1)
+            await self._move(sender, "/release_memory_occupation", new)
         except BaseException:
             standing.asleep = awake
             raise
@@ -319,11 +318,22 @@ class SGLangEngine:
         parts &= standing.asleep
         if not parts:
             return
-        tags = [TAGS[part] for part in sorted(parts)]
-        await sender.tell("/resume_memory_occupation", {"tags": tags}, LONG, tries=1)
+        await self._move(sender, "/resume_memory_occupation", parts)
         if "weights" in parts and not can.keeps_weights:
             standing.unusable = "its weights were dropped while it slept, and none have arrived since"
         standing.asleep -= parts
+
+    async def _move(self, sender: Sender, path: str, parts: frozenset[EnginePart]) -> None:
+        """Raises EngineLostError when nobody knows whether it was done: done twice it ends a server."""
+        try:
+            await sender.tell(path, {"tags": [TAGS[part] for part in sorted(parts)]}, LONG, tries=1)
+        except PassingError as error:
+            sender.lose(f"{path} may have been done, or not: {error}")
+            self._standing.check_there()
+            raise
+        except asyncio.CancelledError:
+            sender.lose(f"{path} may have been done, or not: nobody waited for the answer")
+            raise
 
     async def health(self) -> EngineHealth:
         """`weight_version` is -1 when a server holds others than were sent to it."""

@@ -161,7 +161,8 @@ class Sender:
             EngineLostError: there is nobody to try it with.
             EngineError: this was the last one.
         """
-        self.counts[error.kind] += 1
+        if not self.standing.gone:  # what a lost engine leaves unanswered is counted as one loss
+            self.counts[error.kind] += 1
         last = tries > self.options.retries
         await self._look(ask=last or isinstance(error, LateError))
         self.standing.check_there()

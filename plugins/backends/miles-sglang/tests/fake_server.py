@@ -59,6 +59,8 @@ class FakeSGLang:
         self.version: Any = "0"
         self.paused = self.fails = self.hangs = False
         self.spoils: list[dict[str, Any]] = []
+        self.breaks: set[str] = set()
+        """Paths at which it breaks off after it has done what was asked."""
         """Replaces parts of the next answers' `meta_info`."""
         self.aborted: dict[str, bool] = {}
         """Requests that it has: whether they were aborted."""
@@ -97,6 +99,8 @@ class FakeSGLang:
             return _reply(200, {"success": True, "new_version": body["new_version"]})
         if path == "/flush_cache" and self.aborted:
             return _reply(400, None)
+        if path in self.breaks:
+            request.transport.abort()
         assert path != "/release_memory_occupation" or not self.aborted, "the scheduler is not idle"
         self.paused = {"/pause_generation": True, "/continue_generation": False}.get(path, self.paused)
         return _reply(200, RECORDED["update"] if "update" in path else None)

@@ -214,6 +214,26 @@ def test_sleeping_by_parts_and_waking_without_weights(server):
     assert server.called("/resume_memory_occupation") == [{"tags": ["kv_cache", "weights"]}]
 
 
+@pytest.mark.parametrize("path", ["/release_memory_occupation", "/resume_memory_occupation"])
+def test_when_nobody_knows_what_is_asleep_the_engine_is_lost(server, path):
+    """Memory that is released or resumed twice ends a server."""
+
+    async def story(engine):
+        async def nap():
+            await engine.sleep(ALL)
+            await engine.wake(ALL)
+
+        server.breaks.add(path)
+        with pytest.raises(EngineLostError, match="may have been done, or not"):
+            await nap()
+        server.breaks.clear()
+        await engine.restart()
+        assert (await engine.health()).asleep == frozenset()
+
+    run(story, server)
+    assert len(server.called(path)) == 1
+
+
 def test_weights_that_are_kept_on_the_host_need_no_push():
     async def story(engine):
         await engine.sleep(ALL)
