@@ -1,5 +1,6 @@
 """Ranks as forks of one process, which imports for all of them."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ def fork(work: Callable[..., None], *arguments) -> int:
         return child
     code = 1
     try:
+        faulthandler.enable()
         torch.set_num_threads(1)
         work(*arguments)
         code = 0
