@@ -60,7 +60,7 @@ def test_this_machine_is_sound_and_told_so_quickly(miles, monkeypatch):
     assert "  yes     train on CPU" in out
     assert "  no      train backend megatron: no installed plugin offers it (that would be miles-megatron)" in out
     assert max(map(len, out.splitlines())) <= 120
-    assert seconds < 15  # 4 here; the suite may share the machine
+    assert seconds < 60  # 5 alone; the suite shares the machine
 
 
 def test_the_json_has_the_shape_it_promises(doctor):
