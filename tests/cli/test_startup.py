@@ -1,8 +1,8 @@
 """The command line starts quickly, and without torch."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +14,12 @@ def loaded_after(source):
     program = f"{source}\nimport sys; print('LOADED', *sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stdout.split("LOADED", 1)[1].split())
+
+
+def computed():
+    """Seconds of the processor that processes started here have taken: others use it, too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize(
@@ -37,10 +43,10 @@ def test_a_dry_run_that_looks_at_everything_loads_no_torch_and_is_quick(tmp_path
     (tmp_path / "sums.jsonl").write_text('{"input": "1+1", "label": "2"}\n' * 20_000)
     flags = ["--hf-checkpoint", str(tmp_path), "--ref-load", str(tmp_path), "--num-rollout", "1",
              "--prompt-data", str(tmp_path / "sums.jsonl"), "--rm-type", "exact_match"]  # fmt: skip
-    start = time.perf_counter()
+    start = computed()
     loaded = loaded_after(f"from miles.cli import main; assert main(['train', '--dry-run', *{flags}]) == 0")
     assert loaded.isdisjoint(HEAVY)
-    assert time.perf_counter() - start < 5
+    assert computed() - start < 5
 
 
 def test_importing_the_command_line_loads_no_numpy_and_no_pydantic():
@@ -50,9 +56,9 @@ def test_importing_the_command_line_loads_no_numpy_and_no_pydantic():
 def test_help_is_quick():
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = computed()
         subprocess.run([sys.executable, "-m", "miles", "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(computed() - start)
     assert min(seconds) < 0.5
 
 
