@@ -2,8 +2,8 @@
 
 import copy
 import json
+import os
 import shutil
-import time
 from collections import namedtuple
 from importlib.metadata import version
 from pathlib import Path
@@ -53,14 +53,14 @@ def finding(seen, section, name):
 
 def test_this_machine_is_sound_and_told_so_quickly(miles, monkeypatch):
     monkeypatch.setattr(accelerator, "cards", list)
-    started = time.perf_counter()
+    before = sum(os.times()[:4])
     code, out, err = miles("doctor")
-    seconds = time.perf_counter() - started
+    seconds = sum(os.times()[:4]) - before
     assert (code, err) == (0, "")
     assert "  yes     train on CPU" in out
     assert "  no      train backend megatron: no installed plugin offers it (that would be miles-megatron)" in out
     assert max(map(len, out.splitlines())) <= 120
-    assert seconds < 60  # 5 alone; the suite shares the machine
+    assert seconds < 15  # of the processor, with those of the processes that it starts: others use it, too
 
 
 def test_the_json_has_the_shape_it_promises(doctor):

@@ -1,9 +1,8 @@
-"""The quickstart on 2 and 4 ranks ends at the bits of one process: all sixty steps, under Ray the first fifteen."""
+"""Sixty steps of the quickstart on 2 and 4 ranks, of either executor, end at the bits of one process."""
 
 import os
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,11 @@ def python(folder, *words):
     return done.stderr
 
 
-def learn(folder, run, steps, *flags):
+def learn(folder, run, *flags):
     """The recipe's reinforcement learning, with few evaluations; micro-batches are planned for four ranks."""
     said = python(
         folder, "-m", "miles", "train", EXAMPLE / "grpo.yaml", "--run-dir", run, "--reproducible-ranks", "4",
-        "--num-threads", "1", "--dump-samples", "512", "--num-rollout", str(steps), "--save-interval", str(steps),
-        "--eval-interval", str(steps), "--no-report",
+        "--num-threads", "1", "--dump-samples", "512", "--save-interval", "60", "--eval-interval", "60", "--no-report",
         "--eval.sets.heldout.path=data/heldout.jsonl@[0:200]",
         "--eval.sets.heldout_sampled.path=data/heldout.jsonl@[0:50]", *flags,
     )  # fmt: skip
@@ -45,24 +43,22 @@ def warm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(warm):
-    """The run of one process, of so many steps."""
-    return cache(lambda steps: learn(warm, f"alone-{steps}", steps)[0])
+    """The run of one process."""
+    return learn(warm, "alone")[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("executor", "ranks", "steps"), [("local", 2, 60), ("local", 4, 60), ("ray", 2, 15), ("ray", 4, 15)]
-)
-def test_a_run_on_several_ranks_is_that_of_one(warm, alone, executor, ranks, steps):
+@pytest.mark.parametrize(("executor", "ranks"), [("local", 2), ("local", 4), ("ray", 2), ("ray", 4)])
+def test_a_run_on_several_ranks_is_that_of_one(warm, alone, executor, ranks):
     """Under Ray engines form other batches each time, which round otherwise: of many draws one may fall on the other
     side of a tie. That it does so twice running is no accident."""
     for attempt in range(2 if executor == "ray" else 1):
         name = f"{executor}-{ranks}-{attempt}"
-        run, said = learn(warm, name, steps, "--executor", executor, "--actor-num-gpus-per-node", str(ranks))
-        found = compare(alone(steps), run)
+        run, said = learn(warm, name, "--executor", executor, "--actor-num-gpus-per-node", str(ranks))
+        found = compare(alone, run)
         if found.first_token is None:
             break
-    assert (found.steps, found.first_token) == (steps + 1, None), str(found.first_token) + said
-    assert found.tokens > 5_000 * steps
+    assert (found.steps, found.first_token) == (61, None), str(found.first_token) + said
+    assert found.tokens > 300_000
     assert found.within(1e-5), found.metrics
     assert found.weights == 0, found.weights_name
