@@ -17,6 +17,7 @@ import torch.distributed as dist
 from forked_ranks import fork, join, wait
 from miles_qwen.bridge import QwenBridge
 from safetensors.torch import save_file
+from torch._C._distributed_c10d import _get_work_registry_size
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from miles.builtins.fsdp.backend import FsdpBackend
@@ -146,6 +147,7 @@ def run(case: str, rank: int, size: int, folder: Path) -> dict:
         "norms": [report.grad_norm for report, _ in reports],
         "aux": sum(float(sums.get("train/router_balance", 0.0)) for _, sums in reports),
         "scores": [float(outputs.log_probs_T.sum()) for outputs in scored],
+        "under_way": max(_get_work_registry_size() for _ in backend.named_weights()),
     }
     if size == 2 and case not in EXACT:
         facts |= after_training(backend, batches, trained, folder / f"{case}-state-2")

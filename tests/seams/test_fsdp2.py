@@ -80,5 +80,11 @@ def test_sharded_state(folder, fact):
         assert {case: found[case][fact] for case in CASES} == dict.fromkeys(CASES, True)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_no_collective_of_gloo_is_begun_before_the_last_has_ended(folder, case):
+    """Torch 2.13 corrupts the heap now and then where two are under way."""
+    assert facts(folder, 0, 4)[case]["under_way"] == 0
+
+
 def test_router_balance_is_counted_once(folder):
     assert facts(folder, 0, 1)["moe"]["aux"] > 0

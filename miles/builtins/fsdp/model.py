@@ -281,8 +281,8 @@ def copy_into(tensor: Tensor, full: Tensor) -> None:
 
 
 def one_by_one(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[WeightGroup]:
-    """Each of the tensors whole, in a group of its own; all ranks take them together. The next one is on its way while
-    one is used: two are held at a time."""
+    """Each of the tensors whole, in a group of its own; all ranks take them together. On a GPU the next one is on
+    its way while one is used. Two are held at a time."""
     coming: tuple[str, Tensor] | None = None
     for name, tensor in tensors:
         begun = name, _begin_gathering(tensor)
@@ -297,7 +297,10 @@ def one_by_one(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[WeightGroup]:
 def _begin_gathering(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=True).to_local()
+    # Two collectives of gloo under way at once corrupt the heap now and then: its two threads free one work twice
+    # (torch 2.13). On a CPU there is little to overlap either.
+    overlapping = tensor.device.type != "cpu"
+    return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=overlapping).to_local()
 
 
 def _arrived(tensor: Tensor) -> Tensor:
