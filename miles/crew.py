@@ -69,11 +69,14 @@ async def launch_train(
 
 
 def engine_setup(crew: Crew, spec: Spec, checkpoint: Path, load_weights: bool = False) -> EngineSetup:
-    placed, trains, provenance = crew.placement, crew.train is not None, crew.registry.plugins.provenance()
-    shares, sleeps = trains and placed.engines != "apart", trains and placed.offload_rollout
+    placed, trains = crew.placement, crew.train is not None
     return EngineSetup(
-        crew.config, spec, checkpoint, crew.device, load_weights, provenance, placed.gpus_per_engine, shares, sleeps
-    )
+        crew.config, spec, checkpoint, crew.device, load_weights,
+        provenance=crew.registry.plugins.provenance(),
+        gpus=placed.gpus_per_engine,
+        shares=trains and placed.engines != "apart",
+        sleeps=trains and placed.offload_rollout,
+    )  # fmt: skip
 
 
 async def make_engine(crew: Crew, setup: EngineSetup, stack: AsyncExitStack) -> RolloutEngine:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miles import __version__
-from miles.errors import MilesError, PluginLoadError
+from miles.errors import MilesError
 
 COMMANDS = {
     "train": ("miles.cli.train", "train a model: [CONFIG.yaml ...] [--flag value] [--section.key=value] [--dry-run]"),
@@ -20,17 +20,13 @@ COMMANDS = {
         "miles.cli.compare",
         "say where two runs part: the first token, metrics, weights: RUN RUN2 [--tolerance X]",
     ),
-    "serve": (
-        "miles_serve.command",
-        "answer over HTTP with a model, as SGLang and OpenAI do: CHECKPOINT [--port 30000] (pip install miles-serve)",
-    ),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
     "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
     "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
     "new-plugin": ("miles.cli.new_plugin", "write the package of a new plugin: KIND NAME [--dir DIR]"),
 }
-"""Command -> module with `run(call: Call) -> int`, and one line of help. A plugin's module may not be installed."""
+"""Command -> module with `run(call: Call) -> int`, and one line of help. Plugins bring more: `miles.cli.brought`."""
 
 
 SPINS = "2000"
@@ -79,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `my_module:my_function` is found where the person stands
     try:
-        return _module(call.command).run(call)
+        return module_of(call.command).run(call)
     except MilesError as error:
         if call.debug:
             raise
@@ -94,17 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _module(command: str) -> Any:
-    """Raises PluginLoadError where the plugin that brings a command is not installed."""
-    name = COMMANDS[command][0]
-    package = name.partition(".")[0]
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
-        plugin = package.replace("_", "-")
-        raise PluginLoadError(f"`miles {command}` comes with a plugin: pip install {plugin}") from error
+def module_of(command: str) -> Any:
+    """Raises PluginError where the plugin that brings a command is not installed, or broken."""
+    if command in COMMANDS:
+        return importlib.import_module(COMMANDS[command][0])
+    from miles.cli.brought import load
+
+    return load(command)
+
+
+def every_command() -> dict[str, str]:
+    """Command -> one line of help: ours, and those that plugins bring."""
+    from miles.cli.brought import brought
+
+    ours = {name: text for name, (_, text) in COMMANDS.items()}
+    return ours | brought() | ours
 
 
 def read_call(argv: Sequence[str]) -> Call | int:
@@ -138,8 +138,11 @@ def _checked(call: Call) -> Call | int:
     if call.command:
         from difflib import get_close_matches
 
-        close = get_close_matches(call.command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+        known = every_command()
+        if call.command in known:
+            return call
+        close = get_close_matches(call.command, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(known)}"
         print(f"miles: unknown command {call.command!r}; {hint}", file=sys.stderr)
         return 2
     if call.words:
@@ -153,7 +156,7 @@ def usage() -> str:
     """What `miles --help` prints."""
     lines = [f"miles {__version__}: reinforcement learning for language models, one plugin at a time", ""]
     lines += ["usage: miles COMMAND ...", ""]
-    lines += [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
+    lines += [f"  {name:<10} {text}" for name, text in every_command().items()]
     lines += ["", "with every command:"]
     lines += ["  --help       what the command takes; `miles train --help` lists every flag with its default"]
     lines += ["  -p no:NAME   leave out a plugin", "  --debug      show tracebacks of errors", "  --version"]

@@ -1,13 +1,14 @@
 """Commands, exit codes, and what they print."""
 
 import json
+import re
 import sys
 import types
 
 import pytest
 
 import miles as package
-from miles import cli
+from miles.cli import brought
 from miles.errors import EngineError, RunInterrupted
 
 
@@ -27,11 +28,46 @@ def jobs(monkeypatch):
     return module
 
 
+@pytest.fixture
+def bring(monkeypatch, tmp_path):
+    """`bring(distribution, command, code)`: install a plugin that brings a command. What was imported stays so."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def install(distribution, command, code):
+        module = distribution.replace("-", "_")
+        (tmp_path / f"{module}.py").write_text(code)
+        info = tmp_path / f"{module}-1.2.dist-info"
+        info.mkdir()
+        info.joinpath("METADATA").write_text(f"Name: {distribution}\nVersion: 1.2\nSummary: greets people\n")
+        info.joinpath("entry_points.txt").write_text(f"[miles.commands]\n{command} = {module}\n")
+
+    return install
+
+
 def test_a_command_whose_plugin_is_not_installed(miles, monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "serve", ("miles_elsewhere.command", "serve a model"))
-    code, _, err = miles("serve", "somewhere")
+    monkeypatch.setitem(brought.ELSEWHERE, "fly", "miles-fly")
+    assert "pip install miles-fly" in miles("--help")[1]
+    code, _, err = miles("fly", "somewhere")
     assert code == 2
-    assert "pip install miles-elsewhere" in err
+    assert "pip install miles-fly" in err
+
+
+def test_a_plugin_brings_a_command(miles, bring):
+    bring("miles-greet", "greet", "def run(call):\n    print('hello', *call.words)\n    return 3\n")
+    assert miles("greet", "you", "--loudly") == (3, "hello you --loudly\n", "")
+    assert re.search(r"^  greet +greets people$", miles("--help")[1], re.M)
+    assert "did you mean 'greet'" in miles("gret")[2]
+
+
+def test_a_command_of_two_plugins_and_one_that_cannot_be_imported(miles, bring):
+    bring("miles-bow", "greet", "import miles_nowhere")
+    code, _, err = miles("greet")
+    assert code == 2
+    assert "miles-bow 1.2 cannot be imported: No module named 'miles_nowhere'" in err
+    bring("miles-nod", "greet", "")
+    code, _, err = miles("greet")
+    assert code == 2
+    assert "miles-bow 1.2 and miles-nod 1.2: uninstall one" in err
 
 
 def test_usage_version_and_unknown_commands(miles):

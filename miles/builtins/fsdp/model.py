@@ -297,8 +297,8 @@ def one_by_one(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[WeightGroup]:
 def _begin_gathering(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
-    # Two collectives of gloo under way at once corrupt the heap now and then: its two threads free one work twice
-    # (torch 2.13). On a CPU there is little to overlap either.
+    # Two collectives of gloo under way at once corrupt the heap now and then, in the threads that work on them (torch
+    # 2.13). On a CPU there is little to overlap either.
     overlapping = tensor.device.type != "cpu"
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim, async_op=overlapping).to_local()
 
