@@ -106,17 +106,13 @@ class Client:
             await self._session.close()
 
     async def _answer(self, url: str, body: Body, timeout: float | None, headers: Headers = None) -> bytes:
-        if timeout is not None:
-            try:
-                async with asyncio.timeout(timeout):
-                    return await self._answer(url, body, None, headers)
-            except TimeoutError as error:
-                raise LateError(f"{url} did not answer within {timeout:g} s") from error
         try:
-            async with self._request(url, body, headers) as reply:
+            async with asyncio.timeout(timeout), self._request(url, body, headers) as reply:
                 data = await reply.read()
         except FAILURES as error:
             raise _unreachable(url, error) from error
+        except TimeoutError as error:
+            raise LateError(f"{url} did not answer within {timeout} s") from error
         if reply.status != 200:
             raise _refusal(url, reply.status, data)
         return data

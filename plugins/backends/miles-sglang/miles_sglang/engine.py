@@ -47,7 +47,6 @@ from miles_sglang.sender import Sender
 from miles_sglang.standing import Standing
 from miles_sglang.weights import Handles, hand_over
 
-Deliver = Callable[[Sender], Awaitable[None]]
 TAGS: dict[EnginePart, str] = {"weights": "weights", "kv_cache": "kv_cache", "graphs": "cuda_graph"}
 IDLE = 30
 """Seconds for which a server waits to be idle before it flushes: it tells the end of a request before it has ended."""
@@ -253,7 +252,7 @@ class SGLangEngine:
         await sender.recall(lambda: [flight for flight in chosen if flight.rid])
         if thawed and flights.mode == "in_place":
             await sender.tell("/pause_generation", {"mode": "in_place"})
-        await flights.traffic.until(lambda: all(flight.landed for flight in chosen))
+        await flights.traffic.until(lambda: flights.all.isdisjoint(chosen))
 
     # ------------------------------------------------------------------------------------------------- control
 
@@ -271,7 +270,7 @@ class SGLangEngine:
         flights.gate.tell()
         await sender.recall(lambda: flights.out, every=True)
         if mode == "abort":
-            await flights.traffic.until(lambda: all(flight.landed for flight in begun))
+            await flights.traffic.until(lambda: flights.all.isdisjoint(begun))
 
     async def resume(self) -> None:
         (sender, _), flights = self._there(), self._flights
@@ -358,17 +357,20 @@ class SGLangEngine:
             known = ", ".join(sorted(self.accepts))
             raise WeightSyncError(f"SGLang engine: transport {transport!r} is not understood, only {known}")
         if isinstance(payload, Shipment) and payload.changes:
-            raise WeightSyncError("SGLang engine: it takes whole weights, not changes: --update-weight-mode full")
+            raise WeightSyncError(
+                "SGLang engine: it takes whole weights, not changes, because SGLang does not give back what it holds: "
+                "--update-weight-mode full"
+            )
         if "weights" in standing.asleep:
             raise WeightSyncError("SGLang engine: its weights are asleep; wake them before a weight sync")
         if (out := flights.out) and not (flights.mode == "in_place" and self.options.stream):
             raise WeightSyncError(
                 f"SGLang engine: {len(out)} requests are running: pause it (abort or retract) before a weight sync"
             )
-        deliver = self._from_disk(payload) if self._external else self._from_here(payload)
+        delivery = self._from_disk(sender, payload) if self._external else self._from_here(sender, payload)
         flights.receiving = True
         try:
-            await deliver(sender)
+            await delivery
             standing.coming = version
             label = {"new_version": str(version), "abort_all_requests": False}
             await sender.tell("/update_weight_version", label)
@@ -383,22 +385,19 @@ class SGLangEngine:
             flights.receiving, standing.coming = False, None
             flights.gate.tell()
 
-    def _from_disk(self, payload: Any) -> Deliver:
+    def _from_disk(self, sender: Sender, payload: Any) -> Awaitable[None]:
         folder = payload.arguments.get("folder") if isinstance(payload, Shipment) else None
         if folder is None:
             raise WeightSyncError(f"SGLang engine: by disk it takes the folder of a checkpoint, not {payload!r}")
         body = {"model_path": str(Path(folder).absolute()), "flush_cache": False}  # servers run in other directories
-        return lambda sender: sender.tell("/update_weights_from_disk", body, LONG, tries=1)
+        return sender.tell("/update_weights_from_disk", body, LONG, tries=1)
 
-    def _from_here(self, payload: Any) -> Deliver:
-        async def deliver(sender: Sender) -> None:
-            async def post(handles: Handles) -> None:
-                form = {"load_format": "flattened_bucket", "flush_cache": False}
-                bodies = [{"serialized_named_tensors": of_one, **form} for of_one in handles]
-                await sender.tell_each("/update_weights_from_tensor", bodies, LONG)
+    async def _from_here(self, sender: Sender, payload: Any) -> None:
+        async def post(handles: Handles) -> None:
+            form = {"load_format": "flattened_bucket", "flush_cache": False}
+            bodies = [{"serialized_named_tensors": of_one, **form} for of_one in handles]
+            await sender.tell_each("/update_weights_from_tensor", bodies, LONG)
 
-            servers = len(sender.fleet.servers)
-            ranks = self.context.gpus // servers
-            await hand_over(payload, post, servers=servers, ranks=ranks, device=self.context.device)
-
-        return deliver
+        servers = len(sender.fleet.servers)
+        ranks = self.context.gpus // servers
+        await hand_over(payload, post, servers=servers, ranks=ranks, device=self.context.device)

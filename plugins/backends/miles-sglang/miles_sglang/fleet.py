@@ -104,13 +104,13 @@ class Fleet:
                 await asyncio.sleep(AGAIN)
         return await self.client.tell(url, body, timeout)
 
-    async def ask(self, path: str, timeout: float = CONTROL) -> list[dict[str, Any]]:
+    async def ask(self, path: str) -> list[dict[str, Any]]:
         """What each server says.
 
         Raises:
             EngineError: one of them does not answer, or not with a JSON object.
         """
-        said = await asyncio.gather(*(self.client.ask(server.url + path, None, timeout) for server in self.servers))
+        said = await asyncio.gather(*(self.client.ask(server.url + path, None, CONTROL) for server in self.servers))
         if not all(isinstance(answer, dict) for answer in said):
             raise EngineError(f"a server answers {path} with what is no object: {said}")
         return said

@@ -48,7 +48,6 @@ class Flight:
         self.aborted = False
         self.retracted = False
         """The server was told to abort it, and the rest is asked for later."""
-        self.landed = False
         self.limit: asyncio.Timeout | None = None
         """Of the time that its server has, while that runs."""
 
@@ -89,7 +88,6 @@ class Flights:
             yield flight
         finally:
             self.all.discard(flight)
-            flight.landed = True
             self.traffic.tell()
 
     @contextmanager

@@ -16,9 +16,9 @@ class Port:
     processes never get the same.
     """
 
-    def __init__(self, host: str = HOST):
+    def __init__(self) -> None:
         self._held = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._held.bind((host, 0))
+        self._held.bind((HOST, 0))
         self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.number: int = self._held.getsockname()[1]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from miles_sglang import guard
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("miles")
 
 GRACE = 3.0
 """Seconds from SIGTERM to SIGKILL: what a server would finish in more, nobody waits for any more."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -151,7 +150,7 @@ class Answer:
                 rows = rows.copy()
                 rows[max(-first, 0) :][: len(void)][void] = -1
             return compact_experts(rows, routing.experts)
-        except (binascii.Error, TypeError, ValueError, EngineError) as error:
+        except (TypeError, ValueError, EngineError) as error:
             wanted = f"[{count}, {routing.layers}, {routing.top_k}]"
             raise MalformedError(f"SGLang sent expert choices that are not {wanted}: {error}") from error
 

@@ -23,7 +23,7 @@ import aiohttp
 from miles.api import EngineError
 from miles_sglang.flags import Value, words
 from miles_sglang.ports import HOST
-from miles_sglang.process import GRACE, GuardedProcess
+from miles_sglang.process import GuardedProcess
 from miles_sglang.service import Service, installed
 
 ROUTING_KEY = "x-smg-routing-key"
@@ -55,8 +55,6 @@ class RouterProcess(Service):
         arguments: Mapping[str, Value] | None = None,
         *,
         name: str = "the SGLang router",
-        timeout: float = START_TIMEOUT,
-        grace: float = GRACE,
     ):
         """
         Args:
@@ -72,12 +70,12 @@ class RouterProcess(Service):
                 "sglang-router, or give one server all GPUs of the engine (leave --sglang-tp-size out)"
             )
         super().__init__()
-        self.timeout, self.servers = timeout, list(servers)
+        self.timeout, self.servers = START_TIMEOUT, list(servers)
         port, metrics = (port.number for port in self.ports)
         chosen: dict[str, Value] = {"host": HOST, "port": port, "prometheus_host": HOST, "prometheus_port": metrics}
         given = words({**DEFAULTS, **(arguments or {}), **chosen, "worker_urls": self.servers})
         command = [sys.executable, "-m", "sglang_router.launch_router", *given]
-        self.process = GuardedProcess(name, command, log, grace=grace)
+        self.process = GuardedProcess(name, command, log)
 
     async def ready(self, session: aiohttp.ClientSession) -> bool:
         """Whether it has found all its servers."""

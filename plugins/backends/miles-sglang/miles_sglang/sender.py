@@ -124,6 +124,8 @@ class Sender:
         headers = {ROUTING_KEY: flight.key} if self.fleet.router else None
         if not body.get("stream"):
             piece = reader.read(await self.fleet.client.ask(url, body, headers=headers))
+            if not piece.finish_reason:
+                raise MalformedError(f"{url} answered without saying why it ended")
             self._check_version(piece, url)
             take(piece)
             return piece.finish_reason

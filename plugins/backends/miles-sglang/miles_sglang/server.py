@@ -13,9 +13,6 @@ from miles_sglang.ports import HOST
 from miles_sglang.process import GRACE, GuardedProcess
 from miles_sglang.service import Service, installed
 
-START_TIMEOUT = 600.0
-"""Seconds until a server must answer: reading 100 GB over a network and capturing graphs take minutes, and a server
-that cannot start mostly ends by itself long before."""
 SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """NVLink multicast is off, as in workers, unless the environment says otherwise."""
 OF_TORCHRUN = frozenset({"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"})
@@ -31,12 +28,13 @@ class ServerProcess(Service):
         log: Path,
         *,
         name: str = "the SGLang server",
-        timeout: float = START_TIMEOUT,
+        timeout: float,
         grace: float = GRACE,
     ):
         """
         Args:
             arguments: of the server, as `miles_sglang.arguments.server_arguments` gives them; ports are chosen here.
+            timeout: seconds until it must be healthy.
             grace: seconds that it has to end by itself.
 
         Raises:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from miles.api import WeightSyncError
-from miles.toolkit import Bucket, Shipment, compute_thread, opened, pack, places
+from miles.toolkit import Bucket, compute_thread, opened, pack, places
 
 BUCKET = 512 * 1024**2
 """Bytes; a larger group of tensors has a bucket of its own."""
@@ -48,34 +48,27 @@ async def hand_over(
     ranks: int = 1,
     device: str | None = None,
     limit: int = BUCKET,
-) -> int:
-    """Walk a payload to its end, bucket by bucket; returns its bytes.
+) -> None:
+    """Walk a payload to its end, bucket by bucket.
 
     Args:
-        payload: groups of weights, or a `Shipment`. A group is never divided.
+        payload: groups of weights, or a `Shipment` of them. A group is never divided.
         post: gives handles to the servers, and returns when all of them have loaded what these hold.
         ranks: tensor-parallel ranks of a server.
         device: where buckets are made; where the weights are when not given.
 
     Raises:
-        WeightSyncError: the payload says only how weights changed, or holds none. Besides what `post` and the payload
+        WeightSyncError: the payload holds none. Besides what `post` and the payload
             raise; servers may then hold a mixture.
     """
-    if isinstance(payload, Shipment) and payload.changes:
-        raise WeightSyncError(
-            "SGLang does not give back the weights that it holds, so it cannot be told how they changed: "
-            "--update-weight-mode full"
-        )
     loop, thread = asyncio.get_running_loop(), compute_thread()
     parcels = _parcels(payload, servers, ranks, device, limit)
     posted: asyncio.Future[Any] | None = None
-    total = 0
     try:
         while (parcel := await loop.run_in_executor(thread, next, parcels, None)) is not None:
             if posted is not None:
                 await asyncio.shield(posted)
             posted = asyncio.ensure_future(parcel.sent_by(post))
-            total += len(parcel.bucket.bytes)
             await asyncio.sleep(0)  # it is on its way before the next bucket is begun
         if posted is None:
             raise WeightSyncError("the weight sync brought no weights")
@@ -85,7 +78,6 @@ async def hand_over(
             await asyncio.gather(posted, return_exceptions=True)
         await loop.run_in_executor(thread, parcels.close)
         await loop.run_in_executor(thread, _give_back)
-    return total
 
 
 @dataclass(frozen=True)

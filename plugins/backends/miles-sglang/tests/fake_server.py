@@ -59,9 +59,9 @@ class FakeSGLang:
         self.version: Any = "0"
         self.paused = self.fails = self.hangs = False
         self.spoils: list[dict[str, Any]] = []
+        """Replaces parts of the next answers' `meta_info`."""
         self.breaks: set[str] = set()
         """Paths at which it breaks off after it has done what was asked."""
-        """Replaces parts of the next answers' `meta_info`."""
         self.aborted: dict[str, bool] = {}
         """Requests that it has: whether they were aborted."""
         self.calls: list[tuple[str, dict[str, Any]]] = []

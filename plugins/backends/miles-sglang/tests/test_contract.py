@@ -1,8 +1,6 @@
 """The engines keep the contract of their kind: `sglang_external` before `miles serve`, `sglang` where SGLang is."""
 
-import asyncio
 import importlib.util
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
-from served import served
+from served import in_thread, served
 
 from miles.config import Spec
 from miles.testing import RolloutEngineContract
@@ -23,24 +21,9 @@ CHECKPOINT = "miles.builtins.disk_sync:read"
 @contextmanager
 def miles_serve(context) -> Iterator[str]:
     """The torch engine behind HTTP, in a thread of its own: its address."""
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    found, over = [], asyncio.Event()
-
-    async def serve():
-        engine = installed().build("rollout_engines", Spec(name="torch"), context=context)
-        async with served(engine, context) as url:
-            found.append(url)
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    ready.wait(30)
-    try:
-        yield found[0]
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join()
+    engine = installed().build("rollout_engines", Spec(name="torch"), context=context)
+    with in_thread(served(engine, context)) as url:
+        yield url
 
 
 class TestExternal(RolloutEngineContract):

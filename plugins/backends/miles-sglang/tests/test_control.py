@@ -54,6 +54,20 @@ def test_scores_survive_a_pause(server):
     assert run(story, server).tolist() == [0.0, -0.5]
 
 
+def test_scores_that_were_put_back_are_asked_for_again(server):
+    async def story(engine):
+        server.seconds_a_token = 0.1
+        task = asyncio.create_task(engine.score([7, 8], temperature=0.5))
+        await until(lambda: server.aborted)
+        await engine.pause("retract")
+        assert not task.done()
+        await engine.resume()
+        return await task
+
+    assert run(story, server).tolist() == [0.0, -1.0]
+    assert len(server.called("/generate")) == 2
+
+
 def test_in_place_weights_change_under_a_stream_and_each_chunk_is_stamped(server):
     async def story(engine):
         task = asyncio.create_task(engine.generate(ask(length=60)))

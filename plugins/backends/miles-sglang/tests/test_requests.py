@@ -160,9 +160,10 @@ def test_a_score_that_is_missing_is_asked_for_again(server):
     assert run(story, server, retries=1).tolist() == [0.0, -1.0]
 
 
-def test_an_answer_that_is_malformed_is_asked_for_again(server):
+@pytest.mark.parametrize("spoilt", [{"output_token_logprobs": []}, {"finish_reason": None}])
+def test_an_answer_that_is_malformed_is_asked_for_again(server, spoilt):
     async def story(engine):
-        server.spoils = [{"output_token_logprobs": []}]
+        server.spoils = [spoilt]
         result = await engine.generate(ask())
         return result, (await engine.health()).counts
 

@@ -40,7 +40,7 @@ def pids(tmp_path):
 
 
 def server(folder, **arguments):
-    options = {name: arguments.pop(name) for name in ("timeout", "grace") if name in arguments}
+    options = {"timeout": 60.0} | {name: arguments.pop(name) for name in ("timeout", "grace") if name in arguments}
     return ServerProcess(arguments, folder / "logs" / "sglang-0.log", name="server sglang-0", **options)
 
 
@@ -152,7 +152,8 @@ from miles_sglang.server import ServerProcess
 
 async def main():
     folder = Path(sys.argv[1])
-    one = ServerProcess({"pids": str(folder / "pids"), "behave": sys.argv[2]}, folder / "log", grace=0.3)
+    arguments = {"pids": str(folder / "pids"), "behave": sys.argv[2]}
+    one = ServerProcess(arguments, folder / "log", timeout=60.0, grace=0.3)
     await one.start()
     print("healthy", flush=True)
     await asyncio.sleep(99)
