@@ -45,7 +45,7 @@ from servers import THROUGH_MILES
 from shapes import imported, make_checkpoint
 
 import miles
-from miles.api import hookimpl
+from miles.api import hookimpl, recorded_experts
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("0.6B", ()),
@@ -176,11 +176,11 @@ def coverage(samples: Sequence[Any]) -> dict[str, Any]:
     """Of samples that have their expert choices, and how much of these was recorded."""
     columns = [s.columns["rollout_routed_experts"] for s in samples if "rollout_routed_experts" in s.columns]
     rows = sum(len(column) for column in columns)
-    recorded = sum(int((column >= 0).all(axis=(1, 2)).sum()) for column in columns)
+    recorded = [column[recorded_experts(column)] for column in columns]
     return {
         "samples_with_experts": len(columns),
-        "rows_recorded": recorded / max(rows, 1),
-        "distinct_experts": len(np.unique(columns[0])) if columns else 0,
+        "rows_recorded": sum(len(column) for column in recorded) / max(rows, 1),
+        "distinct_experts": len(np.unique(recorded[0])) if recorded else 0,
         "bytes_a_token": sum(c.nbytes for c in columns) / max(rows, 1),
     }
 

@@ -183,7 +183,8 @@ async def measure(arguments: argparse.Namespace, folder: Path, shape: str) -> di
             derived, parts = await build(config, registry, Tracking([]), stack)
             figures["build_seconds"] = time.perf_counter() - start
             run = Run(config, derived, parts)
-            figures["bytes"] = (await parts.workers.call("send_weights", f"{HERE}:stir", 0))[0]
+            async with run.residency.training():
+                figures["bytes"] = (await parts.workers.call("send_weights", f"{HERE}:stir", 0))[0]
             figures["syncs"] = await syncs(arguments, run, folder)
             figures["moves"] = [await naps(run.parts.engines[0]) for _ in range(2)]
     return figures
