@@ -194,19 +194,12 @@ async def _service(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) ->
 
 async def _started(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) -> tuple[Model, Any]:
     """The model and the engine that holds its weights: those of Hugging Face, or, by way of the trainer, of a run."""
-    from miles.build import evaluation_parts, load_model
+    from miles.build import evaluation_parts
     from miles.checkpoint import find_checkpoint
-    from miles.crew import engine_setup, make_crew, make_engine
 
-    config, registry = resolved.config, resolved.registry
-    if wishes.run is not None:
-        checkpoint = find_checkpoint(Path(wishes.checkpoint))
-        parts = await evaluation_parts(config, registry, stack, checkpoint)
-        return parts.model, parts.front.engines[0]
-    model = load_model(config, registry)
-    crew = make_crew(config, registry, stack, trains=False)
-    setup = engine_setup(crew, config.rollout.engine, model.checkpoint, load_weights=True)
-    return model, await make_engine(crew, setup, stack)
+    checkpoint = None if wishes.run is None else find_checkpoint(Path(wishes.checkpoint))
+    parts = await evaluation_parts(resolved.config, resolved.registry, stack, checkpoint)
+    return parts.model, parts.front.engines[0]
 
 
 def _chat_with(resolved: Resolved, model: Model, options: Mapping[str, Any]) -> ChatFormat:

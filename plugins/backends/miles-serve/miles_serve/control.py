@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from aiohttp import web
@@ -97,16 +98,19 @@ async def update_from_disk(service: Service, request: web.Request) -> web.Respon
         folder = _folder(service, body)
         if body.abort_all_requests:
             await service.abort()
-        async with service.traffic.alone():
-            version = service.version + 1
-            shipment = Shipment("miles.toolkit:read_weights", {"folder": folder})
-            await service.engine.receive("disk", version, shipment)
-            service.labels[version] = service.label() if body.weight_version is None else body.weight_version
-            service.version, service.model_path = version, body.model_path
+        await asyncio.shield(_receive(service, body, folder))  # a client that leaves does not stop it half-way
     except (MilesError, OSError, RequestError) as error:
         return web.json_response({"success": False, "message": str(error), "num_paused_requests": 0}, status=400)
     named = "" if body.weight_version is None else f" Weight version updated to {body.weight_version}."
     return web.json_response({"success": True, "message": f"Success{named}", "num_paused_requests": 0})
+
+
+async def _receive(service: Service, body: DiskBody, folder: Path) -> None:
+    async with service.traffic.alone():
+        version = service.version + 1
+        await service.engine.receive("disk", version, Shipment("miles.toolkit:read_weights", {"folder": folder}))
+        service.labels[version] = service.label() if body.weight_version is None else body.weight_version
+        service.version, service.model_path = version, body.model_path
 
 
 def _folder(service: Service, body: DiskBody) -> Path:

@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from importlib.metadata import version
-from typing import Any
 
 from aiohttp import web
 
@@ -76,7 +75,7 @@ async def server_info(service: Service, request: web.Request) -> web.Response:
             "dp_size": 1,
             "skip_tokenizer_init": False,
             "incremental_streaming_output": service.incremental,
-            "enable_deterministic_inference": True,
+            "enable_deterministic_inference": True,  # what it means to clients: seeds count
             "enable_priority_scheduling": True,
             "enable_return_routed_experts": service.routes,
             "enable_memory_saver": True,
@@ -103,10 +102,3 @@ async def loads(service: Service, request: web.Request) -> web.Response:
     told = await service.engine.health()
     load = {"dp_rank": 0, "num_running_reqs": told.running, "num_waiting_reqs": told.waiting}
     return web.json_response({"version": version("miles-serve"), "timestamp": time.time(), "loads": [load]})
-
-
-async def load(service: Service, request: web.Request) -> web.Response:
-    """`/get_load`, of older clients."""
-    told = await service.engine.health()
-    row: dict[str, Any] = {"dp_rank": 0, "num_reqs": told.running + told.waiting, "num_waiting_reqs": told.waiting}
-    return web.json_response([row | {"num_tokens": 0, "num_pending_tokens": 0, "ts_tic": time.perf_counter()}])

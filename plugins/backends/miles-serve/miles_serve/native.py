@@ -21,7 +21,6 @@ GET: dict[str, Handler] = {
     "/server_info": information.server_info,
     "/get_server_info": information.server_info,
     "/v1/loads": information.loads,
-    "/get_load": information.load,
     "/flush_cache": control.flush_cache,
     "/release_memory_occupation": control.release_memory,
     "/resume_memory_occupation": control.resume_memory,

@@ -47,7 +47,7 @@ class StopCut:
         found = first_of(self.stops, self._held)
         if found is not None:
             self.reached = True
-            return up_to(self.stops, self._held)
+            return self._held[: found[0]]
         certain = len(self._held) - unfinished(self.stops, self._held)
         out, self._held = self._held[:certain], self._held[certain:]
         return out

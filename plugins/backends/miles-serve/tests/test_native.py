@@ -255,6 +255,37 @@ def test_an_update_waits_for_requests_and_requests_for_it(lab, tmp_path):
         assert server.client.run(work) == (True, 200, ["0", "7"])
 
 
+def test_an_update_whose_client_leaves_is_an_update(lab, tmp_path):
+    """The engine has the weights by then: they are served under the version that they came with."""
+    other = lab.tiny.checkpoint(tmp_path, lab.tiny.hf_config("llama"), 1)
+    with lab.serving() as server:
+        begun, gate = threading.Event(), threading.Event()
+        receive = server.service.engine.receive
+
+        async def slow(*arguments):
+            await receive(*arguments)
+            begun.set()
+            while not gate.is_set():
+                await asyncio.sleep(0.005)
+
+        server.service.engine.receive = slow
+
+        async def work(session):
+            moving = {"model_path": str(other), "weight_version": "7"}
+            update = asyncio.ensure_future(lab.ask(session, "POST", "/update_weights_from_disk", json=moving))
+            await asyncio.to_thread(begun.wait, 10)
+            update.cancel()
+            await asyncio.sleep(0.1)
+            late = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
+            await asyncio.sleep(0.1)
+            held = not late.done()
+            gate.set()
+            told = (await late).json["meta_info"]["weight_version"]
+            return held, told, (await lab.ask(session, "GET", "/model_info")).json["weight_version"]
+
+        assert server.client.run(work) == (True, "7", "7")
+
+
 def test_a_damaged_checkpoint_is_not_served(lab, tmp_path):
     """Half of the tensors: the engine holds a mixture, says so, and recovers with the next whole update."""
     from safetensors.torch import load_file, save_file

@@ -141,6 +141,7 @@ def test_exact_tokens_for_those_who_train_on_them(lab, playing):
     assert [entry[:2] for entry in meta["output_token_logprobs"]] == [[-0.25, said[0]], [-0.5, said[1]]]
     assert meta["finish_reason"] == {"type": "stop", "matched": said[-1]}
     assert (meta["prompt_tokens"], meta["completion_tokens"], meta["weight_version"]) == (3, 2, "3")
+    assert "e2e_latency" not in meta
 
 
 # --------------------------------------------------------------------------------------------- tools and reasoning

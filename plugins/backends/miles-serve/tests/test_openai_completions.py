@@ -57,7 +57,7 @@ def test_stop_strings_and_special_tokens_are_left_out(lab, playing):
 
 def test_log_probs(lab, playing):
     told = ask(playing(lab.Scripted((" é hello", "stop"))), logprobs=0).choices[0].logprobs
-    assert told.tokens == [" ", "\ufffd", "\ufffd", " ", "hello", tiny.END_OF_TEXT] or told.tokens[-1] == tiny.TURN_END
+    assert told.tokens == [" ", "\ufffd", "\ufffd", " ", "hello", tiny.TURN_END]
     assert told.token_logprobs == [-0.25, -0.5, -0.75, -1.0, -1.25, -1.5]
     assert told.text_offset == [0, 1, 1, 2, 3, 8]
     assert told.top_logprobs is None
