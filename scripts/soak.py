@@ -217,8 +217,8 @@ def complaints(outcome: Outcome) -> list[str]:
     for record in outcome.records.values():
         if len(set(record.rids)) < len(record.rids):
             found.append(f"tries share an id: {record.rids}")
-        twice = {rid for rid, fate in zip(record.rids, record.fates, strict=True) if fate is not Fault.TWICE}
-        found += [f"{rid} was worked on {outcome.generated[rid]} times" for rid in twice if outcome.generated[rid] > 1]
+        once = {rid for rid, fate in zip(record.rids, record.fates, strict=True) if fate is not Fault.TWICE}
+        found += [f"{rid} was worked on {outcome.generated[rid]} times" for rid in once if outcome.generated[rid] > 1]
     return found
 
 

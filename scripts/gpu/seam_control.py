@@ -153,10 +153,13 @@ async def one_stamp_a_reply(lab: Lab) -> dict[str, Any]:
     await running
     begun = time.perf_counter()
     await raw(lab, "seeded", "/update_weights_from_disk", disk)
+    idle = time.perf_counter() - begun
+    # The engine hears of that version, too: it takes answers of no other than it has sent.
+    await lab.engines["seeded"].receive("disk", 5, lab.directory / "dense-1")
     return {
         "one stamp for 800 tokens of two versions": meta["weight_version"],
         "seconds of a push beside a running request": round(waited, 3),
-        "seconds of the same push when idle": round(time.perf_counter() - begun, 3),
+        "seconds of the same push when idle": round(idle, 3),
     }
 
 

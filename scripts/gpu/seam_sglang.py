@@ -22,13 +22,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from miles_sglang.engine import Deliver, SGLangEngine
+from miles_sglang.engine import SGLangEngine
 from miles_sglang.fleet import LONG
 from miles_sglang.options import ExternalOptions
 from miles_sglang.sender import Sender
@@ -248,16 +248,15 @@ class Attached(SGLangEngine):
     def streaming(self, stream: bool) -> None:
         self.options = self.options.model_copy(update={"stream": stream})
 
-    def _from_disk(self, payload: Any) -> Deliver:
+    def _from_disk(self, sender: Sender, payload: Any) -> Awaitable[None]:
         if isinstance(payload, Path):
-            return super()._from_disk(Shipment("", {"folder": str(payload)}))
+            return super()._from_disk(sender, Shipment("", {"folder": str(payload)}))
+        return self._from_process(sender, payload)
 
-        async def deliver(sender: Sender) -> None:
-            async for bucket in payload:
-                body = {"serialized_named_tensors": bucket, "flush_cache": False}
-                await sender.tell("/update_weights_from_tensor", body, LONG, tries=1)
-
-        return deliver
+    async def _from_process(self, sender: Sender, buckets: AsyncIterator[list[str]]) -> None:
+        async for bucket in buckets:
+            body = {"serialized_named_tensors": bucket, "flush_cache": False}
+            await sender.tell("/update_weights_from_tensor", body, LONG, tries=1)
 
 
 # --------------------------------------------------------------------------------------------------------- the lab
@@ -361,7 +360,7 @@ async def session(directory: Path, out: Path, only: list[str], keep: bool) -> di
             results["seconds"][check.__name__] = round(time.perf_counter() - begun, 1)
             (out / "replies.json").write_text(json.dumps(lab.replies))
             (out / "seam_sglang.json").write_text(json.dumps(results, indent=1))
-        await lab.trainer.close()
+        await asyncio.gather(lab.trainer.close(), *[engine.close() for engine in engines.values()])
     finally:
         if not keep:
             stop(processes)
