@@ -20,6 +20,13 @@ class Recorder:
         self.log.append(("wake", *sorted(parts)))
 
 
+class Lost(Recorder):
+    async def sleep(self, parts):
+        raise EngineLostError("gone")
+
+    wake = sleep
+
+
 def walk(residency, recorder):
     async def steps():
         for phase in ("syncing", "rollout", "training", "syncing", "rollout"):
@@ -89,12 +96,6 @@ def test_a_trainer_that_makes_room_has_done_so_before_the_engines_start():
 
 
 def test_an_engine_that_is_lost_stands_in_nobodys_way():
-    class Lost(Recorder):
-        async def sleep(self, parts):
-            raise EngineLostError("gone")
-
-        wake = sleep
-
     recorder = Recorder()
     residency = Residency(recorder, [Lost(), recorder], offload_train=False, offload_rollout=True)
 
@@ -122,11 +123,6 @@ def test_an_engine_that_starts_finds_room_and_then_sleeps_like_the_others():
 
 def test_the_trainer_comes_back_though_an_engine_is_lost():
     """A run that is asked to stop meanwhile saves: nobody waits for the engine any more."""
-
-    class Lost(Recorder):
-        async def sleep(self, parts):
-            raise EngineLostError("it died")
-
     recorder = Recorder()
     residency = Residency(recorder, [Lost(), recorder], offload_train=True, offload_rollout=True)
 

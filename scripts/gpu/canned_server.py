@@ -18,14 +18,8 @@ from typing import Any
 from aiohttp import ClientSession, web
 
 INFO = {
-    "/health": {},
-    "/health_generate": {},
-    "/flush_cache": {},
     "/model_info": {"model_path": "canned", "is_generation": True, "weight_version": "0"},
-    "/get_model_info": {"model_path": "canned", "is_generation": True, "weight_version": "0"},
     "/server_info": {"skip_tokenizer_init": True, "enable_memory_saver": False, "version": "0.5.17"},
-    "/get_server_info": {"skip_tokenizer_init": True, "enable_memory_saver": False, "version": "0.5.17"},
-    "/v1/loads": {"loads": [{"num_running_reqs": 0, "num_waiting_reqs": 0}]},
 }
 LOG_PROB = -11.234567890123456
 
@@ -54,9 +48,9 @@ class Canned:
         self.recorded: list[bytes] = []
         self.version = "0"
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def __call__(self, request: web.BaseRequest) -> web.Response:
         if request.path == "/generate":
-            return await self._generate(request, await request.read())
+            return self._generate(await request.read())
         if request.path == "/recorded":
             taken, self.recorded = self.recorded, []
             return web.json_response([base64.b64encode(body).decode() for body in taken])
@@ -64,26 +58,21 @@ class Canned:
             return await self._forward(request)
         return web.json_response(INFO.get(request.path, {"success": True}))
 
-    async def _generate(self, request: web.BaseRequest, body: bytes) -> web.StreamResponse:
+    def _generate(self, body: bytes) -> web.Response:
         self.recorded.append(body)
         asked: dict[str, Any] = json.loads(body)
         tokens = asked["sampling_params"]["max_new_tokens"]
         tail = tail_of_reply(self.token, tokens, len(asked["input_ids"]), self.version)
         reply = f'{{"meta_info": {{"id": {json.dumps(asked.get("rid", ""))}, {tail}'
-        if not asked.get("stream"):
-            return web.Response(text=reply, content_type="application/json")
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        await response.write(f"data: {reply}\n\ndata: [DONE]\n\n".encode())
-        return response
+        return web.Response(text=reply, content_type="application/json")
 
-    async def _forward(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _forward(self, request: web.BaseRequest) -> web.Response:
         async with (
             ClientSession() as session,
             session.request(request.method, f"{self.upstream}{request.path_qs}", data=await request.read()) as answer,
         ):
             body = await answer.read()
-            if request.path in ("/model_info", "/get_model_info"):
+            if request.path == "/model_info":
                 self.version = str(json.loads(body)["weight_version"])
             return web.Response(body=body, status=answer.status, content_type=answer.content_type)
 

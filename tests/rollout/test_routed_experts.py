@@ -11,7 +11,6 @@ import asyncio
 import functools
 import json
 import pickle
-import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
@@ -340,16 +339,13 @@ def test_many_turns_cost_what_their_tokens_do(monkeypatch, experts, bytes_per_to
         return await step(environment, action)
 
     monkeypatch.setattr(Counting, "step", watched)
-    started = time.perf_counter()
     asyncio.run(MultiTurn()(context, sample))
-    spent = time.perf_counter() - started
     rows = sample.columns[ROUTED_EXPERTS]
     tokens = len(sample.tokens)
     assert (len(sample.turns), len(rows), engine.rows) == (64, tokens - 1, tokens - 1)
     np.testing.assert_array_equal(expert_choices(rows)[:, 47, 7], (np.arange(tokens - 1) * 7) % experts)
     assert rows.nbytes == (tokens - 1) * bytes_per_token
     assert len({id(room) for room in rooms}) <= 13  # by halves of its length: log(64) / log(1.5) times, and not 64
-    print(f"{tokens} tokens, {bytes_per_token} bytes each, {1000 * spent / 64:.2f} ms a turn")
 
 
 class Crossing(Losing):
