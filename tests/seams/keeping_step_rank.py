@@ -1,9 +1,9 @@
 """What the tests of memory running out, and of what is communicated, run on each rank."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +11,10 @@ import numpy as np
 import torch
 from fsdp2_rank import loss, make_backend, same, step, weights
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from miles.builtins.fsdp.memory import OutOfMemoryOnRank
 from miles.builtins.fsdp.model import local
@@ -39,6 +43,7 @@ SCENARIOS = {
     "step: forward, second micro-batch": ("dense", {"fsdp_reshard": "step"}, {1: ("forward", 0, 2)}),
     "step: backward": ("dense", {"fsdp_reshard": "step"}, {1: ("backward", 0, 1)}),
     "step: backward, second micro-batch": ("dense", {"fsdp_reshard": "step"}, {1: ("backward", 1, 2)}),
+    "step: both, different places": ("dense", {"fsdp_reshard": "step"}, {0: ("forward", 1, 1), 1: ("backward", 0, 2)}),
     "checkpointing: forward": ("dense", {"gradient_checkpointing": True}, {0: ("forward", 1, 1)}),
     "checkpointing: recomputation": ("dense", {"gradient_checkpointing": True}, {1: ("forward", 0, 2)}),
     "checkpointing: backward": ("dense", {"gradient_checkpointing": True}, {1: ("backward", 1, 1)}),
@@ -51,6 +56,7 @@ SCENARIOS = {
     "moe: backward": ("moe", {}, {0: ("backward", 1, 1)}),
     "critic: backward": ("critic", {"fsdp_reshard": "layer"}, {0: ("backward", 1, 1)}),
     "critic: forward": ("critic", {"fsdp_reshard": "layer"}, {1: ("forward", 1, 2)}),
+    "critic, step: backward": ("critic", {}, {1: ("backward", 0, 1)}),
     "old torch": ("dense", {}, {0: ("backward", 0, 1)}),
 }
 """Where memory runs out in the middle of an optimizer step."""
@@ -74,7 +80,7 @@ def failing(backend, where: str, layer: int, time: int):
     came = []
 
     def fail(*args):
-        came.append(args)
+        came.append(where)
         if len(came) == time:
             raise torch.OutOfMemoryError("injected")
 
@@ -98,6 +104,17 @@ def failing(backend, where: str, layer: int, time: int):
             delattr(owner, name)
 
 
+@contextmanager
+def older_torch():
+    """Where FSDP2 cannot be reset."""
+    reset = getattr(FSDPModule, "reset_iter_state", None)
+    if reset is not None:
+        del FSDPModule.reset_iter_state
+    yield
+    if reset is not None:
+        FSDPModule.reset_iter_state = reset
+
+
 @cache
 def ready(case: str, changes: tuple, rank: int, size: int) -> tuple:
     """A backend, its state after one step, and the weights after another that nothing disturbs."""
@@ -116,23 +133,19 @@ def play(name: str, rank: int, size: int) -> dict:
     with torch.no_grad():
         for key, tensor in backend._state().items():
             local(tensor).copy_(state[key])
-    reset = getattr(FSDPModule, "reset_iter_state", None)
-    if name == "old torch" and reset is not None:
-        del FSDPModule.reset_iter_state
     mine = failures.get(rank, failures.get(LAST) if rank == size - 1 else None)
     facts = {"raised": False}
     wanted = frozenset({"values" if case == "critic" else "log_probs"})
-    with failing(backend, *(mine or NOWHERE)) as its_loss:
-        try:
-            backend.zero_grad()
-            backend.forward_backward(batches, its_loss, wanted)
-            backend.optim_step()
-        except OutOfMemoryOnRank as error:
-            facts = {"raised": True, "rank": error.rank, "alone": error.alone, "tokens": error.tokens}
-    facts["sharded"] = all(not unit.gathered for unit in backend.ranks.units)
-    step(backend, batches)
-    if reset is not None:
-        FSDPModule.reset_iter_state = reset
+    with older_torch() if name == "old torch" else nullcontext():
+        with failing(backend, *(mine or NOWHERE)) as its_loss:
+            try:
+                backend.zero_grad()
+                backend.forward_backward(batches, its_loss, wanted)
+                backend.optim_step()
+            except OutOfMemoryOnRank as error:
+                facts = {"raised": True, "rank": error.rank, "alone": error.alone, "tokens": error.tokens}
+        facts["sharded"] = all(not unit.gathered for unit in backend.ranks.units)
+        step(backend, batches)
     facts["same"] = same(expected, weights(backend))
     return facts
 
@@ -195,6 +208,71 @@ def adapts(rank: int, size: int) -> list[bool]:
     return [*seen, (backend.ranks.collectives.counts - before)["gather"] > len(backend.ranks.units)]
 
 
+class Made(TorchDispatchMode):
+    """Memory that operations took, without keeping it."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.took = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = [storage._cdata for storage in storages((args, kwargs))]
+        for storage in storages(result):
+            if storage._cdata not in given:
+                self.storages[storage._cdata] = StorageWeakRef(storage)
+                self.took += storage.nbytes()
+        return result
+
+    def left(self, backend) -> int:
+        """Bytes that are still held, but for this rank's part of the gradients."""
+        sharded = [p for p in backend.scorer.parameters() if isinstance(p, DTensor)]
+        parts = {storage._cdata for storage in storages([p.grad for p in sharded])}
+        others = [ref.cdata for key, ref in self.storages.items() if key not in parts]
+        held = [torch.UntypedStorage._new_with_weak_ptr(cdata) for cdata in others]
+        return sum(storage.nbytes() for storage in held if storage is not None)
+
+
+def storages(tree) -> list[torch.UntypedStorage]:
+    return [local(leaf).untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+PLACES = (("forward", 5, ""), ("backward", 2, ""), ("backward", 2, ", old torch"))
+
+
+def lets_go(rank: int, size: int) -> dict:
+    """What a rank holds of a micro-batch that does not fit, and of those in whose place it works on padding."""
+    found = {}
+    for case, (where, layer, version) in product(("grouped", "grouped by step"), PLACES):
+        backend, batches, made = ready(case, (), rank, size)[0], make_batches(rank), Made()
+        ranks, facts = backend.ranks, {"left": [], "whole": 0}
+        fits, take_part = ranks._fits, ranks.collectives.take_part
+
+        def watched(act, made=made, facts=facts, fits=fits, backend=backend):
+            facts["left"] += [made.left(backend)] if made.took else []
+            facts["whole"] = 0
+            with made:
+                return fits(act)
+
+        def counting(*args, facts=facts, take_part=take_part, units=ranks.units):
+            facts["whole"] = max(facts["whole"], sum(unit.gathered for unit in units))
+            return take_part(*args)
+
+        backend.zero_grad()
+        ranks._fits, ranks.collectives.take_part = watched, counting
+        with (
+            older_torch() if version else nullcontext(),
+            failing(backend, *((where, layer, 1) if rank == 1 else NOWHERE)) as its_loss,
+            suppress(OutOfMemoryOnRank),
+        ):
+            backend.forward_backward(batches, its_loss)
+        del ranks._fits, ranks.collectives.take_part
+        facts["left"].append(made.left(backend))
+        found[f"{case}, {where}{version}"] = {**facts, "took": made.took}
+    return found
+
+
 def worker(rank: int, size: int) -> dict:
     """A train worker's step, in which memory runs out on rank 1: one micro-batch of one sample, one of two."""
     found, losses, batches = {}, {}, make_batches(rank)
@@ -251,5 +329,5 @@ FOUR = ("both, forward and forward", "the last rank", "step: backward, second mi
 def run(rank: int, size: int, folder: Path) -> dict:
     """In a process group of that size."""
     facts = {name: play(name, rank, size) for name in (SCENARIOS if size == 2 else FOUR)}
-    others = (log_probs, first_of_all, counted, adapts, worker) if size == 2 else ()
+    others = (log_probs, first_of_all, counted, adapts, lets_go, worker) if size == 2 else ()
     return {"scenarios": facts} | {one.__name__: one(rank, size) for one in others}

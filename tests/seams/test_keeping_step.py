@@ -21,6 +21,7 @@ WHO = {
     "step: forward, second micro-batch": (1, False, 18),
     "step: backward": (1, True, 5),
     "step: backward, second micro-batch": (1, False, 18),
+    "step: both, different places": (1, False, 18),
     "checkpointing: forward": (0, False, 13),
     "checkpointing: recomputation": (1, True, 5),
     "checkpointing: backward": (1, True, 5),
@@ -33,6 +34,7 @@ WHO = {
     "moe: backward": (0, False, 13),
     "critic: backward": (0, False, 13),
     "critic: forward": (1, False, 18),
+    "critic, step: backward": (1, True, 5),
     "old torch": (0, False, 13),
 }
 FOUR = {
@@ -86,6 +88,18 @@ def test_what_fits_is_gathered_once_a_step_until_memory_runs_out_anywhere(commun
     at_first, after, gathers_again = True, False, True
     for rank in (0, 1):
         assert facts(communication, rank, 2)["adapts"] == [at_first, after, gathers_again]
+
+
+@pytest.mark.parametrize("place", ["forward", "backward", "backward, old torch"])
+@pytest.mark.parametrize("case", ["grouped", "grouped by step"])
+def test_a_rank_that_accompanies_others_holds_nothing_of_what_did_not_fit_and_two_units_at_most(
+    communication, case, place
+):
+    found = facts(communication, 1, 2)["lets_go"][f"{case}, {place}"]
+    at_first, after_one, after_both = found["left"]
+    assert (at_first, after_one, after_both) == (0, 0, 0)
+    assert found["took"] > 2**20  # bytes
+    assert found["whole"] == 2  # of five: one that is used, and the root
 
 
 def test_a_train_worker_takes_the_step_again_with_halves_alike_on_all_ranks(communication):

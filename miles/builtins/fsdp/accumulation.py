@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, TypeVar
 
 import torch
@@ -35,6 +36,7 @@ class Accumulation:
         self.adapts = mode == "auto"
         fits = mode == "step" or (self.adapts and _bytes_whole(ranks.module, dtype) <= SHARE * _memory(device))
         self.by_step = ranks.several and ranks.sum(not fits) == 0  # ranks whose memory differs do the same
+        self._last = True
         if self.by_step:
             self._root.set_reshard_after_forward(False)
 
@@ -47,19 +49,34 @@ class Accumulation:
         """The micro-batches of an optimizer step, one by one."""
         for index, batch in enumerate(batches):
             if self.by_step:
-                last = index == len(batches) - 1
-                self._root.set_requires_gradient_sync(last)
-                self._root.set_reshard_after_backward(last)
+                self._last = index == len(batches) - 1
+                self._root.set_requires_gradient_sync(self._last)
+                self._root.set_reshard_after_backward(self._last)
             yield batch
+
+    @contextmanager
+    def sparing(self) -> Iterator[None]:
+        """For a rank that ran out of memory, around each micro-batch to the end of the step: by layer, which the
+        others, who go on by step, do not notice. What was gathered and added up whole is in its way no more."""
+        if not self.by_step:
+            yield
+            return
+        self._free_layers()
+        with self.ranks.collectives.once_a_step(reduces=self._last):
+            yield
+        self._root.set_reshard_after_forward(False)
 
     def spare(self) -> None:
         """Memory ran out, on all ranks or on one that the others know of."""
         if self.by_step and self.adapts:
             self.by_step = False
-            self._root.set_reshard_after_forward(True)
-            self._root.set_reshard_after_forward(False, recurse=False)  # its backward comes next
-            self._root.set_requires_gradient_sync(True)
-            self._root.set_reshard_after_backward(True)
+            self._free_layers()
+
+    def _free_layers(self) -> None:
+        self._root.set_reshard_after_forward(True)
+        self._root.set_reshard_after_forward(False, recurse=False)  # its backward comes next
+        self._root.set_requires_gradient_sync(True)
+        self._root.set_reshard_after_backward(True)
 
 
 def _bytes_whole(module: nn.Module, dtype: torch.dtype) -> int:

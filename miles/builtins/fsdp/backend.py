@@ -186,9 +186,10 @@ class FsdpBackend:
         part = self._slice(batch)
         if part is not None:
             part.stands_for = ready.part
-        outputs = self._score(Ready(batch, self._layout(batch), part), want)
-        if torch.is_grad_enabled():
-            _sum_of_all(outputs).backward()
+        with self.accumulation.sparing():
+            outputs = self._score(Ready(batch, self._layout(batch), part), want)
+            if torch.is_grad_enabled():
+                _sum_of_all(outputs).backward()
 
     def _all_tokens(self, batches: Sequence[MicroBatch]) -> int:
         """Tokens of all ranks' micro-batches; 0 where nobody needs to know."""

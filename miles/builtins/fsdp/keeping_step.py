@@ -5,6 +5,7 @@ are. A rank that fell out in the middle of it would leave the others waiting for
 holds and accompanies them with one token of padding, as it does where its share has an empty micro-batch: that runs
 through the same sequence, of which it leaves out what it had taken part in already. What it adds is worth nothing, and
 neither is what it accompanied: when the last micro-batch is over the ranks tell each other, and all of them raise.
+Where the others keep the whole model until the end of the step it does not: two units at a time are all that it needs.
 
     this rank     gather 0, gather 1, out of memory | (0), (1), gather 2, reduce 2, reduce 1, reduce 0 | agree, raise
     the others    gather 0, gather 1, gather 2, reduce 2, reduce 1, reduce 0                           | agree, raise
@@ -48,35 +49,54 @@ class Collectives:
     """What one rank communicates within a micro-batch, in order."""
 
     def __init__(self) -> None:
-        self.done = 0
-        """Of this micro-batch's sequence."""
         self.counts = Counter[str]()
         """By kind, since the beginning."""
-        self._left_out = 0
-        self._gathered: set[object] = set()
+        self._done = Counter[tuple[str, object]]()
+        """Of this micro-batch's sequence, by kind and unit. The first so many of each are the sequence's beginning."""
+        self._left_out = Counter[tuple[str, object]]()
+        self._whole: set[object] = set()
+        self._reduces: bool | None = None
 
     def begin(self) -> None:
-        self.done = self._left_out = 0
-        self._gathered = set()
+        self._done.clear()
+        self._left_out.clear()
 
     def again(self, gathered: Iterable[object]) -> None:
         """The sequence comes once more, and what was done of it is left out, as is the first gathering of the units
         that were `gathered` when it began: the others have them, so gather them no more."""
-        self._left_out, self.done = self.done, 0
-        self._gathered = set(gathered)
+        self._left_out = self._done + Counter(("gather", unit) for unit in gathered)
+        self._done = Counter()
+        self._whole = {unit for kind, unit in self._left_out if kind == "gather"}
+
+    @contextmanager
+    def once_a_step(self, reduces: bool) -> Iterator[None]:
+        """After `again`: this rank gathers its units and frees them as often as it likes, while the others gather each
+        once, keep it to the end of the step, and reduce it only where all `reduces`."""
+        self._reduces = reduces
+        try:
+            yield
+        finally:
+            self._reduces = None
 
     def take_part(self, kind: str, communicate: Callable[[], T], unit: object = None) -> tuple[bool, T | None]:
         """Communicates, or says that it was left out: nothing came."""
-        if unit in self._gathered:
-            self._gathered.discard(unit)
-            return False, None
-        if self._left_out:
-            self._left_out -= 1
+        if self._leaves_out(kind, unit):
             return False, None
         work = communicate()
-        self.done += 1
+        self._done[kind, unit] += 1
         self.counts[kind] += 1
         return True, work
+
+    def _leaves_out(self, kind: str, unit: object) -> bool:
+        if self._reduces is not None and kind == "gather":
+            known = unit in self._whole
+            self._whole.add(unit)
+            return known
+        if self._reduces is False and kind == "reduce":
+            return True
+        left = self._left_out[kind, unit]
+        self._left_out[kind, unit] = max(left - 1, 0)
+        return left > 0
 
 
 class _Communication:
@@ -106,7 +126,7 @@ class _Reduce(_Communication):
         def communicate() -> Any:
             return reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
-        took_part, work = self.collectives.take_part("reduce", communicate)
+        took_part, work = self.collectives.take_part("reduce", communicate, self.unit)
         if not took_part:
             output_tensor.zero_()
         return work
@@ -292,6 +312,7 @@ def _reset_old_state(root: Any) -> None:
     shared.iter_forward_root = None
     shared.post_backward_final_callback_queued = False
     communication.all_gather_state = communication.reduce_scatter_state = None
+    getattr(communication, "reduce_scatter_states", []).clear()  # torch 2.12 has several
     communication.post_forward_order.clear()
     for state in shared.all_states:
         state._modules_to_run_forward.clear()
