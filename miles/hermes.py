@@ -56,24 +56,34 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 def _tool_call(index: int, body: str, closing: str) -> ToolCall:
     call_id = f"call_{index}"
-
-    def malformed(why: str, name: str = "") -> ToolCall:
-        return ToolCall(name, {"raw": body.strip()}, call_id, error=why)
-
     if not closing:
-        return malformed("the call is not closed with </tool_call>")
+        return malformed_call("the call is not closed with </tool_call>", body, call_id)
     try:
         call: Any = json.loads(body)
     except (ValueError, RecursionError) as error:
-        return malformed(f"the call is not JSON: {error}")
+        return malformed_call(f"the call is not JSON: {error}", body, call_id)
+    return read_call(call, body, call_id)
+
+
+def malformed_call(why: str, body: str, call_id: str, name: str = "") -> ToolCall:
+    return ToolCall(name, {"raw": body.strip()}, call_id, error=why)
+
+
+def read_call(call: Any, body: str, call_id: str, key: str = "arguments") -> ToolCall:
+    """A call from its JSON, `{"name": ..., "arguments": {...}}`, or what is wrong with it.
+
+    Args:
+        body: the text of it, for a call that is malformed.
+        key: what the notation calls arguments.
+    """
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return malformed('the call is not an object {"name": ..., "arguments": {...}}')
-    arguments = call.get("arguments", {})
+        return malformed_call(f'the call is not an object {{"name": ..., "{key}": {{...}}}}', body, call_id)
+    arguments = call.get(key, {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            return malformed(f"the arguments are text but not JSON: {error}", call["name"])
+            return malformed_call(f"the {key} are text but not JSON: {error}", body, call_id, call["name"])
     if not isinstance(arguments, dict):
-        return malformed("the arguments are not an object", call["name"])
+        return malformed_call(f"the {key} are not an object", body, call_id, call["name"])
     return ToolCall(call["name"], arguments, call_id)

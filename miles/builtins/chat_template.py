@@ -16,23 +16,29 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from miles.api import HERMES, Action, ChatContext, DataError, Message, parse_hermes
+from miles.api import HERMES, Action, ChatContext, DataError, Markup, Message
+from miles.builtins.notations import NOTATIONS, notation_of
+from miles.builtins.options import TemplateOptions
 
 MARKER = "miles-assistant-turn-marker"
-DUMMY: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARKER}]
+BY_TEMPLATE = TemplateOptions()
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateChat:
     """Renders by `tokenizer.apply_chat_template`. A tokenizer without a template serves prompts that are text."""
 
-    markup = HERMES
-
-    def __init__(self, *, context: ChatContext):
+    def __init__(self, options: TemplateOptions = BY_TEMPLATE, *, context: ChatContext):
         self.tokenizer = context.tokenizer
+        self.calls = notation_of(self.tokenizer.chat_template) if options.calls == "auto" else options.calls
         self.template_kwargs = dict(context.template_kwargs)
         ends = [self.end_of_turn_id, self.tokenizer.eos_token_id, *context.eos_token_ids]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(token for token in ends if token is not None))
+
+    @cached_property
+    def markup(self) -> Markup | None:
+        """See `ChatFormat`; None in a notation without tags at both ends of a call."""
+        return HERMES if self.calls == "hermes" else None
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
@@ -40,7 +46,7 @@ class TemplateChat:
         if self.tokenizer.chat_template is None:
             return None
         try:
-            tokens = self._encode(self._after_marker(DUMMY, speak=False))
+            tokens = self._encode(self._after_marker([], speak=False))
         except DataError:
             return None
         return tokens[0] if tokens and self._is_special(tokens[0]) else None
@@ -58,7 +64,7 @@ class TemplateChat:
 
     def render_next(self, messages: Sequence[Message], closed: bool = True) -> list[int]:
         """See `ChatFormat`. Raises DataError when the template does not end turns with a special token."""
-        following = self._after_marker([*DUMMY, *messages], speak=True)
+        following = self._after_marker(messages, speak=True)
         if not following.startswith(self._turn_tail):
             raise DataError(
                 f"the chat template ends an assistant's turn with {self._turn_tail!r} when it is the last one and "
@@ -102,7 +108,7 @@ class TemplateChat:
     def _turn_tail(self) -> str:
         """All that the template puts after what the assistant said in its last turn."""
         _ = self._required_turn_end
-        return self._after_marker(DUMMY, speak=False)
+        return self._after_marker([], speak=False)
 
     @property
     def _required_turn_end(self) -> int:
@@ -116,12 +122,17 @@ class TemplateChat:
         return self.end_of_turn_id
 
     def _after_marker(self, messages: Sequence[Message], speak: bool) -> str:
-        rendered = self._render(messages, None, speak)
-        if rendered.count(MARKER) != 1:
+        """What the template puts after an assistant's turn that these messages follow."""
+        marker = MARKER
+        while marker in str(messages):
+            marker += "!"
+        asked: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": marker}]
+        rendered = self._render([*asked, *messages], None, speak)
+        if rendered.count(marker) != 1:
             raise DataError(
-                f"the chat template shows an assistant's turn {rendered.count(MARKER)} times. {_OTHER_FORMAT}"
+                f"the chat template shows an assistant's turn {rendered.count(marker)} times. {_OTHER_FORMAT}"
             )
-        return rendered.partition(MARKER)[2]
+        return rendered.partition(marker)[2]
 
     def _render(self, messages: Sequence[Message], tools: Sequence[dict] | None, speak: bool) -> str:
         return self._apply(messages, tools, tokenize=False, add_generation_prompt=speak)
@@ -143,11 +154,11 @@ class TemplateChat:
     # -------------------------------------------------------------------------------------------------------- reading
 
     def parse(self, tokens: Sequence[int], finish_reason: str = "stop") -> Action:
-        """Reasoning and tool calls in the notation of `miles.hermes`."""
+        """Reasoning as in `miles.hermes`, tool calls in the notation of the template (`miles.builtins.notations`)."""
         said = list(tokens)
         while said and said[-1] in self.stop_token_ids:
             said.pop()
-        return parse_hermes(self._decode(said, skip_special_tokens=False), finish_reason)
+        return NOTATIONS[self.calls](self._decode(said, skip_special_tokens=False), finish_reason)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._decode(list(tokens), skip_special_tokens=True)

@@ -13,8 +13,9 @@ not apply is left out with a reason.
 import pytest
 
 MODULES = (
-    "advantages", "backends", "batches", "bridges", "chat", "contract", "data", "engines", "environments", "evaluators",
-    "executors", "generating", "golden", "judging", "losses", "models", "presets", "syncs", "tiny", "tracking",
+    "advantages", "backends", "batches", "bridges", "chat", "contract", "conversations", "data", "engines",
+    "environments", "evaluators", "executors", "generating", "golden", "judging", "losses", "models", "presets",
+    "syncs", "tiny", "tracking",
 )  # fmt: skip
 pytest.register_assert_rewrite(*(f"{__name__}.{module}" for module in MODULES))
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from random import Random
 from typing import Any, ClassVar
 
 import pytest
 
+from miles.config import Spec
 from miles.contexts import ChatContext
 from miles.errors import MilesError
 from miles.testing import tiny
-from miles.testing.contract import ComponentContract
+from miles.testing.contract import ComponentContract, installed
+from miles.testing.conversations import check_stream, play, tidy, wild
 from miles.types import Action, Message
 
 SYSTEM: Message = {"role": "system", "content": "be brief"}
@@ -47,6 +51,11 @@ class ChatFormatContract(ComponentContract):
     follow_up: ClassVar[Message] = USER
     """What follows an answer in a conversation that the template renders whole. A family whose template takes back the
     thoughts before the last question says `chat.TOOL`: after a tool's answer they stay."""
+    forgets: ClassVar[str] = ""
+    """Pattern of what the family's template takes back of turns before the last question, such as their thoughts. The
+    stream keeps it: the model has seen it."""
+    conversations: ClassVar[int] = 40
+    """How many made-up conversations of each sort are played."""
 
     def tokenizer(self) -> Any:
         """A tokenizer that the format is made for. By default a tiny byte-level one with a ChatML template and the
@@ -68,6 +77,14 @@ class ChatFormatContract(ComponentContract):
         """What the assistant itself produces for this message, its end token included."""
         tokens, mask = chat.render_conversation([USER, message])
         return [token for token, trained in zip(tokens, mask, strict=True) if trained]
+
+    def call_ids(self, chat: Any) -> list[str]:
+        """What the format calls three calls of one turn; nothing where it takes no tools."""
+        if not self.takes_tools:
+            return []
+        calls = chat.parse(self.said(chat, {**CALL, "tool_calls": CALL["tool_calls"] * 3})).tool_calls
+        assert len({call.id for call in calls}) == 3, f"three calls of one turn have the ids {[c.id for c in calls]}"
+        return [call.id for call in calls]
 
     def test_prompts_are_the_templates(self) -> None:
         """The model was trained on its template; one line break less, and it answers worse."""
@@ -94,6 +111,43 @@ class ChatFormatContract(ComponentContract):
         stream = [*chat.render_prompt([USER]), *self.said(chat, said), *chat.render_next([self.follow_up])]
         conversation = [USER, said, self.follow_up]
         assert stream == (self.by_template(conversation, speak=True) or chat.render_prompt(conversation))
+
+    def test_a_conversation_of_any_kind_is_token_in_token_out(self) -> None:
+        """Whatever model and environment say: the stream is the prompt, the model's own tokens and what `render_next`
+        puts between, with the model's tokens alone trained, each with its log-probability and weight version."""
+        chat, generate = self.build(), installed().build("generate_functions", Spec(name="multi_turn"))
+        for seed in range(self.conversations):
+            conversation = wild(Random(seed), chat, self.call_ids(chat))
+            sample, told, partner = play(generate, chat, conversation, Random(seed))
+            check_stream(chat, conversation, sample, told)
+            assert [action.finish_reason for action in partner.heard] == [reason for _, reason in conversation.turns]
+
+    def test_a_conversation_in_good_form_is_the_templates(self) -> None:
+        """Several turns, parallel calls and their results in order, thoughts, text that is awkward: the stream is what
+        the template makes of the sample's messages, to the token, but for what it `forgets`."""
+        chat, generate = self.build(), installed().build("generate_functions", Spec(name="multi_turn"))
+        for seed in range(self.conversations):
+            random, end = Random(seed), chat.end_of_turn_id
+            said = lambda message: self.said(chat, message)  # noqa: E731
+            conversation = tidy(random, said, end, self.call_ids(chat), self.takes_reasoning)
+            sample, told, partner = play(generate, chat, conversation, random)
+            check_stream(chat, conversation, sample, told)
+            calls = [[call.id for call in action.tool_calls] for action in partner.heard[:-1]]
+            results = [[m["tool_call_id"] for m in answer if m["role"] == "tool"] for answer in conversation.answers]
+            assert calls == results, "calls are lost, or their ids are not those of their places"
+            before = max(i for i, message in enumerate(sample.messages) if message["role"] == "assistant")
+            whole = self.by_template(sample.messages[:before], conversation.tools or None, speak=True)
+            stream = sample.tokens[: sample.turns[-1].start]
+            if whole is None:
+                continue
+            if self.forgets:
+                whole, stream = (self._remembered(tokens) for tokens in (whole, stream))
+            assert stream == whole
+
+    def _remembered(self, tokens: Sequence[int]) -> list[int]:
+        tokenizer = self.tokenizer()
+        text = re.sub(self.forgets, "", tokenizer.decode(tokens, skip_special_tokens=False), flags=re.DOTALL)
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def test_what_follows_does_not_depend_on_what_was_said(self) -> None:
         """`render_next` gets no tokens of the turn before: it may only add to them."""
@@ -156,7 +210,7 @@ class ChatFormatContract(ComponentContract):
         assert described != chat.render_prompt([USER])
         (call,) = chat.parse(self.said(chat, CALL)).tool_calls
         assert (call.name, call.arguments, call.error) == ("add", ARGUMENTS, None)
-        assert "3" in chat.decode(chat.render_next([TOOL]))
+        assert "3" in chat.decode(chat.render_next([{**TOOL, "tool_call_id": call.id}]))
 
     def test_whatever_the_model_says_can_be_parsed(self) -> None:
         """Broken calls, tags without an end, halves of characters: a call with an `error`, or text, no exception."""

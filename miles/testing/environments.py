@@ -25,6 +25,16 @@ MALFORMED = (
 """What models do before they have learnt anything."""
 
 
+def add(a: float, b: float) -> float:
+    """Sum of two numbers: a tool for tests.
+
+    Args:
+        a: A number.
+        b: Another one.
+    """
+    return a + b
+
+
 class EnvironmentContract(ComponentContract):
     """`reset`, `step`, `close`; one object per trajectory.
 
@@ -111,6 +121,18 @@ class EnvironmentContract(ComponentContract):
             except Exception as error:
                 raise AssertionError(f"{str(action)[:200]}: {type(error).__name__}: {error}") from error
             check_messages(step.messages)
+
+    def test_parallel_calls_are_answered_in_their_order(self) -> None:
+        """Each by its id, whatever becomes of it: templates show results one after the other, many without the ids."""
+        observation, _ = self.play(())
+        if not observation.tools:
+            pytest.skip("offers no tools")
+        calls = [ToolCall(tool["function"]["name"], {}, f"call_{i}") for i, tool in enumerate(observation.tools * 3)]
+        _, (step,) = self.play([Action("", tool_calls=tuple(calls))])
+        results = [message for message in step.messages if message.get("role") == "tool"]
+        assert step.done or len(results) == len(calls), f"{len(calls)} calls have {len(results)} results"
+        ids = [message["tool_call_id"] for message in results if "tool_call_id" in message]
+        assert ids in ([], [call.id for call in calls[: len(results)]])
 
     def test_two_at_once_do_not_meet(self) -> None:
         """Hundreds of trajectories run side by side; what one does must not be seen by another."""

@@ -4,9 +4,11 @@ import json
 
 import torch
 
+from miles.api import Action, ToolCall
 from miles.testing import (
     ChatFormatContract,
     DataSourceContract,
+    EnvironmentContract,
     EvaluatorContract,
     ExecutorContract,
     GenerateFunctionContract,
@@ -79,6 +81,15 @@ class TestInProcess(ExecutorContract):
 
 class TestFiles(DataSourceContract):
     name = "files"
+
+
+class TestTools(EnvironmentContract):
+    name = "tools"
+    options = {"functions": ["miles.testing.environments:add"]}
+    bad_options = [{"functions": [], "timeout": 0.0}, {"functions": [], "max_result_length": 0}]
+    actions = [Action("", tool_calls=(ToolCall("add", {"a": 1, "b": 2}, "call_0"),) * 2), Action("3")]
+    ends = True
+    rewards = [None, None]
 
 
 class TestSingleTurn(GenerateFunctionContract):

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from miles.api import HERMES, ChatContext, Markup, ToolCall
+from miles.api import HERMES, ChatContext, DataError, Markup, ToolCall
 from miles.builtins.chat_template import TemplateChat
 from miles.testing import ChatFormatContract, tiny
 
@@ -26,6 +26,13 @@ def everything(self, messages, tools=None):
 def without_end(self, messages, tools=None):
     tokens, mask = TemplateChat.render_conversation(self, messages, tools)
     return tokens, [m * (t != self.end_of_turn_id) for t, m in zip(tokens, mask, strict=True)]
+
+
+def once_marked(self, messages, closed=True):
+    """What a tool said must not be taken for what the assistant said."""
+    if "miles-assistant-turn-marker" in str(messages):
+        raise DataError("an assistant's turn is shown twice")
+    return TemplateChat.render_next(self, messages, closed)
 
 
 def parsed(change):
@@ -72,6 +79,17 @@ def test_wrong_ones_are_caught(catches):
             "test_turns_appended_to_the_stream_equal_the_whole_conversation": [
                 but(render_next=lambda self, m, closed=True: base.render_next(self, m, closed)[1:]),
                 but(render_next=lambda self, m, closed=True: base.render_prompt(self, m)),
+            ],
+            "test_a_conversation_of_any_kind_is_token_in_token_out": [
+                but(parse=parsed(lambda action: replace(action, finish_reason="stop"))),
+                but(render_next=once_marked),
+            ],
+            "test_a_conversation_in_good_form_is_the_templates": [
+                but(render_next=lambda self, m, closed=True: base.render_next(self, m[:1], closed)),
+                but(render_next=lambda self, m, closed=True: base.render_next(self, m, closed)[1:]),
+                but(render_prompt=lambda self, m, tools=None: base.render_prompt(self, m)),
+                but(parse=parsed(lambda action: replace(action, tool_calls=action.tool_calls[:1]))),
+                but(parse=parsed(lambda action: replace(action, text=action.text.strip()))),
             ],
             "test_what_follows_does_not_depend_on_what_was_said": [
                 but(render_next=lambda self, m, closed=True: [next(counted)]),

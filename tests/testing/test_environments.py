@@ -1,9 +1,11 @@
 """Environments that are wrong in one way each."""
 
 import random
+from dataclasses import replace
 
-from miles.api import Action, Observation, StepResult
+from miles.api import Action, Observation, StepResult, ToolEnvironment
 from miles.testing import EnvironmentContract
+from miles.testing.environments import add
 
 SCRIPT = {
     "prompt": {"text": "a number from 1 to 9", "label": 7},
@@ -40,6 +42,11 @@ class Resumable(Guess):
         self.secret, self.tries = state["secret"], state["tries"]
 
 
+class Adding(ToolEnvironment):
+    def tools(self):
+        return [add]
+
+
 def but(base=Guess, **methods):
     return type("Wrong", (base,), methods)
 
@@ -47,6 +54,7 @@ def but(base=Guess, **methods):
 def test_right_ones_pass(passes):
     passes(EnvironmentContract, Guess, **SCRIPT)
     passes(EnvironmentContract, Resumable, **SCRIPT)
+    passes(EnvironmentContract, Adding)
 
 
 def test_wrong_ones_are_caught(catches):
@@ -84,6 +92,14 @@ def test_wrong_ones_are_caught(catches):
     async def noisy(self, action):
         return StepResult(({"role": "user", "content": "?"},), random.random(), action.text == "7")
 
+    async def first_result(self, action):
+        step = await ToolEnvironment.step(self, action)
+        return replace(step, messages=step.messages[:1])
+
+    async def last_first(self, action):
+        step = await ToolEnvironment.step(self, action)
+        return replace(step, messages=step.messages[::-1])
+
     async def close_once(self):
         del self.secret
 
@@ -98,6 +114,10 @@ def test_wrong_ones_are_caught(catches):
             "test_a_scripted_episode": [but(step=endless), but(step=infinite), but(step=a_tuple)],
             "test_a_step_that_goes_on_says_something": [but(step=silent)],
             "test_malformed_actions_are_answered": [but(step=parsing), but(step=first_call)],
+            "test_parallel_calls_are_answered_in_their_order": [
+                but(Adding, step=first_result),
+                but(Adding, step=last_first),
+            ],
             "test_two_at_once_do_not_meet": [but(step=shared)],
             "test_the_same_actions_lead_to_the_same_end": [but(step=noisy)],
             "test_closing": [but(close=close_once)],

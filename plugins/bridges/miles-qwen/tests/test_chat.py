@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from miles.api import ChatContext, ConfigError, DataError
+from miles.testing import ChatFormatContract
 
 TEMPLATE = (Path(__file__).parent / "qwen3.jinja").read_text(encoding="utf-8").strip()
 HYBRID = TEMPLATE.replace("EMPTY_THOUGHTS", "true").replace(
@@ -177,3 +178,21 @@ def test_unknown_options_roles_and_contents_are_refused():
         chat_of().render_prompt([{"role": "developer", "content": "x"}])
     with pytest.raises(DataError, match="holds list"):
         chat_of().render_prompt([{"role": "user", "content": [{"type": "image"}]}])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "template"])
+@pytest.mark.parametrize("template", [HYBRID, THINKING, INSTRUCT], ids=["hybrid", "thinking", "instruct"])
+def test_conversations_of_all_members_by_the_familys_format_and_by_the_template(name, template):
+    """Turn by turn the stream is what the template says of the whole, but for thoughts that it takes back."""
+    wanted = name
+
+    class TestMember(ChatFormatContract):
+        name = wanted
+        takes_reasoning = True
+        forgets = r"<think>\n.*?\n</think>\n\n"
+
+        def tokenizer(self):
+            return make_tokenizer(template)
+
+    TestMember().test_a_conversation_of_any_kind_is_token_in_token_out()
+    TestMember().test_a_conversation_in_good_form_is_the_templates()

@@ -21,6 +21,7 @@ class TestQwen3Chat(ChatFormatContract):
     name = "qwen3"
     takes_reasoning = True
     follow_up = TOOL
+    forgets = r"<think>\n.*?\n</think>\n\n"
 
     def tokenizer(self):
         """With a template of the family whose members may think."""
