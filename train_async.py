@@ -5,5 +5,5 @@ import sys
 from miles.cli import main
 
 if __name__ == "__main__":
-    asked = any(word.partition("=")[0] == "--rollout-mode" for word in sys.argv[1:])
+    asked = any(word.partition("=")[0] in ("--rollout-mode", "--fully-async") for word in sys.argv[1:])
     sys.exit(main(["train", *sys.argv[1:], *([] if asked else ["--rollout-mode", "one_step_off"])]))

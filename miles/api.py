@@ -30,7 +30,7 @@ from miles.errors import (
     WorkerError,
 )
 from miles.experts import Routing, compact_experts, expert_choices, experts_column, recorded_experts
-from miles.hermes import HERMES, Markup, parse_hermes, split_reasoning
+from miles.hermes import HERMES, Markup, malformed_call, parse_hermes, read_call, split_reasoning
 from miles.hookspecs import hookimpl
 from miles.parts import WHOLE, Part, Sharding, Share
 from miles.protocols import (
@@ -75,6 +75,8 @@ from miles.protocols import (
     WorkerGroup,
 )
 from miles.targets import defined_at, described, import_target
+from miles.tools import ToolEnvironment
+from miles.turns import RESTARTED, begin_again, record, recorded_rows, take_turn
 from miles.types import (
     LOSS_MASK,
     ROLLOUT_LOG_PROBS,
@@ -116,6 +118,7 @@ __all__ = [
     "API_VERSION",
     "HERMES",
     "LOSS_MASK",
+    "RESTARTED",
     "ROLLOUT_LOG_PROBS",
     "ROUTED_EXPERTS",
     "TEACHER_LOG_PROBS",
@@ -198,6 +201,7 @@ __all__ = [
     "StepResult",
     "SyncContext",
     "ToolCall",
+    "ToolEnvironment",
     "Tracker",
     "TrainBackend",
     "TrainError",
@@ -212,6 +216,7 @@ __all__ = [
     "WeightSyncError",
     "WorkerError",
     "WorkerGroup",
+    "begin_again",
     "compact_experts",
     "defined_at",
     "described",
@@ -219,8 +224,13 @@ __all__ = [
     "experts_column",
     "hookimpl",
     "import_target",
+    "malformed_call",
     "parse_hermes",
+    "read_call",
+    "record",
     "recorded_experts",
+    "recorded_rows",
     "routed_experts_column",
     "split_reasoning",
+    "take_turn",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,12 @@ from miles.protocols import (
 )
 from miles.registry import Registry
 from miles.residency import TRAINING, Residency
+from miles.rollout.dump import Dump
 from miles.rollout.engines import EngineFront
-from miles.rollout.producer import Producer
+from miles.rollout.gate import Gate
+from miles.rollout.producer import Batches, Producer, Waves
+from miles.rollout.replay import Replay
+from miles.rollout.stream import Pace, Stream
 from miles.rollout.task import Task
 from miles.tracking import Tracking
 from miles.training.flops import ForwardCost
@@ -75,11 +78,13 @@ class Parts:
     front: EngineFront
     residency: Residency
     weight_sync: WeightSync
-    producer: Producer
+    producer: Batches
     trainer: Trainer
     evaluator: Evaluator
     tracking: Tracking
     probe: WeightProbe | None
+    dump: Dump | None = None
+    """Where every batch is written, when that is asked for."""
 
     def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
@@ -125,8 +130,28 @@ def make_source(
     return registry.build("data_sources", data.source, context=context)
 
 
+def make_producer(
+    config: Config, registry: Registry, model: Model, source: DataSource, front: EngineFront, batches: int
+) -> Producer:
+    """What fills so many batches, in the mode of rollout that was asked for."""
+    rollout, gate = config.rollout, Gate(front)
+    tasks = {task_set.name: make_task(config, registry, model, gate, task_set) for task_set in config.data.sets}
+    filters = [registry.build("sample_filters", spec) for spec in rollout.filters]
+    parts = (config, source, tasks, filters)
+    greedy, unjudged = "greedy_rollout" in needs_of(config, registry), learns_without_rewards(config, registry)
+    if rollout.mode == "sync" and not rollout.partial_rollout:
+        return Waves(*parts, greedy=greedy, unjudged=unjudged)
+    pace = Pace.of(rollout, batches)
+    return Stream(*parts, gate=gate, pace=pace, greedy=greedy, unjudged=unjudged)
+
+
 def make_task(
-    config: Config, registry: Registry, model: Model, front: EngineFront, task_set: TaskSet, evaluation: bool = False
+    config: Config,
+    registry: Registry,
+    model: Model,
+    front: EngineFront | Gate,
+    task_set: TaskSet,
+    evaluation: bool = False,
 ) -> Task:
     routed_experts = not evaluation and "routed_experts" in needs_of(config, registry, "moe")
     return Task(
@@ -163,9 +188,9 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     cannot be built.
     """
     model = load_model(config, registry)
-    longest = context_limit(config, model)
-    source = make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
+    source = Replay(config) if config.rollout.replay else training_source(config, registry, model)
     derived = Derived.of(config, prompts_per_epoch=len(source))
+    dump = Dump(config.rollout.dump, "miles train", config) if config.rollout.dump else None
     models = train_models(config, derived, registry, model)
     crew = make_crew(config, registry, stack, trains=True)
     workers = await launch_train(crew, models, rollout_temperature(config), stack)
@@ -174,8 +199,12 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     engines = await make_engines(crew, model.checkpoint, stack)
     front = EngineFront(engines, config.rollout.concurrency)
     teachers = await make_teachers(crew, model, stack)
-    task = partial(make_task, config, registry, model, front)
-    filters = [registry.build("sample_filters", spec) for spec in config.rollout.filters]
+    producer: Batches = (
+        source
+        if isinstance(source, Replay)
+        else make_producer(config, registry, model, source, front, derived.num_rollout)
+    )
+    stack.push_async_callback(producer.close)
     weight_sync = make_sync(crew, model)
     await weight_sync.connect(workers, engines)
     shares = await workers.call("data_share")
@@ -188,20 +217,19 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         front=front,
         residency=Residency(workers, engines, crew.placement.offload_train, crew.placement.offload_rollout),
         weight_sync=weight_sync,
-        producer=Producer(
-            config,
-            source,
-            {s.name: task(s) for s in config.data.sets},
-            filters,
-            greedy="greedy_rollout" in needs_of(config, registry),
-            unjudged=learns_without_rewards(config, registry),
-        ),
+        producer=producer,
         trainer=Trainer(config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config)),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
         probe=make_probe(config, registry, model, engines) if engines[0].generates else None,
+        dump=dump,
     )
     return derived, parts
+
+
+def training_source(config: Config, registry: Registry, model: Model) -> DataSource:
+    longest = context_limit(config, model)
+    return make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
 
 
 def make_sync(crew: Crew, model: Model) -> WeightSync:
@@ -233,8 +261,17 @@ class EvaluationParts:
 async def evaluation_parts(
     config: Config, registry: Registry, stack: AsyncExitStack, checkpoint: Checkpoint | None
 ) -> EvaluationParts:
-    """Engines with the weights of `model.hf_checkpoint`, or with those of a checkpoint of miles."""
+    """An evaluator, and engines as of `serve_weights`."""
     model = load_model(config, registry)
+    front = await serve_weights(config, registry, model, stack, checkpoint)
+    return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
+
+
+async def serve_weights(
+    config: Config, registry: Registry, model: Model, stack: AsyncExitStack, checkpoint: Checkpoint | None
+) -> EngineFront:
+    """Engines for a job without training, with the weights of `model.hf_checkpoint`, or with those of a checkpoint of
+    miles, which come to them through a trainer."""
     crew = make_crew(config, registry, stack, trains=checkpoint is not None)
     if checkpoint is None:
         engines = await make_engines(crew, model.checkpoint, stack, load_weights=True)
@@ -246,8 +283,7 @@ async def evaluation_parts(
         weight_sync = make_sync(crew, model)
         await weight_sync.connect(workers, engines)
         await weight_sync.push(version=checkpoint.step)
-    front = EngineFront(engines, config.rollout.concurrency)
-    return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
+    return EngineFront(engines, config.rollout.concurrency)
 
 
 def load_prompts(

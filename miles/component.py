@@ -58,8 +58,9 @@ class Component:
     rank says `one rank`, one that starts workers on this machine alone `one node`: more are then refused. A weight sync
     says which engines it reaches: those `beside` the trainer in its processes, those `apart` in workers of their own,
     servers `elsewhere`. A term of the advantages says `algorithm.advantage_terms`, one of the rewards
-    `data.reward_terms`: there a flag selects it, and errors say to. An estimator, a term or a loss that looks at no
-    reward says `without rewards`: task sets and samples then need none."""
+    `data.reward_terms`: there a flag selects it, and errors say to. A flag of its own that stands here too selects it
+    where it is given a value: with `{"--custom-rm-path": "path"}`, `--custom-rm-path my.f` is both. An estimator, a
+    term or a loss that looks at no reward says `without rewards`: task sets and samples then need none."""
     summary: str = ""
     paper: str = ""
 

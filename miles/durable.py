@@ -1,10 +1,13 @@
-"""Folders that appear on disk whole or not at all."""
+"""Files and folders that appear on disk whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync(path: Path) -> None:
@@ -31,3 +34,18 @@ def put_in_place(partial: Path, final: Path) -> None:
     partial.rename(final)
     sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name, and the place of what had it, when the block ends without an error."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

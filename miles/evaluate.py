@@ -8,7 +8,7 @@ from miles.config import TaskSet
 from miles.errors import ConfigError, RolloutError
 from miles.protocols import EvaluationSite
 from miles.rollout.concurrent import run_all
-from miles.rollout.measure import SUCCESS, pass_at_k, sample_metrics
+from miles.rollout.measure import SUCCESS, oldest_version, pass_at_k, sample_metrics
 from miles.rollout.producer import sample_seed
 from miles.rollout.task import Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
@@ -43,6 +43,8 @@ class RolloutEvaluator:
         for k in run.config.eval.pass_k or powers_of_two(size):
             if k <= size:
                 metrics[f"pass@{k}"] = pass_at_k(successes, k)
+        if (version := oldest_version(samples)) is not None:
+            metrics["weight_version"] = float(version)
         return metrics | {"prompts": float(len(groups))}
 
     def _check_failures(self, run: EvaluationSite, task_set: TaskSet, samples: list[Sample]) -> None:

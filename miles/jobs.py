@@ -1,4 +1,4 @@
-"""The jobs that a person starts: training and evaluation, from the command line or from Python."""
+"""The jobs that a person starts: training, rollouts alone and evaluation, from the command line or from Python."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from miles.build import build, evaluation_parts
+from miles.build import build, evaluation_parts, load_model, make_producer, serve_weights, training_source
 from miles.checkpoint import MANIFEST, find_checkpoint
 from miles.config import Config
+from miles.config.derived import Derived
 from miles.config.load import Resolved, plugin_wishes, resolve
 from miles.determinism import prepared_process
 from miles.diagnosis.preflight import require_ready
@@ -24,6 +25,11 @@ from miles.loop import train as train_loop
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.report.page import leave_report
+from miles.report.progress import Progress
+from miles.rollout.dump import Dump
+from miles.rollout.engines import EngineFront
+from miles.rollout.measure import batch_metrics
+from miles.rollout.producer import Producer
 from miles.run import Run
 from miles.rundir import note_failure, run_directory
 from miles.tracking import Tracking
@@ -71,6 +77,11 @@ def run_training(resolved: Resolved) -> Run:
 def run_evaluation(resolved: Resolved, checkpoint: Path | None = None) -> dict[str, Metrics]:
     """The job of `miles eval`: every eval set on a checkpoint, of miles or of Hugging Face."""
     return _in_event_loop(evaluate_job(resolved, checkpoint))
+
+
+def run_rollouts(resolved: Resolved) -> list[Metrics]:
+    """The job of `miles rollout`: metrics of each batch that it made."""
+    return _in_event_loop(rollout_job(resolved))
 
 
 async def run_job(resolved: Resolved) -> Run:
@@ -155,6 +166,56 @@ async def _drive(run: Run) -> None:
             error = error or failure
     if error is not None:
         raise error
+
+
+async def rollout_job(resolved: Resolved) -> list[Metrics]:
+    """Generate, judge and filter the batches of a run without training, and write each to `rollout.dump`. A folder that
+    holds some of them is gone on with, as if nobody had stopped.
+
+    Raises:
+        ConfigError: the folder holds batches of something else.
+        RunInterrupted: a signal asked to stop; every whole batch is in the folder.
+    """
+    config, registry = resolved.config, resolved.registry
+    registry.plugins.hook.miles_configure(config=config)
+    load = config.checkpoint.load
+    ours = find_checkpoint(load) if load is not None else None
+    assert config.rollout.dump is not None
+    dump = Dump(config.rollout.dump, "miles rollout", config, str(ours.path.resolve()) if ours else "")
+    with prepared_process(config.run), Interrupt().listening(asyncio.current_task()):
+        async with AsyncExitStack() as stack:
+            model = load_model(config, registry)
+            source = training_source(config, registry, model)
+            steps = Derived.of(config, len(source)).num_rollout
+            if dump.batches:
+                logger.info("%s holds %d of %d batches", dump.folder, dump.batches, steps)
+            if dump.batches >= steps:
+                return []
+            front = await serve_weights(config, registry, model, stack, ours)
+            in_waves = config.rollout.model_copy(update={"mode": "sync", "partial_rollout": False})  # nobody trains
+            alone = config.model_copy(update={"rollout": in_waves})
+            producer = make_producer(alone, registry, model, source, front, steps)
+            if dump.producer is not None:
+                producer.load_state_dict(dump.producer)
+            return await _batches(producer, front, dump, steps)
+
+
+async def _batches(producer: Producer, front: EngineFront, dump: Dump, steps: int) -> list[Metrics]:
+    """Those that are missing; metrics of each."""
+    found: list[Metrics] = []
+    progress = Progress(steps)
+    for step in range(dump.batches, steps):
+        groups = await producer.collect(step)
+        await dump.write(step + 1, groups, producer.state_dict())
+        traffic = front.take_traffic()
+        metrics = {**batch_metrics(groups), **producer.metrics()}
+        metrics["rollout/generated_tokens"] = float(traffic.generated_tokens)
+        metrics["perf/generate_time"] = traffic.seconds
+        if traffic.seconds:
+            metrics["perf/tokens_per_second"] = traffic.generated_tokens / traffic.seconds
+        progress.line(step + 1, metrics)
+        found.append(metrics)
+    return found
 
 
 async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str, Metrics]:

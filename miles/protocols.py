@@ -105,7 +105,8 @@ class ChatFormat(Protocol):
     have produced for the whole conversation.
 
     May offer `markup`, the `miles.api.Markup` that its models write: a server can then pass an answer on while it is
-    made. Without it, an answer is passed on when it is finished.
+    made. Without it, an answer is passed on when it is finished. And `tokenizer`, the transformers tokenizer that it
+    renders with, which the generate function `agent` needs.
     """
 
     @property

@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
-from miles.errors import EngineLostError
 from miles.protocols import EnginePart, RankPart, RolloutEngine, WorkerGroup
+from miles.rollout.recovery import unless_lost
 from miles.types import Metrics
 
 WEIGHTS: frozenset[EnginePart] = frozenset({"weights"})
@@ -95,16 +95,10 @@ class Residency:
             return
         leaving, coming = self.engine_here - wanted, wanted - self.engine_here
         if leaving:
-            await asyncio.gather(*(_unless_lost(engine.sleep(leaving)) for engine in self.engines))
+            await asyncio.gather(*(unless_lost(engine.sleep(leaving)) for engine in self.engines))
         if coming:
-            await asyncio.gather(*(_unless_lost(engine.wake(coming)) for engine in self.engines))
+            await asyncio.gather(*(unless_lost(engine.wake(coming)) for engine in self.engines))
         self.engine_here = wanted
-
-
-async def _unless_lost(move: Awaitable[None]) -> None:
-    """A lost engine has nothing to move; whoever needs it next finds out."""
-    with suppress(EngineLostError):
-        await move
 
 
 class _timed:

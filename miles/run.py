@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import math
 import random
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,8 +35,9 @@ from miles.report.dump import FOLDER, dump_samples
 from miles.report.progress import Progress
 from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
-from miles.rollout.producer import Producer
+from miles.rollout.producer import Batches
 from miles.rollout.recovery import Recovery
+from miles.rollout.saved import read_groups, write_groups
 from miles.rollout.task import Task
 from miles.rundir import METRICS, versions, write_summary
 from miles.tracking import Tracking
@@ -44,7 +46,7 @@ from miles.training.trainer import Trainer
 from miles.types import Group, Metrics, Prompt
 
 T = TypeVar("T")
-STATE = "state.json"
+STATE, HELD = "state.json", "rollouts.npz"
 CLOCK = "perf/"
 """Metrics of wall time begin so: they belong to the process that measured them, and no checkpoint keeps them."""
 
@@ -91,13 +93,15 @@ class Run:
         self.recovery = front.recovery = Recovery(front.engines, most, self._restart, self._resync)
         self.header = self._header()
         self._engine_counts: Metrics = {}
+        self._trainer_free = asyncio.Lock()
+        """Weights are sent between two batches: half-way through one they are of no version."""
         self._clock = time.perf_counter()
         self._step_clock = self._clock
-        self._boundary = self._snapshot()
+        self._take_picture()
 
     # The parts that the loop works with, under short names.
     @property
-    def producer(self) -> Producer:
+    def producer(self) -> Batches:
         return self.parts.producer
 
     @property
@@ -151,6 +155,8 @@ class Run:
             self._dump(self.producer.groups)
             raise
         self._engine_counts = await self.parts.front.take_counts()
+        if self.parts.dump is not None:
+            await self.parts.dump.write(self.step + 1, groups)
         return groups
 
     async def interruptible(self, work: Awaitable[T]) -> T:
@@ -160,6 +166,7 @@ class Run:
             result = await self.interrupt.guard(work)
         except RunInterrupted:
             await self.recovery.close()
+            await self.producer.close()
             await self.parts.front.abort()
             raise
         await self.recovery.find_lost()
@@ -168,7 +175,10 @@ class Run:
     async def push_weights(self) -> Metrics:
         """Send weights, and compare what engine and trainer hold and say when that is asked for."""
         probe = self.parts.probe
-        metrics = await self._deliver_weights()
+        if self.producer.unquiet:
+            await self.interruptible(self.producer.quiet())
+        async with self.producer.updating(self.step):
+            metrics = await self._deliver_weights()
         async with self.residency.syncing():
             if probe:
                 await compare_checksums(self.parts.workers, self.parts.engines, self.step)
@@ -183,15 +193,16 @@ class Run:
 
     async def _deliver_weights(self) -> Metrics:
         """Push; if that fails, once more from the beginning. Meanwhile no engine serves half of the weights."""
-        try:
-            metrics = await self._push()
-        except (WeightSyncError, EngineLostError) as error:
-            logger.warning("%s: %s; trying once more", type(error).__name__, error)
-            await self.recovery.find_lost()
-            metrics = await self._push()
-        self.engine_version = self.step
-        self.recovery.have_weights()
-        return metrics
+        async with self._trainer_free:
+            try:
+                metrics = await self._push()
+            except (WeightSyncError, EngineLostError) as error:
+                logger.warning("%s: %s; trying once more", type(error).__name__, error)
+                await self.recovery.find_lost()
+                metrics = await self._push()
+            self.engine_version = self.step
+            self.recovery.have_weights()
+            return metrics
 
     async def _push(self) -> Metrics:
         async with self.residency.syncing():
@@ -203,6 +214,9 @@ class Run:
         await self.residency.settle(engine)
 
     async def _resync(self) -> None:
+        async with self._trainer_free:
+            if self.recovery.serving():
+                return  # a weight sync came first
         await self._deliver_weights()
         async with self.residency.rollout():
             logger.info("weights of version %d were sent in the middle of a rollout", self.step)
@@ -227,12 +241,14 @@ class Run:
 
     async def learn(self, groups: list[Group]) -> Metrics:
         """Train on a batch. However that ends, its samples go to disk, with what training made of them."""
-        try:
-            return await self.trainer.step(groups)
-        finally:
-            self._dump(groups)
+        removed = self.producer.take_removed(groups)
+        async with self._trainer_free:
+            try:
+                return removed | await self.trainer.step(groups)
+            finally:
+                self._dump(groups)
 
-    def _dump(self, groups: list[Group]) -> None:
+    def _dump(self, groups: Sequence[Group]) -> None:
         samples = [*self.producer.lost, *(sample for group in groups for sample in group.rollouts)]
         limit = self.config.rollout.dump_samples
         dump_samples(self.directory / FOLDER, self.step + 1, samples, self.trainer.learned, limit)
@@ -242,7 +258,7 @@ class Run:
         self.step += 1
         self.metrics = {name: float(value) for name, value in metrics.items()}
         self._count_seconds()
-        self._boundary = self._snapshot()
+        self._take_picture()
 
     def note_evaluation(self, results: Mapping[str, Metrics]) -> Metrics:
         """Keep the first and the last evaluation of each set; returns them as metrics of this step."""
@@ -260,7 +276,8 @@ class Run:
         generated, generating = metrics.get("rollout/generated_tokens", 0.0), metrics.get("perf/generate_time", 0.0)
         if generating:
             metrics["perf/generate_tokens_per_second"] = generated / generating
-        if seconds and "perf/workers_time" in metrics and not self.eval_due():
+        one_after_another = self.config.rollout.mode == "sync" and not self.eval_due()
+        if seconds and "perf/workers_time" in metrics and one_after_another:
             metrics["perf/overhead_share"] = 1 - (generating + metrics["perf/workers_time"]) / seconds
         tokens = generated or metrics.get("rollout/trained_tokens", 0.0)
         if tokens and seconds:
@@ -280,8 +297,8 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Everything but the models, as JSON can hold it."""
+    def _take_picture(self) -> None:
+        """Everything but the models: what JSON can hold, and groups of rollouts."""
         state = {
             "step": self.step,
             "metrics": {name: value for name, value in self.metrics.items() if not name.startswith(CLOCK)},
@@ -291,7 +308,7 @@ class Run:
             "trainer": self.parts.trainer.state_dict(),
             "random": _random_state(),
         }
-        return json.loads(json.dumps(state))
+        self._boundary, self._held = json.loads(json.dumps(state)), self.producer.held()
 
     async def save_if_due(self) -> bool:
         if not self.save_due():
@@ -311,6 +328,8 @@ class Run:
     async def _write(self, folder: Path) -> None:
         await self.parts.workers.call("save", folder)
         (folder / STATE).write_text(json.dumps(self._boundary))
+        if self._held:
+            await asyncio.to_thread(write_groups, folder / HELD, self._held)
 
     async def restore(self) -> None:
         """Go on from the newest checkpoint of this run, or start from `checkpoint.load`, or from the beginning."""
@@ -340,7 +359,9 @@ class Run:
         state, self._boundary = json.loads(text), json.loads(text)
         self.step, self.metrics = state["step"], state["metrics"]
         self.evaluation, self.totals = state["evaluation"], Totals(**state["totals"])
-        self.parts.producer.load_state_dict(state["producer"])
+        held = read_groups(folder / HELD) if (folder / HELD).exists() else []
+        self.parts.producer.load_state_dict(state["producer"], held)
+        self._held = self.parts.producer.held()
         self.parts.trainer.load_state_dict(state["trainer"])
         _set_random_state(state["random"])
 
@@ -383,6 +404,7 @@ class Run:
                 "generated": self.totals.generated_tokens,
                 "trained": self.totals.trained_tokens,
             },
+            "rollouts": self.producer.ledger.state_dict() | {"pending": len(self.producer.ledger.pending)},
             "evaluation": self.evaluation,
             "resumed_from": self.resumed_from,
             "restarts": self.restarts,

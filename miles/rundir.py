@@ -31,8 +31,9 @@ from miles.plugins import Plugins
 METRICS, SUMMARY, SETTINGS, LOCK = "metrics.jsonl", "summary.json", "config.yaml", ".lock"
 FREE = (
     "run.dir", "run.name", "run.resume", "run.report", "rollout.num_rollout", "rollout.num_epoch",
-    "rollout.dump_samples", "eval", "checkpoint", "tracking", "resources", "plugins", "weight_sync.verify",
-    "weight_sync.tolerance", "weight_sync.transport", "rollout.num_engines", "teacher.urls", "teacher.engine",
+    "rollout.dump_samples", "rollout.dump", "eval", "checkpoint", "tracking", "resources", "plugins",
+    "weight_sync.verify", "weight_sync.tolerance", "weight_sync.transport", "rollout.num_engines", "teacher.urls",
+    "teacher.engine",
 )  # fmt: skip
 """What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
@@ -98,12 +99,7 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
     if not path.exists() or not (saved or _has_trained(directory)):
         return
-    then, now = (leaves(s) for s in (yaml.safe_load(path.read_text()), config.model_dump(mode="json")))
-    fresh = leaves(Config().model_dump(mode="json"))
-    before = {key: fresh[key] for key in now if key in fresh} | then  # an older version knew fewer settings
-    keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key) and not _is_free(key)]
-    if keys:
-        lines = "".join(f"\n  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in keys)
+    if lines := differences(yaml.safe_load(path.read_text()), config.model_dump(mode="json")):
         raise ConfigError(
             f"run.dir {directory} holds a run with other settings:{lines}\n"
             "Go on with the same ones, choose another --run-dir, or begin anew with --resume never, which keeps the "
@@ -114,6 +110,14 @@ def _check_same_experiment(directory: Path, config: Config) -> None:
             f"run.dir {directory} holds a completed run, and {checkpoints} no checkpoint to go on from: give --save as "
             "it was then, choose another --run-dir, or begin anew with --resume never, which keeps the run aside"
         )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A line for each setting in which two configurations differ that decides what is learned; empty for none."""
+    past, present, fresh = (leaves(settings) for settings in (then, now, Config().model_dump(mode="json")))
+    past = {key: fresh[key] for key in present if key in fresh} | past  # an older version knew fewer settings
+    keys = [key for key in sorted({*past, *present}) if past.get(key) != present.get(key) and not _is_free(key)]
+    return "".join(f"\n  {key}: {past.get(key)!r} then, {present.get(key)!r} now" for key in keys)
 
 
 def _has_trained(directory: Path) -> bool:

@@ -17,7 +17,7 @@ This module imports no torch: tensors appear only in annotations.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, TypedDict
 
@@ -60,7 +60,9 @@ class SamplingParams:
     """-1 keeps the whole vocabulary."""
     min_p: float = 0.0
     max_new_tokens: int = 256
+    """Of one turn. What all turns of a trajectory may take together is the context's affair."""
     min_new_tokens: int = 0
+    """Of one turn: before, its stop tokens are not drawn."""
     stop: tuple[str, ...] = ()
     """Generation ends after the token that completes one of these strings; the string stays in the output."""
     stop_token_ids: tuple[int, ...] = ()
@@ -270,6 +272,22 @@ class Sample:
             raise ValueError(f"column {column.name!r} of sample {self.id}: rows {start}:{end} do not fit into {total}")
         target[start:end] = rows
 
+    def beginning(self, length: int) -> Sample:
+        """A copy that holds the first `length` tokens, and the turns that lie within them: a sibling that goes on in
+        another way. Whose tokens they are to learn from is for the caller to say, in its loss mask."""
+        if not self.prompt_length <= length <= len(self.tokens):
+            raise ValueError(f"sample {self.id}: {length} tokens are no beginning of {len(self.tokens)} with a prompt")
+        return replace(
+            self,
+            tokens=self.tokens[:length],
+            columns={name: rows[: self.specs[name].rows(length)].copy() for name, rows in self.columns.items()},
+            specs=dict(self.specs),
+            turns=[replace(turn) for turn in self.turns if turn.end <= length],
+            messages=list(self.messages),
+            metadata=dict(self.metadata),
+            reward_parts=dict(self.reward_parts),
+        )
+
     def _rows(self, column: Column, values: Any, count: int | None) -> np.ndarray:
         if count is not None and np.isscalar(values):
             return np.full((count, *column.width), values, column.dtype)
@@ -343,7 +361,7 @@ class GenerateRequest:
     routed_experts: bool = False
     multimodal: dict[str, Any] = field(default_factory=dict)
     priority: int = 0
-    """Higher goes first (evaluation overtakes training rollouts)."""
+    """Higher goes first: evaluation before training rollouts, of these the older groups."""
     routed_experts_from: int = 0
     """First row of expert choices that is wanted: the caller has those before it, of the turns before."""
 
@@ -366,6 +384,8 @@ class GenerateResult:
     lost (SGLang: by an abort in the queue)."""
     cached_tokens: int = 0
     """How many tokens of the request came from the prefix cache."""
+    interrupted: bool = False
+    """Aborted to make way for new weights, and not for good: ask for the rest at once."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from miles.types import (
     Column,
     Prompt,
     Sample,
+    Turn,
     routed_experts_column,
 )
 
@@ -68,3 +69,29 @@ def test_a_column_declared_in_two_ways_is_refused():
 def test_a_prompt_without_tokens_is_refused():
     with pytest.raises(ValueError, match="not been rendered"):
         Sample.begin(Prompt(id="s:0", task_set="s", text="x"), id=0, group_id=0)
+
+
+def test_a_beginning_is_a_copy_with_everything_up_to_a_token():
+    routing = routed_experts_column(layers=1, top_k=1, experts=8)
+    sample = begin((1, 2, 3))
+    sample.append([4, 5], {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: [-0.5, -1.0]})
+    sample.write(routing, 0, np.arange(4).reshape(4, 1, 1))
+    sample.turns.append(Turn(3, 5, "stop"))
+    sample.append([6])
+    sample.append([7], {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: [-2.0]})
+    sample.turns.append(Turn(6, 7, "stop"))
+    copy = sample.beginning(5)
+    assert (copy.tokens, copy.turns) == ([1, 2, 3, 4, 5], [Turn(3, 5, "stop")])
+    assert copy.columns["rollout_log_probs"].tolist() == [0, 0, 0, -0.5, -1.0]
+    assert copy.columns[routing.name][:, 0, 0].tolist() == [0, 1, 2, 3]
+    copy.loss_mask[:] = 0
+    copy.append([8], {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: [-3.0]})
+    copy.turns[0].reward = 1.0
+    assert (copy.loss_mask.tolist(), sample.loss_mask.tolist()) == ([0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 0, 1])
+    assert (sample.tokens, sample.turns[0].reward) == ([1, 2, 3, 4, 5, 6, 7], None)
+
+
+@pytest.mark.parametrize("length", [2, 8])
+def test_a_beginning_holds_the_prompt_and_no_more_than_there_is(length):
+    with pytest.raises(ValueError, match="no beginning"):
+        begin((1, 2, 3)).beginning(length)

@@ -13,40 +13,36 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, SupportsFloat, TypeVar
-
-import numpy as np
 
 from miles.api import (
     LOSS_MASK,
-    ROLLOUT_LOG_PROBS,
-    ROUTED_EXPERTS,
-    WEIGHT_VERSION,
+    RESTARTED,
     Action,
+    ChatFormat,
     ConfigError,
     DataError,
-    EngineError,
     Environment,
     GenerateContext,
-    GenerateRequest,
-    GenerateResult,
     Message,
+    MilesError,
     Observation,
     Sample,
     Status,
     StepResult,
     Turn,
+    begin_again,
     defined_at,
     described,
-    experts_column,
-    recorded_experts,
+    take_turn,
 )
 
 ENVIRONMENT_STATE = "environment_state"
 """Key of `Sample.metadata` under which a half-finished trajectory keeps its environment's state."""
-RESTARTED = "restarted"
-"""Key of `Sample.metadata`: how often a half-finished trajectory had to begin again."""
+ENVIRONMENT_INFO = "environment"
+"""Key of `Sample.metadata`: the `info` of all steps, later ones over earlier ones."""
+OPENING = 8
+"""Most tokens at the end of a prompt among which the tag is looked for that opens the model's reasoning."""
 KEPT_PROMPTS = 1024
 STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
 
@@ -63,114 +59,6 @@ async def single_turn(context: GenerateContext, sample: Sample) -> Sample:
     return sample
 
 
-async def take_turn(context: GenerateContext, sample: Sample) -> str:
-    """Let the model speak once, or go on with a turn that was aborted.
-
-    Appends tokens and a `Turn` to the sample.
-
-    Returns:
-        The turn's finish reason; `length` when there was no room for a single token.
-
-    Raises:
-        DataError: the prompt is empty.
-    """
-    if not sample.tokens:
-        raise DataError(
-            f"prompt {sample.prompt.id} has no tokens to continue (its conversation ends with the assistant, or only "
-            "its environment says what is asked). Use generate: dataset to train on it, or multi_turn with an "
-            "environment"
-        )
-    last = sample.turns[-1] if sample.turns else None
-    if last is None or last.finish_reason != "abort":
-        last = Turn(len(sample.tokens), len(sample.tokens), "length")
-        sample.turns.append(last)
-    turn, sampling, said = last, context.sampling, last.end - last.start
-    room = sampling.max_new_tokens - said
-    if context.max_context_tokens is not None:
-        room = min(room, context.max_context_tokens - len(sample.tokens))
-    if room <= 0:
-        turn.finish_reason = "length"
-        return "length"
-    if said or room < sampling.max_new_tokens:
-        least = min(max(sampling.min_new_tokens - said, 0), room)
-        sampling = replace(sampling, max_new_tokens=room, min_new_tokens=least)
-    request = GenerateRequest(
-        id=f"{sample.id}.{len(sample.turns)}",
-        tokens=list(sample.tokens),
-        sampling=sampling,
-        seed=sample.seed,
-        routed_experts=context.routed_experts,
-        routed_experts_from=recorded_rows(sample) if context.routed_experts else 0,
-        multimodal=sample.multimodal,
-        priority=1 if context.evaluation else 0,
-    )
-    started = time.perf_counter()
-    result = await context.generate(request)
-    record(sample, request, result)
-    turn.seconds += time.perf_counter() - started
-    turn.end, turn.finish_reason = len(sample.tokens), result.finish_reason
-    return result.finish_reason
-
-
-def record(sample: Sample, request: GenerateRequest, result: GenerateResult) -> None:
-    """Append what the model produced, with its per-token columns, to the stream that was its request.
-
-    Raises:
-        EngineError: expert choices were asked for, and are not there or do not go with the tokens.
-    """
-    sample.append(
-        result.tokens,
-        {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: result.log_probs, WEIGHT_VERSION: result.weight_versions},
-    )
-    if result.routed_experts is not None:
-        record_experts(sample, request, result, result.routed_experts)
-    elif request.routed_experts and result.finish_reason != "abort":
-        raise EngineError(
-            f"request {request.id!r} asked for expert choices and was answered without: is the engine's model a "
-            "mixture of experts, and does its server return them (SGLang: --enable-return-routed-experts)?"
-        )
-
-
-def recorded_rows(sample: Sample) -> int:
-    """How many expert choices a sample has, up to the last one that was recorded."""
-    rows = sample.columns.get(ROUTED_EXPERTS)
-    looked_at = 256  # it is near the end, mostly: what the environment said since has no choices yet
-    while rows is not None and len(rows):
-        start = max(len(rows) - looked_at, 0)
-        known = np.flatnonzero(recorded_experts(rows[start:]))
-        if len(known):
-            return start + int(known[-1]) + 1
-        rows, looked_at = rows[:start], 4 * looked_at
-    return 0
-
-
-def record_experts(sample: Sample, request: GenerateRequest, result: GenerateResult, rows: np.ndarray) -> None:
-    """Write the expert choices that the sample does not have yet. A row stays that of the first pass that told it.
-
-    Rows that an earlier request lost were computed again by this one. They are taken, unless the token that was drawn
-    from them is of other weights than these.
-    """
-    start, first = request.routed_experts_from, len(sample.tokens) - 1 - len(rows)
-    if not 0 <= first <= start:
-        wanted = len(sample.tokens) - 1 - start
-        raise EngineError(f"request {request.id!r} wants {wanted} rows of expert choices and was given {len(rows)}")
-    column, rows = experts_column(rows), rows[start - first :]
-    drawn_by = sample.columns[WEIGHT_VERSION.name][start + 1 : len(request.tokens)]
-    lost = (drawn_by != WEIGHT_VERSION.fill) & (drawn_by != next(iter(result.weight_versions), None))
-    if lost.any():
-        rows = rows.copy()
-        rows[: len(lost)][lost] = column.fill
-    sample.write(column, start, rows)
-
-
-def begin_again(sample: Sample, tokens: Sequence[int]) -> None:
-    """Make `tokens` the prompt of a sample that has said nothing worth keeping."""
-    sample.tokens, sample.columns, sample.specs, sample.turns = [], {}, {}, []
-    sample.prompt_length = len(tokens)
-    sample.declare(LOSS_MASK)
-    sample.append(tokens)
-
-
 # --------------------------------------------------------------------------------------------------------- multi-turn
 
 
@@ -183,8 +71,9 @@ class MultiTurn:
 
     The environment's first observation is the prompt; one that gives no messages leaves the prompt of the data. Each
     turn is parsed and handed over whole, with all the tool calls it makes. `TRUNCATED` means that a turn hit its length
-    limit (the environment has seen it), that the context is full, or that `max_turns` were taken. What the environment
-    raises, or returns of a wrong type, makes the sample `FAILED`, with an error that names its class. An aborted sample
+    limit (the environment has seen it), that the context has no room for what the environment says next and a token
+    after it, or that `max_turns` were taken. What the environment raises, or returns of a wrong type, makes the sample
+    `FAILED`, with an error that names its class; so does a first observation that fills the context. An aborted sample
     keeps its environment's `state_dict` and goes on from it; if the environment has none, it begins again and counts
     that in its metadata.
     """
@@ -217,6 +106,7 @@ class MultiTurn:
         if sample.turns:
             sample.metadata[RESTARTED] = sample.metadata.get(RESTARTED, 0) + 1
             sample.messages = list(sample.prompt.messages or [])
+            sample.metadata.pop(ENVIRONMENT_INFO, None)
         prompt = sample.prompt
         with _environments_fault():
             observation = checked("reset", await environment.reset(prompt), Observation)
@@ -225,7 +115,18 @@ class MultiTurn:
         if messages == (prompt.messages or []) and tools == (prompt.tools or []):
             tokens = list(prompt.tokens or [])
         else:
+            if not messages and prompt.text is not None:
+                raise EnvironmentFault(
+                    "it offers tools, and the prompt is text, which cannot show them: take prompts as messages "
+                    "(data.sets[].apply_chat_template), or let `reset` say what is asked"
+                )
             tokens = self._render(context, sample, Observation(tuple(messages), tuple(tools)))
+            limit = context.max_context_tokens
+            if limit is not None and len(tokens) >= limit:
+                raise EnvironmentFault(
+                    f"its first observation takes {len(tokens)} tokens, which leaves no room for an answer in a "
+                    f"context of {limit} (rollout.max_context_len, or the model's own limit)"
+                )
         if sample.turns or tokens != sample.tokens:
             begin_again(sample, tokens)
         sample.messages = messages
@@ -235,7 +136,8 @@ class MultiTurn:
         known = self._rendered.get(sample.prompt.id)
         if known is not None and known[0] == observation:
             return known[1]
-        tokens = context.chat.render_prompt(observation.messages, observation.tools)
+        with _rendering():
+            tokens = context.chat.render_prompt(observation.messages, observation.tools)
         self._rendered[sample.prompt.id] = (observation, tokens)
         if len(self._rendered) > KEPT_PROMPTS:
             self._rendered.popitem(last=False)
@@ -251,15 +153,16 @@ class MultiTurn:
                 return Status.ABORTED
             turn = sample.turns[-1]
             said = sample.tokens[turn.start : turn.end]
-            action = context.chat.parse(said, finish_reason)
+            action = context.chat.parse([*opening(context.chat, sample.tokens[: turn.start]), *said], finish_reason)
             sample.messages.append(as_message(action))
             started = time.perf_counter()
             with _environments_fault():
                 step = checked("step", await environment.step(action), StepResult)
-            turn.environment_seconds, turn.reward = time.perf_counter() - started, step.reward
+            turn.environment_seconds = time.perf_counter() - started
+            turn.reward = None if step.reward is None else float(step.reward)
             sample.messages.extend(step.messages)
             if step.info:
-                sample.metadata.setdefault("environment", {}).update(step.info)
+                sample.metadata.setdefault(ENVIRONMENT_INFO, {}).update(step.info)
             if finish_reason == "length":
                 return Status.TRUNCATED
             if step.done:
@@ -267,11 +170,31 @@ class MultiTurn:
             if len(sample.turns) >= context.max_turns:
                 return Status.TRUNCATED
             closed = bool(said) and said[-1] == context.chat.end_of_turn_id
-            following = context.chat.render_next(step.messages, closed)
+            with _rendering():
+                following = context.chat.render_next(step.messages, closed)
             limit = context.max_context_tokens
             if limit is not None and len(sample.tokens) + len(following) >= limit:
                 return Status.TRUNCATED
             sample.append(following)
+
+
+def opening(chat: ChatFormat, prompt: Sequence[int]) -> list[int]:
+    """The end of a prompt that opens the model's reasoning for it, from the tag on; nothing where it does not.
+
+    Read without it, a turn that was cut off in its thoughts would be taken for an answer, and a tool call that is only
+    thought of would be executed.
+    """
+    markup = getattr(chat, "markup", None)
+    if markup is None:
+        return []
+    tag, tail = markup.reasoning[0], list(prompt[-OPENING:])
+    ids = chat.render_text(tag)
+    if len(ids) == 1:
+        start = max((i for i, token in enumerate(tail) if token == ids[0]), default=None)
+        return [] if start is None or chat.decode(tail[start + 1 :]).strip() else tail[start:]
+    if not chat.decode(tail).rstrip().endswith(tag):
+        return []
+    return next(tail[i:] for i in range(len(tail) - 1, -1, -1) if tag in chat.decode(tail[i:]))
 
 
 def as_message(action: Action) -> Message:
@@ -297,11 +220,22 @@ def _environments_fault() -> Iterator[None]:
         raise EnvironmentFault(described(error)) from error
 
 
+@contextmanager
+def _rendering() -> Iterator[None]:
+    """What a chat format refuses it says itself; what breaks it (half a surrogate pair) came from the environment."""
+    try:
+        yield
+    except MilesError:
+        raise
+    except Exception as error:
+        raise EnvironmentFault(f"what it said cannot be rendered: {described(error)}") from error
+
+
 def checked(method: str, answer: Any, kind: type[Answer]) -> Answer:
     """What an environment's `reset` or `step` returned, if it is what the protocol says.
 
     Raises:
-        EnvironmentFault: it is of another type, or its messages or its reward are.
+        EnvironmentFault: it is of another type, or its messages, its info or its reward are.
     """
     if not isinstance(answer, kind):
         raise EnvironmentFault(f"`{method}` returned {_shown(answer)}; a miles.api.{kind.__name__} is expected")
@@ -313,6 +247,9 @@ def checked(method: str, answer: Any, kind: type[Answer]) -> Answer:
                 f"`{method}` returned {kind.__name__}({field}={_shown(items)}); a tuple is expected, each item a "
                 f"mapping: a {singular}"
             )
+    info = getattr(answer, "info", {})
+    if not isinstance(info, Mapping):
+        raise EnvironmentFault(f"`{method}` returned {kind.__name__}(info={_shown(info)}); a mapping is expected")
     reward = getattr(answer, "reward", None)
     if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
         raise EnvironmentFault(f"`{method}` returned reward={_shown(reward)}; a finite number or None is expected")

@@ -47,6 +47,30 @@ class EnvironmentRewardOptions:
 
 
 @dataclass(frozen=True)
+class TemplateOptions:
+    """How the models of a template write what the template does not say."""
+
+    calls: Literal["auto", "hermes", "llama", "mistral"] = "auto"
+    """Notation of tool calls; `auto` goes by the template."""
+
+
+@dataclass(frozen=True)
+class ToolsOptions:
+    """Python functions that the model may call."""
+
+    functions: tuple[str, ...]
+    """`module:function` of each."""
+    timeout: float = 30.0
+    """Seconds for a call."""
+    max_result_length: int = 4000
+    """Characters of a result; the rest is left out."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0 or self.max_result_length <= 0:
+            raise ConfigError("tools: timeout and max_result_length must be above 0")
+
+
+@dataclass(frozen=True)
 class DiskOptions:
     """Where weights lie on their way, and how much of them."""
 

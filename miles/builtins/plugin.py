@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miles.api import Component, hookimpl
-from miles.builtins.options import DiskOptions, EnvironmentRewardOptions, PpoClipOptions
+from miles.builtins.options import DiskOptions, EnvironmentRewardOptions, PpoClipOptions, TemplateOptions, ToolsOptions
 from miles.builtins.torch_engine.options import TorchEngineOptions
 
 MILES_API = 1
@@ -25,6 +25,7 @@ def miles_register_chat_formats():
     return {
         "template": Component(
             "miles.builtins.chat_template:TemplateChat",
+            options=TemplateOptions,
             provides=("any",),
             summary="Whatever the tokenizer's own chat template says",
         )
@@ -107,6 +108,17 @@ def miles_register_executors():
 @hookimpl
 def miles_register_data_sources():
     return {"files": Component("miles.builtins.files:FileSource", summary="JSONL, Parquet and hub data sets")}
+
+
+@hookimpl
+def miles_register_environments():
+    return {
+        "tools": Component(
+            "miles.builtins.tools:Tools",
+            options=ToolsOptions,
+            summary="Python functions that the model may call, several at once",
+        )
+    }
 
 
 @hookimpl

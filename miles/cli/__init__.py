@@ -14,6 +14,10 @@ from miles.errors import MilesError
 
 COMMANDS = {
     "train": ("miles.cli.train", "train a model: [CONFIG.yaml ...] [--flag value] [--section.key=value] [--dry-run]"),
+    "rollout": (
+        "miles.cli.rollout",
+        "generate and judge a run's batches without training: the same, and --dump FOLDER",
+    ),
     "eval": ("miles.cli.evaluate", "evaluate a checkpoint: the same arguments, and --checkpoint PATH"),
     "report": ("miles.cli.report", "write one HTML file with curves and samples: RUN [RUN2 ...] [--out FILE]"),
     "compare": (

@@ -16,6 +16,7 @@ from miles.config.teacher import POLICY
 from miles.diagnosis.preflight import first_rows, sets_of
 from miles.log import counted
 from miles.plugins import Plugins
+from miles.rollout.replay import batches_to_replay
 
 
 def describe(resolved: Resolved, plugins: Plugins) -> str:
@@ -37,11 +38,14 @@ def describe(resolved: Resolved, plugins: Plugins) -> str:
 def _numbers(resolved: Resolved) -> list[tuple[str, str]]:
     """What follows from the configuration; where it depends on the data, in words."""
     rollout, numbers = resolved.config.rollout, Numbers.of(resolved.config)
-    steps = f"as many as {rollout.num_epoch} epochs of the prompts take" if rollout.num_rollout is None else None
+    num_rollout = rollout.num_rollout
+    if num_rollout is None and rollout.replay is not None:
+        num_rollout = batches_to_replay(resolved.config)
+    steps = f"as many as {rollout.num_epoch} epochs of the prompts take" if num_rollout is None else None
     known = {
-        "num_rollout": steps or rollout.num_rollout,
+        "num_rollout": steps or num_rollout,
         **asdict(numbers),
-        "total_optimizer_steps": steps or (rollout.num_rollout or 0) * numbers.optimizer_steps_per_rollout,
+        "total_optimizer_steps": steps or (num_rollout or 0) * numbers.optimizer_steps_per_rollout,
     }
     by_sets = "as many as the task sets of its prompts draw"
     return [(name, by_sets if value is None else str(value)) for name, value in known.items()]
@@ -53,6 +57,8 @@ def _placement(resolved: Resolved, placed: Placement) -> list[tuple[str, ...]]:
     device, ranks, executor = config.resources.device, str(placed.train_ranks), placed.executor.name
     idle = ("stays in memory", "offloaded while engines generate")[placed.offload_train]
     asleep = ("stays in memory", "asleep while training")[placed.offload_rollout]
+    if config.rollout.mode != "sync":
+        asleep = f"busy: {config.rollout.mode}"
 
     def own(workers: int, gpus: int) -> tuple[str, str]:
         """Processes and devices of workers that are started for this."""
@@ -86,8 +92,10 @@ def _other_models(resolved: Resolved) -> Iterator[str]:
 
 
 def _data(resolved: Resolved) -> list[tuple[str, str, str]]:
-    """The sets whose files were looked at, and how much of each; the others a run opens."""
+    """The sets whose files were looked at, and how much of each; the others a run opens. Or the rollouts it replays."""
     rows = []
+    if (kept := resolved.config.rollout.replay) is not None:
+        rows.append(("rollout.replay", str(kept), counted(batches_to_replay(resolved.config), "step")))
     for key, task_set in sets_of(resolved, "train").items():
         found = first_rows(resolved, task_set)
         total, seen = len(found.rows), found.looked_at

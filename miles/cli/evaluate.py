@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from miles.cli import Call
@@ -23,7 +22,7 @@ def run(call: Call) -> int:
     if call.help:
         print(HELP)
         return 0
-    from miles.cli.resolving import resolve_call
+    from miles.cli.resolving import listed, resolve_call
 
     as_json = call.take("--json")
     named = call.take_value("--checkpoint")
@@ -41,7 +40,7 @@ def run(call: Call) -> int:
     if as_json:
         print(json.dumps(results, indent=2))
     else:
-        print("\n\n".join(_table(name, metrics) for name, metrics in results.items()))
+        print("\n\n".join(listed(f"{name}:", metrics) for name, metrics in results.items()))
     return 0
 
 
@@ -53,8 +52,3 @@ def _subject(hf_checkpoint: str | None, checkpoint: Path | None) -> str:
 
     found = find_checkpoint(checkpoint)
     return f"step {found.step}: {found.path} (a checkpoint of {hf_checkpoint})"
-
-
-def _table(name: str, metrics: Mapping[str, float]) -> str:
-    width = max(map(len, metrics), default=0)
-    return "\n".join([f"{name}:", *(f"  {metric:<{width}}  {value:.6g}" for metric, value in metrics.items())])

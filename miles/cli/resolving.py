@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -57,3 +57,9 @@ def _of_command(fault: Fault, command: str, own: Sequence[str]) -> Fault:
     if close:
         return replace(fault, remedy=f"did you mean {close[0]}? {help_text}")
     return replace(fault, remedy=fault.remedy.replace("see `miles train --help`", help_text))
+
+
+def listed(title: str, metrics: Mapping[str, float]) -> str:
+    """Metrics below a title, a line each."""
+    width = max(map(len, metrics), default=0)
+    return "\n".join([title, *(f"  {name:<{width}}  {value:.6g}" for name, value in metrics.items())])

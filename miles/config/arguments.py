@@ -10,7 +10,7 @@ from typing import Any
 from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
-from miles.config.selection import SELECTS, selecting
+from miles.config.selection import SELECTS, brings, selecting
 from miles.config.settings import Flattener, Setting, fixed_origin
 from miles.config.upstream import SWITCHES, answer_to, answers
 from miles.config.values import Text, from_text
@@ -49,6 +49,7 @@ class _Reader:
         self._flattener = flattener
         self._component_flags = component_flags(registry)
         self._selecting = selecting_flags(registry)
+        self._bringing = bringing_flags(registry)
         self._out = Arguments(faults=flattener.faults)
 
     def read(self) -> Arguments:
@@ -140,10 +141,12 @@ class _Reader:
     # -------------------------------------------------------------------------------------------- components' flags
 
     def _component(self, flag: str, written: str, value: Any) -> None:
+        origin = Origin("flag", written)
+        if flag in self._bringing:
+            self._out.settings += selecting(self._bringing[flag], flag, True, origin, self._out.faults)
         if flag not in self._selecting:
             self._out.component_flags.append((flag, value, Origin("flag", flag)))
             return
-        origin = Origin("flag", written)
         self._out.settings += selecting(self._selecting[flag], flag, value, origin, self._out.faults)
 
     def _component_value(self, flag: str, text: str | None) -> Any:
@@ -205,6 +208,11 @@ def component_flags(registry: Registry) -> dict[str, Any]:
 def selecting_flags(registry: Registry) -> dict[str, Registration]:
     """Flag -> the component that it selects."""
     return {f: offer for offer in offers(registry) for f, option in offer.value.flags.items() if option == SELECTS}
+
+
+def bringing_flags(registry: Registry) -> dict[str, Registration]:
+    """Flag with a value -> the component that it selects as well as sets an option of."""
+    return {flag: offer for offer in offers(registry) for flag in offer.value.flags if brings(offer, flag)}
 
 
 def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:

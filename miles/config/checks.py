@@ -28,8 +28,6 @@ from miles.kinds import KINDS
 from miles.registry import Registry
 from miles.targets import import_target
 
-MODES = ("sync",)
-"""Rollout modes that this version has."""
 UNMET = {
     "routed_experts": "the expert choices of the rollout",
 }
@@ -52,7 +50,7 @@ def check(
     Args:
         uses: the components it names.
         origin: of a path.
-        purpose: `train`, `eval` or `show`: what must be there.
+        purpose: `train`, `rollout`, `eval` or `show`: what must be there.
     """
     checked = _Checked(config, uses, registry, origin)
     return [fault for one in (*_CHECKS, *_NEEDED.get(purpose, ())) for fault in one(checked)]
@@ -168,8 +166,20 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
      "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
     ("teacher.engine", lambda c: c.taught and c.config.teacher.engine is not None and not c.config.teacher.urls,
      "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
-    ("rollout.mode", lambda c: c.config.rollout.mode not in MODES,
-     f"is not in this version, which has {', '.join(MODES)}", "--rollout-mode sync"),
+    ("rollout.mode", lambda c: c.config.rollout.mode != "sync" and c.config.rollout.engine.name == NONE,
+     "nothing is generated, so there is nothing to be ahead of", "--rollout-mode sync"),
+    ("rollout.partial_rollout", lambda c: c.config.rollout.partial_rollout and c.config.rollout.mode != "sync",
+     "is for rollout mode sync: in {rollout.mode} no rollout is interrupted at the end of a step",
+     "leave --partial-rollout out, or --rollout-mode sync"),
+    ("rollout.mask_offpolicy_in_partial_rollout", lambda c: c.config.rollout.mask_offpolicy_in_partial_rollout
+     and not c.config.rollout.partial_rollout, "there are no partial rollouts", "add --partial-rollout"),
+    ("rollout.max_weight_staleness", lambda c: c.config.rollout.max_weight_staleness is not None
+     and c.config.rollout.mode != "fully_async" and not c.config.rollout.partial_rollout,
+     "nothing grows old in rollout mode {rollout.mode}: batches are one weight version old at most",
+     "--rollout-mode fully_async, or leave --max-weight-staleness out"),
+    ("run.deterministic", lambda c: c.config.rollout.partial_rollout and c.config.run.deterministic,
+     "cannot be promised with partial rollouts: which of them end first depends on time",
+     "leave --partial-rollout out, or --no-deterministic-mode"),
     ("resources.colocate", lambda c: c.config.rollout.mode != "sync" and c.config.resources.colocate,
      "trainer and engines take turns, but rollout mode {rollout.mode!r} needs both at once",
      "--rollout-mode sync, or --no-colocate"),
@@ -345,7 +355,7 @@ def _needs(c: _Checked) -> Iterator[Fault]:
             problem, remedy = "", ""
             if need in UNMET:
                 problem, remedy = f"{who} {UNMET[need]}, which is not in this version", "name another component"
-            elif need in GENERATED and not c.generates:
+            elif need in GENERATED and not c.generates and c.config.rollout.replay is None:
                 engine = c.config.rollout.engine.name
                 problem = f"{who} {GENERATED[need]}, but the engine {engine!r} generates nothing"
                 remedy = "name another component, or another --rollout-engine"
@@ -391,7 +401,8 @@ def _training_data(c: _Checked) -> Iterator[Fault]:
         return  # a source of somebody else's may need no files
     if not c.config.data.sets:
         yield c.fault("data.sets", "there is nothing to train on", "--prompt-data FILE")
-    yield from _paths(c, "data.sets", "--prompt-data FILE")
+    if c.config.rollout.replay is None:
+        yield from _paths(c, "data.sets", "--prompt-data FILE")
 
 
 def _evaluation_data(c: _Checked) -> Iterator[Fault]:
@@ -435,7 +446,24 @@ def _numbers(c: _Checked) -> Iterator[Fault]:
         yield c.fault(error.key, error.problem, error.remedy)
 
 
+def _replayed(c: _Checked) -> Iterator[Fault]:
+    if c.config.rollout.replay is not None and c.config.rollout.dump is not None:
+        yield c.fault("rollout.dump", "the batches are in rollout.replay already", "leave it out")
+    if c.config.rollout.replay is not None and c.config.eval.sets:
+        problem = "a run that replays starts no engine, and evaluation needs one"
+        remedy = "--eval.sets=[], and `miles eval` with --checkpoint afterwards"
+        yield Fault("eval.sets", problem, remedy, [s.name for s in c.config.eval.sets], c.origin(("eval", "sets")))
+
+
+def _dumped(c: _Checked) -> Iterator[Fault]:
+    if c.config.rollout.replay is not None:
+        yield c.fault("rollout.replay", "is for training: nothing is generated", "miles train, or leave it out")
+    if c.config.rollout.dump is None:
+        yield c.fault("rollout.dump", "where shall the batches go?", "--dump FOLDER")
+
+
 _NEEDED: dict[str, tuple[Callable[[_Checked], Iterator[Fault]], ...]] = {
-    "train": (_checkpoint, _training_data, _rewards, _numbers),
+    "train": (_checkpoint, _training_data, _rewards, _numbers, _replayed),
+    "rollout": (_checkpoint, _training_data, _rewards, _numbers, _dumped),
     "eval": (_checkpoint, _evaluation_data, _rewards),
 }

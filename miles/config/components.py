@@ -88,6 +88,9 @@ def read_texts(options: dict[str, Any], kind: type | None) -> None:
         elif isinstance(value, list):
             item = item_type(annotation)
             options[key] = [from_text(text, item) if isinstance(text, Text) else text for text in value]
+        elif isinstance(value, dict):
+            options[key] = dict(value)
+            read_texts(options[key], None)
 
 
 def _holders(nested: dict[str, Any], leaf: Leaf) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -37,7 +37,7 @@ class Sampling(Section):
     min_p: Annotated[float, Flag("--rollout-min-p"), Field(ge=0, lt=1)] = 0.0
     """Drop tokens less likely than this fraction of the most likely one."""
     max_new_tokens: Annotated[int, Flag("--rollout-max-response-len"), Field(gt=0)] = 256
-    """Longest response, in tokens."""
+    """Longest response, in tokens; longest turn, where there are several."""
     min_new_tokens: Annotated[int, Flag("--rollout-min-response-len"), Field(ge=0)] = 0
     """Stop tokens are impossible before this many."""
     stop: Annotated[tuple[str, ...], Flag("--rollout-stop")] = ()
@@ -70,8 +70,9 @@ class TaskSet(Section):
     """single_turn, multi_turn, dataset (SFT), or yours; `auto`: turns when there is an environment, else one turn."""
     reward: Annotated[RewardSpecs, Flag("--rm-type", "--reward")] = ()
     """Reward by name, or a mapping from names to weights."""
-    max_turns: Annotated[int, Flag("--generate-max-turns")] = 16
-    """Most model turns in one trajectory."""
+    max_turns: Annotated[int, Flag("--generate-max-turns"), Field(gt=0)] = 16
+    """Most model turns in one trajectory. Each may have `sampling.max_new_tokens`; all of them, the prompt and what the
+    environment says together may have `rollout.max_context_len`."""
 
 
 class DataSection(Section):

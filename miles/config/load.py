@@ -14,13 +14,22 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from miles.config.arguments import ComponentFlag, component_flags, engine_of, offers, read_arguments, selecting_flags
+from miles.config.arguments import (
+    ComponentFlag,
+    bringing_flags,
+    component_flags,
+    engine_of,
+    offers,
+    read_arguments,
+    selecting_flags,
+)
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
 from miles.config.leaves import Path, children, flag_table, leaf_above
+from miles.config.replay import REPLAY, without_engines
 from miles.config.schema import Config
-from miles.config.selection import contradictions, how_to_select, selecting, selections_last
+from miles.config.selection import contradictions, how_to_select, in_order, selecting
 from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
 from miles.config.tree import Tree
 from miles.config.upstream import known_name
@@ -30,7 +39,7 @@ from miles.kinds import KINDS
 from miles.plugins import Plugins, load_plugins
 from miles.registry import Registry
 
-Purpose = Literal["train", "eval", "show"]
+Purpose = Literal["train", "rollout", "eval", "show"]
 Source = str | FilePath | Mapping[str, Any]
 _PYTHON = Origin("python", "given in Python")
 _PRESET = ("algorithm", "preset")
@@ -134,6 +143,7 @@ class _Resolution:
         self.flattener = Flattener(self.faults, self._name_object)
         self.component_flags = component_flags(registry)
         self.selecting = selecting_flags(registry)
+        self.bringing = bringing_flags(registry)
 
     def run(self, files: Sequence[Source], arguments: Sequence[str], overrides: Mapping[str, Any]) -> Resolved:
         layers = [self._file(source) for source in files]
@@ -141,11 +151,12 @@ class _Resolution:
         given, flags = self._python(overrides)
         layers += [self._layer(read.settings), self._layer(given)]
         tree = Tree(self.faults)
-        for layer in self._with_preset(layers):
+        for layer in without_engines(self._with_preset(layers), self.purpose):
             tree.put_all(layer)
         tree.inherit()
         for flag, value, origin in (*read.component_flags, *flags):
-            self._component_flag(tree, flag, value, origin)
+            if tree.values.get(REPLAY) is None or not engine_of(flag, self.registry):
+                self._component_flag(tree, flag, value, origin)
         nested = tree.nested()
         self._components(tree, nested)
         config = self._validated(tree, nested)
@@ -165,11 +176,11 @@ class _Resolution:
         except ConfigError as error:
             self.faults.append(Fault(str(source), str(error)))
             return []
-        return list(self.flattener.mapping(mapping, where))
+        return in_order(list(self.flattener.mapping(mapping, where)))
 
     def _layer(self, settings: list[Setting]) -> list[Setting]:
         self.faults += contradictions(settings)
-        return selections_last(settings)
+        return in_order(settings)
 
     def _python(self, overrides: Mapping[str, Any]) -> tuple[list[Setting], list[ComponentFlag]]:
         """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
@@ -184,6 +195,8 @@ class _Resolution:
             elif flag in self.selecting:
                 settings += selecting(self.selecting[flag], flag, value, origin, self.faults)
             elif flag in self.component_flags:
+                if flag in self.bringing:
+                    settings += selecting(self.bringing[flag], flag, True, origin, self.faults)
                 flags.append((flag, value, _PYTHON))
             else:
                 settings += self.flattener.value(tuple(key.split(".")), value, where, _PYTHON)

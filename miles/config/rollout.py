@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -16,7 +17,23 @@ class RolloutSection(Section):
     """Engines; follows from `resources` when not given. Without `--rollout-num-gpus` and `--colocate`, that many in
     workers of their own."""
     mode: Annotated[Literal["sync", "one_step_off", "fully_async"], Flag("--rollout-mode")] = "sync"
-    """Whether rollouts wait for training."""
+    """Whether rollouts wait for training (`sync`), are generated while the batch before them is trained on
+    (`one_step_off`), or never stop (`fully_async`)."""
+    partial_rollout: Annotated[bool, Flag("--partial-rollout")] = False
+    """A batch is full when enough groups have ended; the others are interrupted, and go on first in the next step."""
+    mask_offpolicy_in_partial_rollout: Annotated[bool, Flag("--mask-offpolicy-in-partial-rollout")] = False
+    """Of a rollout that went on in a later step, train on the tokens of the newest weights alone."""
+    max_weight_staleness: Annotated[int | None, Flag("--max-weight-staleness"), Field(ge=0)] = None
+    """Most weight versions that the oldest token of a group may be behind when it is trained on. None: 1 in
+    `fully_async`, no limit with `partial_rollout`."""
+    stale_groups: Annotated[
+        Literal["wait", "drop", "retry"], Flag("--stale-groups", "--async-unused-samples-handler")
+    ] = "wait"
+    """What becomes of groups that take so long that they would be too old: the batch waits for them, they are dropped,
+    or dropped and their prompts asked again. What is dropped is what is long."""
+    pause_mode: Annotated[Literal["retract", "abort", "in_place"], Flag("--pause-generation-mode")] = "retract"
+    """How requests that are under way wait for new weights in `fully_async`: put back and computed anew, aborted and
+    asked again for the rest, or frozen with a cache of the old weights."""
     num_rollout: Annotated[int | None, Flag("--num-rollout"), Field(ge=0)] = None
     """Steps of the outer loop; or give `num_epoch`."""
     num_epoch: Annotated[float | None, Flag("--num-epoch"), Field(gt=0)] = None
@@ -26,7 +43,8 @@ class RolloutSection(Section):
     n_samples_per_prompt: Annotated[int, Flag("--n-samples-per-prompt"), Field(gt=0)] = 8
     """Samples in a group."""
     over_sampling_batch_size: Annotated[int | None, Flag("--over-sampling-batch-size")] = None
-    """Prompts asked for at a time while a batch fills; `batch_size` when not given."""
+    """Prompts asked for at a time while a batch fills, or under way at once with `partial_rollout`; `batch_size` when
+    not given."""
     filters: Annotated[ComponentSpecs, Flag("--rollout-filters")] = ()
     """Groups that any of these rejects are replaced by new ones."""
     max_filtered_batches: Annotated[int, Flag("--max-filtered-batches"), Field(gt=0)] = 20
@@ -45,3 +63,15 @@ class RolloutSection(Section):
     """Samples in flight at once."""
     dump_samples: Annotated[int | None, Flag("--dump-samples")] = None
     """Samples of each batch written to `rollouts/`; all of them when not given, 0 for none."""
+    dump: Annotated[Path | None, Flag("--dump-rollouts", "--dump")] = None
+    """Folder to which every batch is written, exactly, for `miles train --replay`."""
+    replay: Annotated[Path | None, Flag("--replay")] = None
+    """Train on the batches of this folder, which `--dump-rollouts` or `miles rollout` has written. No engine is
+    started, whatever is said of engines elsewhere."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether all samples of a batch are drawn by the very weights that are trained on them."""
+        if self.mode == "fully_async":
+            return self.max_weight_staleness == 0
+        return self.mode == "sync" and not self.partial_rollout

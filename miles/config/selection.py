@@ -1,7 +1,8 @@
 """Flags that select the component which declares them: `--use-tis` is `--is-correction tis`.
 
 Where one component stands, the flag names it and leaves its options as they are if it stands there already; in a list
-it is added, once. `--no-use-tis` is its contrary: the default comes back, or the list is left without it.
+it is added, once. `--no-use-tis` is its contrary: the default comes back, or the list is left without it. A flag with a
+value, `--custom-rm-path my.reward`, selects its component besides where the component `provides` the flag.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from miles.config.base import as_spec_list, as_weighted
 from miles.config.faults import Fault, Origin
-from miles.config.leaves import Leaf, leaves, pattern
+from miles.config.leaves import Leaf, leaf_above, leaves, pattern
 from miles.config.settings import Setting
 from miles.config.values import from_text
 from miles.kinds import KINDS
@@ -51,11 +52,16 @@ def place_of(offer: Registration) -> Leaf:
     return leaves()[tuple(key.split("."))]
 
 
+def brings(offer: Registration, flag: str) -> bool:
+    """Whether a flag with a value for an option of a component selects that component too."""
+    return flag in offer.value.provides
+
+
 def how_to_select(offer: Registration) -> str:
     """What to do for a component to be selected, as an error says it."""
     place = place_of(offer)
     told = f"set {place.dotted} to {offer.name}" if place.shape == "spec" else f"add {offer.name} to {place.dotted}"
-    flag = next((flag for flag, option in offer.value.flags.items() if option == SELECTS), None)
+    flag = next((flag for flag, option in offer.value.flags.items() if option == SELECTS or brings(offer, flag)), None)
     return f"{told} ({flag})" if flag else told
 
 
@@ -68,9 +74,18 @@ def selecting(offer: Registration, flag: str, value: Any, origin: Origin, faults
     return []
 
 
-def selections_last(settings: Sequence[Setting]) -> list[Setting]:
-    """One layer's settings, so that the order of a command line is no matter."""
-    return sorted(settings, key=lambda setting: isinstance(setting.value, Selection))
+def in_order(settings: Sequence[Setting]) -> list[Setting]:
+    """One layer's settings, so that the order of a command line is no matter: a component's name before its options,
+    which another name would take away, and a list before what is added to it."""
+    return sorted(settings, key=_rank)
+
+
+def _rank(setting: Setting) -> int:
+    found = leaf_above(setting.path)
+    in_list = found is not None and found[0].shape != "spec"
+    if isinstance(setting.value, Selection):
+        return 2 if in_list else 0
+    return int(found is not None and not in_list and found[1][:1] == ("options",))
 
 
 def contradictions(settings: Sequence[Setting]) -> Iterator[Fault]:

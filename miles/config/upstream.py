@@ -57,28 +57,37 @@ RENAMED: dict[str, str] = {
 SWITCHES: dict[str, tuple[str, str]] = {
     "balance-data": ("--balance", "tokens"),
     "balance-by-flops": ("--balance", "flops"),
+    "fully-async": ("--rollout-mode", "fully_async"),
 }
 """Switch that is taken as it is -> the flag and the value that it stands for."""
 
 REPLACED: tuple[tuple[str, str], ...] = (
     # ------------------------------------------------------------------------------------------- functions of one's own
-    ("--rm-type my_module:my_reward; see docs/migrating.md for what it gets and returns", "custom-rm-path"),
-    ("--generate my_module:my_generate", "custom-generate-function-path"),
+    ("pip install miles-compat, which takes such a function as it is; or --rm-type my_module:my_reward, and "
+     "docs/migrating.md for what that gets and returns", "custom-rm-path"),
+    ("pip install miles-compat, which takes such a function as it is; or --generate my_module:my_generate",
+     "custom-generate-function-path"),
     ("--policy-loss my_module:my_loss: a loss for each token; the core averages", "custom-loss-function-path"),
     ("--is-correction my_module:my_correction", "custom-tis-function-path"),
     ("--advantage-estimator my_module:my_estimator", "custom-advantage-function-path"),
-    ("--rollout-filters agreeing_rewards, or my_module:my_filter", "dynamic-sampling-filter-path"),
+    ("--rollout-filters agreeing_rewards, or my_module:my_filter; with miles-compat such a function as it is",
+     "dynamic-sampling-filter-path"),
     ("--data-source my_module:MySource", "data-source-path disable-rollout-global-dataset"),
     ("--evaluator my_module:MyEvaluator", "eval-function-path"),
     ("--loss-aggregation names the reducer", "custom-pg-loss-reducer-function-path"),
-    ("a reward with the method `score_group(group)` judges a group at once", "group-rm"),
+    ("a reward with the method `score_group(group)` judges a group at once; miles-compat takes the flag for "
+     "--custom-rm-path", "group-rm"),
     ("a reward may be an async function that asks a server: --rm-type my_module:my_reward", "rm-url"),
-    ("a reward returns named parts, among which `reward` is the scalar", "reward-key eval-reward-key"),
+    ("a reward returns named parts, among which `reward` is the scalar; miles-compat takes the flag for "
+     "--custom-rm-path", "reward-key"),
+    ("a reward returns named parts, among which `reward` is the scalar; with miles-compat, `reward_key` of the reward "
+     "of an evaluation set", "eval-reward-key"),
     (
         "implement the hook miles_modify_samples in a plugin",
-        "custom-reward-post-process-path rollout-sample-filter-path rollout-sample-hook-path "
+        "custom-reward-post-process-path rollout-sample-filter-path "
         "rollout-data-postprocess-path custom-convert-samples-to-train-data-path",
     ),
+    ("pip install miles-compat, which takes such functions as they are", "rollout-sample-hook-path"),
     (
         "implement the hook miles_on_rollout_end or miles_on_eval_end in a plugin",
         "custom-rollout-log-function-path custom-eval-rollout-log-function-path rollout-all-samples-process-path",
@@ -100,8 +109,13 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ),
     (
         "write a generate function (--generate my_module:f) or an environment (--environment my_module:MyWorld)",
-        "rollout-function-path generate-tool-specs-path generate-tool-call-parser generate-execute-tool-function-path",
+        "rollout-function-path",
     ),
+    (
+        "name the functions: --environment tools with its option `functions` (docs/environments.md)",
+        "generate-tool-specs-path generate-execute-tool-function-path",
+    ),
+    ("the chat format reads calls (--chat-format)", "generate-tool-call-parser"),
     ("a bridge (--bridge) or a train backend (--train-backend) of your own", "custom-model-provider-path spec"),
     ("--model-transforms my_module:MyTransform says what is trainable", "only-train-params-name-list "
      "freeze-params-name-list freeze-indexer"),
@@ -151,7 +165,9 @@ REPLACED: tuple[tuple[str, str], ...] = (
      "eval-max-context-len eval-max-prompt-len"),
     ("the section eval.sets of a config file: miles train CONFIG.yaml", "eval-config"),
     ("config files come first on the command line: miles train CONFIG.yaml [MORE.yaml ...]",
-     "custom-config-path config"),
+     "config"),
+    ("config files come first on the command line: miles train CONFIG.yaml [MORE.yaml ...]. With miles-compat it names "
+     "what `args` of such functions holds besides the settings of the run", "custom-config-path"),
     ("leave it out: special tokens stay in the token stream; text is decoded without them",
      "rollout-skip-special-tokens"),
     # --------------------------------------------------------------------------------------------- optimizer and memory
@@ -184,10 +200,14 @@ REPLACED: tuple[tuple[str, str], ...] = (
     ("send SIGTERM: the run saves and stops; the same command goes on", "save-trigger-sentinel"),
     ("--num-rollout 1", "debug-exit-after-rollout"),
     ("--lr 0 trains nothing", "debug-disable-optimizer"),
-    ("--preset sft, or --rollout-engine none: trains on data alone", "debug-train-only"),
-    ("miles eval generates and judges without training", "debug-rollout-only"),
+    ("--replay FOLDER trains on rollouts that were kept, and --preset sft on texts; no engine is started",
+     "debug-train-only"),
+    ("miles rollout --dump FOLDER generates and judges without training", "debug-rollout-only"),
+    ("--dump-rollouts FOLDER keeps every batch, for --replay", "save-debug-rollout-data"),
+    ("--replay FOLDER, of what --dump-rollouts or `miles rollout` wrote; files of slime and Miles are not read",
+     "load-debug-rollout-data"),
     ("leave it out: samples of every step are in rollouts/ of the run directory (--dump-samples)",
-     "save-debug-rollout-data save-debug-trajectory-data save-debug-train-data log-multi-turn log-correct-samples"),
+     "save-debug-trajectory-data save-debug-train-data log-multi-turn log-correct-samples"),
     ("leave it out: metrics and samples of every step are in the run directory (--run-dir)",
      "dump-details save-debug-event-data"),
     ("miles report RUN: curves and samples in one HTML file", "use-miles-dashboard"),
@@ -270,15 +290,9 @@ LATER: tuple[tuple[str, str], ...] = (
     ("adapters in SGLang", "no-sglang-lora-use-virtual-experts"),
     ("weights by RDMA; `broadcast` sends them over NCCL", "p2p-transfer-num-workers p2p-transfer-timeout"),
     (
-        "asynchronous rollouts",
-        "fully-async rollout-submission-granularity partial-rollout mask-offpolicy-in-partial-rollout "
-        "max-weight-staleness async-max-concurrent-samples async-data-buffer-capacity-factor "
-        "async-unused-samples-handler custom-async-data-buffer-path buffer-filter-path pause-generation-mode "
-        "keep-old-actor",
-    ),
-    (
-        "agents that speak to the model over HTTP",
-        "use-session-server session-server-ip session-server-port custom-agent-function-path",
+        "asynchronous rollouts: --max-weight-staleness bounds what is under way and what is kept",
+        "rollout-submission-granularity async-max-concurrent-samples async-data-buffer-capacity-factor "
+        "custom-async-data-buffer-path buffer-filter-path keep-old-actor",
     ),
     (
         "a separate fleet of engines for evaluation; the live engine evaluates",
@@ -286,8 +300,8 @@ LATER: tuple[tuple[str, str], ...] = (
         "eval-keep-snapshots",
     ),
     (
-        "training on dumped samples",
-        "load-debug-rollout-data load-debug-rollout-data-subsample load-forge-rollout-data",
+        "training on a part of kept rollouts, or on those of other programs",
+        "load-debug-rollout-data-subsample load-forge-rollout-data",
     ),
     (
         "replacing workers that died one by one; with --max-restarts a run starts again from its last checkpoint",
@@ -344,6 +358,13 @@ ACCEPTED: dict[str, str] = {
     "update-weight-transfer-mode": "where it is not given: `inprocess` to engines beside the trainer, `broadcast` to "
     "those in workers of their own",
     "apply-chat-template": "for prompts that are text; a list of messages is rendered with or without it",
+    "custom-generate-function-path": "with miles-compat, and most functions as they are",
+    "custom-rm-path": "with miles-compat. It stands beside --rm-type: give one of the two, or both are added",
+    "custom-config-path": "with miles-compat: what `args` of functions holds besides the settings of the run",
+    "dynamic-sampling-filter-path": "with miles-compat; `keep_when_insufficient` is not asked for",
+    "rollout-sample-hook-path": "with miles-compat: after its generate function alone",
+    "group-rm": "with miles-compat, for --custom-rm-path",
+    "reward-key": "with miles-compat, for --custom-rm-path",
     "rm-type": "names differ, see below; `math` takes answers that are not boxed too, and instead of upstream's prefix "
     "`boxed_` there is `{name: math, require_boxed: true}`; also a mapping of weights, or `my_module:my_reward`",
     "rollout-top-p": "1 in training: importance ratios would be wrong otherwise. Evaluation may cut",

@@ -23,6 +23,7 @@ from miles.data.screening import Screened, screen
 from miles.errors import ConfigError, DataError, MilesError
 from miles.kinds import KINDS
 from miles.registry import Entry
+from miles.rollout.replay import batches_to_replay
 from miles.targets import import_target
 
 FIRST_ROWS = 10_000
@@ -38,7 +39,8 @@ def require_ready(resolved: Resolved, purpose: Purpose = "train") -> None:
 def preflight(resolved: Resolved, purpose: Purpose = "train") -> list[Fault]:
     """What would stop a run of this configuration."""
     return [
-        *_data(resolved, purpose), *_checkpoints(resolved, purpose), *_gpus(resolved), *_functions(resolved),
+        *_data(resolved, purpose), *_replay(resolved, purpose), *_checkpoints(resolved, purpose), *_gpus(resolved),
+        *_functions(resolved),
     ]  # fmt: skip
 
 
@@ -47,7 +49,11 @@ def sets_of(resolved: Resolved, purpose: Purpose) -> dict[str, TaskSet]:
     config = resolved.config
     if config.data.source != leaves()["data", "source"].default:
         return {}
-    places = {"eval": config.eval.sets} if purpose == "eval" else {"data": config.data.sets, "eval": config.eval.sets}
+    places = {"data": config.data.sets, "eval": config.eval.sets}
+    if purpose in ("eval", "rollout"):
+        del places["data" if purpose == "eval" else "eval"]
+    if purpose == "train" and config.rollout.replay is not None:
+        return {}
     every = {f"{where}.sets.{task_set.name}": task_set for where, sets in places.items() for task_set in sets}
     return {key: s for key, s in every.items() if s.path is not None and not s.path.startswith("hub:")}
 
@@ -66,11 +72,22 @@ def _data(resolved: Resolved, purpose: Purpose) -> Iterator[Fault]:
             yield _fault(resolved, f"{key}.path", error, path, _nearest(path.partition("@[")[0]))
 
 
+def _replay(resolved: Resolved, purpose: Purpose) -> Iterator[Fault]:
+    """The batches are there, and fit."""
+    folder = resolved.config.rollout.replay
+    if folder is None or purpose != "train":
+        return
+    try:
+        batches_to_replay(resolved.config)
+    except MilesError as error:
+        yield _fault(resolved, "rollout.replay", error, str(folder), _nearest(str(folder)))
+
+
 def _checkpoints(resolved: Resolved, purpose: Purpose) -> Iterator[Fault]:
     config = resolved.config
     named = {"model.hf_checkpoint": config.model.hf_checkpoint, "model.ref_load": config.model.ref_load}
     for key, name in named.items():
-        if name is not None and not (purpose == "eval" and key == "model.ref_load"):
+        if name is not None and not (purpose in ("eval", "rollout") and key == "model.ref_load"):
             try:
                 local_checkpoint(name)
             except ConfigError as error:

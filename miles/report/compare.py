@@ -21,7 +21,10 @@ from miles.rundir import METRICS
 
 EXPORT = "hf"
 """Folder of a run's Hugging Face export, with `--save-hf hf`."""
-MANNER = ("perf/", "time", "weight_sync/", "rollout/cached_ratio", "train/oom_retries", "critic/oom_retries")
+MANNER = (
+    "perf/", "time", "weight_sync/", "rollout/cached_ratio", "rollout/generated_tokens", "train/oom_retries",
+    "critic/oom_retries",
+)  # fmt: skip
 """Metrics that say how something was done, and not what: they differ between any two runs."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from miles.experts import missing_experts
-from miles.types import ROUTED_EXPERTS, Group, Metrics, Sample, Status
+from miles.types import ROUTED_EXPERTS, WEIGHT_VERSION, Group, Metrics, Sample, Status
 
 SUCCESS = 1.0
 """A sample of at least this reward is counted as a success in `accuracy` and pass@k."""
@@ -50,6 +50,30 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
         values = [s.reward_parts[part] for s in samples if part in s.reward_parts]
         metrics[f"reward_parts/{part}"] = float(np.mean(values))
     return metrics
+
+
+def oldest_version(samples: Sequence[Sample]) -> int | None:
+    """Of the weights that have drawn a token of them; None where none have."""
+    return min((int(versions.min()) for versions in _drawn_by(samples)), default=None)
+
+
+def staleness_metrics(groups: Sequence[Group], version: int) -> Metrics:
+    """How many weight versions the oldest token of each sample is behind `version`, and how many samples have tokens of
+    several."""
+    drawn = _drawn_by([sample for group in groups for sample in group.samples])
+    ages = np.array([version - int(versions.min()) for versions in drawn])
+    if not drawn:
+        return {}
+    mixed = float(np.mean([versions.min() != versions.max() for versions in drawn]))
+    shares = {f"share_{age}": float(np.mean(ages == age)) for age in range(int(ages.max()) + 1)}
+    found = {"mean": float(ages.mean()), "max": float(ages.max()), "mixed_versions": mixed, **shares}
+    return {f"rollout/staleness/{name}": value for name, value in found.items()}
+
+
+def _drawn_by(samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Weight versions of the tokens of each sample that has any of the model's."""
+    columns = [s.columns[WEIGHT_VERSION.name] for s in samples if WEIGHT_VERSION.name in s.columns]
+    return [drawn for versions in columns if len(drawn := versions[versions >= 0])]
 
 
 def pass_at_k(successes: Sequence[Sequence[bool]], k: int) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from miles.errors import EngineError, EngineLostError, MilesError
@@ -119,3 +120,9 @@ class Recovery:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_lost(call: Awaitable[None]) -> None:
+    """A lost engine has nothing under way and nothing to move; whoever needs it next finds out."""
+    with suppress(EngineLostError):
+        await call

@@ -19,11 +19,17 @@ from miles.protocols import ChatFormat, GenerateContext, Score
 from miles.registry import Registry
 from miles.rollout.concurrent import run_all
 from miles.rollout.engines import EngineFront
+from miles.rollout.gate import Gate
 from miles.targets import defined_at, described
+from miles.turns import RESTARTED
 from miles.types import Group, Sample, Status
 
 JUDGED = (Status.COMPLETED, Status.TRUNCATED)
 """Samples that came to an end, and so can be judged and trained."""
+SIBLINGS = 1 << 40
+"""Between the ids of two siblings that their generate function gave the same one."""
+RETRIED = "retried"
+"""Key of `Sample.metadata`: errors of the attempts before this one."""
 HOPELESS = (HookError, WorkerError, EngineLostError, WeightSyncError)
 """No component, or no engine, is as it should be: no other sample can do better."""
 EXPECTED = "a finite number is expected, or a mapping of names to numbers with a finite 'reward'"
@@ -37,7 +43,13 @@ class Task:
     """
 
     def __init__(
-        self, task_set: TaskSet, config: Config, registry: Registry, front: EngineFront, chat: ChatFormat, **limits: Any
+        self,
+        task_set: TaskSet,
+        config: Config,
+        registry: Registry,
+        front: EngineFront | Gate,
+        chat: ChatFormat,
+        **limits: Any,
     ):
         self.set, self.front = task_set, front
         self.generate = generate_function_for(registry, task_set, front.generates)
@@ -60,45 +72,69 @@ class Task:
         self.greedy = replace(self.context, sampling=greedy, routed_experts=False)  # never trained
 
     async def run_group(self, group: Group, attempts: int, reseed: Callable[[Sample, int], int]) -> Group:
-        """Generate and reward every sample of the group, and its baseline, which is judged alone."""
+        """Generate and reward every sample of the group, and its baseline, which is judged alone.
+
+        When the gate is closed meanwhile, the group comes back with samples that are pending, and nothing is judged:
+        the next call goes on with those.
+        """
         runs = [self._run(self.context, sample, attempts, reseed) for sample in group.samples]
         if group.baseline is not None:
             runs.append(self._run(self.greedy, group.baseline, attempts, reseed))
         results = await run_all(runs)
         if group.baseline is not None:
             group.baseline = results.pop()[0]  # siblings of one trajectory share its reward
+        group.samples = [sample for siblings in results for sample in siblings]
+        if unfinished(group):
+            return group
+        if group.baseline is not None:
             group.baseline.loss_mask[:] = 0
             await self._reward_group(replace(group, samples=[group.baseline], baseline=None))
             group.baseline_reward = group.baseline.reward
-        group.samples = [sample for siblings in results for sample in siblings]
         await self._reward_group(group)
         return group
 
     async def _run(
         self, context: GenerateContext, sample: Sample, attempts: int, reseed: Callable[[Sample, int], int]
     ) -> list[Sample]:
-        """Generate one sample, again with another seed when it failed."""
-        finished = [sample]
+        """Generate one sample, or the rest of it; again with another seed when it failed."""
+        finished, attempt, closings = [sample], 0, self.front.closings
+        if sample.status is not Status.PENDING:
+            return finished
         context = replace(context, generate=partial(self.front.generate, affinity=sample.group_id))
-        for attempt in range(attempts):
-            if attempt:
-                fresh = Sample.begin(sample.prompt, id=sample.id, group_id=sample.group_id)
-                fresh.seed = reseed(sample, attempt)
-                sample = fresh
-            try:
-                result = await self.generate(context, sample)
-                finished = result if isinstance(result, list) else [result]
-            except HOPELESS:
-                raise
-            except Exception as error:
-                logger.debug("sample %s failed", sample.id, exc_info=True)
-                sample.status, sample.error = Status.FAILED, described(error)
-                finished = [sample]
-            if not any(s.status in (Status.FAILED, Status.ABORTED) for s in finished):
+        while True:
+            finished = await self._generate(context, sample)
+            statuses = {s.status for s in finished}
+            if Status.ABORTED in statuses and (self.front.closed or self.front.closings != closings):
+                if len(finished) > 1:  # of siblings, nobody but their generate function can tell where to go on
+                    finished = [afresh(sample)]
+                finished[0].status = Status.PENDING
+                return finished
+            attempt += 1
+            if attempt == attempts or not statuses & {Status.FAILED, Status.ABORTED}:
                 break
+            before = [*sample.metadata.get(RETRIED, ()), finished[0].error or finished[0].status.value]
+            sample = Sample.begin(sample.prompt, id=sample.id, group_id=sample.group_id, seed=reseed(sample, attempt))
+            sample.metadata[RETRIED] = before
         for one in finished:
             one.max_new_tokens = context.sampling.max_new_tokens
         return finished
+
+    async def _generate(self, context: GenerateContext, sample: Sample) -> list[Sample]:
+        """What the generate function makes of a sample; what it raises is noted on the sample."""
+        try:
+            result = await self.generate(context, sample)
+            if finished := (result if isinstance(result, list) else [result]):
+                return _with_ids_of_their_own(finished)
+            sample.error = "its generate function returned no sample"
+        except HOPELESS:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+                raise
+            logger.debug("sample %s failed", sample.id, exc_info=True)
+            sample.error = described(error)
+        sample.status = Status.FAILED
+        return [sample]
 
     # -------------------------------------------------------------------------------------------------------- rewards
 
@@ -129,6 +165,33 @@ class Task:
                 scores = [wrong] * len(judged.samples)
             for sample, score in zip(judged.samples, scores, strict=True):
                 _add_score(sample, name, weight, reward, score)
+
+
+def _with_ids_of_their_own(siblings: list[Sample]) -> list[Sample]:
+    known: set[int] = set()
+    for number, sample in enumerate(siblings):
+        if sample.id in known:
+            sample.id += number * SIBLINGS
+        known.add(sample.id)
+    return siblings
+
+
+def unfinished(group: Group) -> bool:
+    return any(sample.status is Status.PENDING for sample in group.rollouts)
+
+
+def afresh(sample: Sample) -> Sample:
+    """The same sample from its prompt, which says of itself that it lost what it had, if it had anything."""
+    fresh = Sample.begin(sample.prompt, id=sample.rollout_id, group_id=sample.group_id, seed=sample.seed)
+    if times := sample.metadata.get(RESTARTED, 0) + bool(sample.turns):
+        fresh.metadata[RESTARTED] = times
+    return fresh
+
+
+def _being_cancelled() -> bool:
+    """By us. What else was cancelled, somewhere in the depths of a client, is an error like others."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
 
 async def _scores(reward: Any, group: Group) -> list[Score | BaseException]:

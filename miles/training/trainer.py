@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from miles.config import Config
+from miles.config.base import NONE
 from miles.config.components import component_needs, needs_reference
 from miles.config.derived import Derived
 from miles.errors import NonFiniteError, TrainError
@@ -121,9 +122,13 @@ class Trainer:
 
     @property
     def _old(self) -> Literal["rollout", "recompute", "now"]:
-        """Where old log-probs come from. `now`: the first and only forward pass of this batch is the old policy."""
+        """Where old log-probs come from. `now`: the first and only forward pass of this batch is the old policy, which
+        was it that acted. Where it was not, ratios are to the one that did, unless a correction sees to that."""
         if self.config.algorithm.old_logprobs != "auto":
             return self.config.algorithm.old_logprobs
+        corrected = self.config.algorithm.is_correction.name != NONE
+        if self.stage.has_advantages and not self.config.rollout.on_policy:
+            return "recompute" if corrected else "rollout"
         several = self.derived.optimizer_steps_per_rollout > 1
         needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)
         return "recompute" if needed else "now"

@@ -18,9 +18,10 @@ from miles.api import (
     SamplingParams,
     Status,
     StepResult,
+    recorded_rows,
     routed_experts_column,
 )
-from miles.builtins.generate import ENVIRONMENT_STATE, RESTARTED, MultiTurn, dataset, recorded_rows, single_turn
+from miles.builtins.generate import ENVIRONMENT_STATE, RESTARTED, MultiTurn, dataset, single_turn
 
 USER = {"role": "user", "content": "hello"}
 
@@ -115,7 +116,7 @@ def test_single_turn_records_tokens_and_columns(chat):
     [turn] = sample.turns
     assert (turn.start, turn.end, turn.finish_reason) == (asked, asked + said, "stop")
     request = engine.requests[0]
-    assert (request.seed, request.routed_experts, request.priority) == (99, True, 0)
+    assert (request.seed, request.routed_experts, request.priority) == (99, True, -sample.group_id)
 
 
 @pytest.mark.parametrize(("reason", "status"), [("length", Status.TRUNCATED), ("abort", Status.ABORTED)])

@@ -24,6 +24,8 @@ def jobs(monkeypatch):
         return {"sums": {"accuracy": 0.5}}
 
     module.run_evaluation = evaluate
+    batches = [{"rollout/samples/trained": 4.0, "rollout/reward": r, "data/long": r, "rollout/x": 1.0} for r in (0, 1)]
+    module.run_rollouts = lambda resolved: module.calls.append(("rollout", resolved.config)) or batches
     monkeypatch.setitem(sys.modules, "miles.jobs", module)
     return module
 
@@ -180,6 +182,30 @@ def test_eval(miles, jobs, base, tmp_path):
     assert miles("eval", *flags, "--checkpoint", "nowhere")[0] == 2
 
 
+def test_rollout(miles, jobs, base):
+    code, out, _ = miles("rollout", *base, "--dump", "folder")
+    lines = [line.split() for line in out.splitlines()]
+    assert (code, lines[0]) == (0, ["folder:", "2", "batches", "more"])
+    assert dict(lines[1:]) == {
+        "rollout/samples/trained": "8",
+        "rollout/reward": "0.5",
+        "data/long": "1",
+        "rollout/x": "1",
+    }
+    assert jobs.calls[-1][1].rollout.dump.name == "folder"
+    code, _, err = miles("rollout", *base)
+    assert code == 2
+    assert "--dump FOLDER" in err
+
+    def stopped(resolved):
+        raise RunInterrupted("stopped by SIGINT", 2)
+
+    jobs.run_rollouts = stopped
+    code, _, err = miles("rollout", *base, "--dump", "folder")
+    assert code == 130
+    assert "every whole batch is in folder; the same command goes on" in err
+
+
 def test_misspelt_flags_and_words_of_a_command(miles, base):
     assert "did you mean --changed? see `miles config --help`" in miles("config", *base, "--changd")[2]
     assert "see `miles config --help`" in miles("config", *base, "--xyzzy")[2]
@@ -230,7 +256,7 @@ def test_help_lists_every_flag(miles):
     words = {word.strip(",") for word in out}
     assert [flag for flag in flag_table() if flag not in words] == []
     assert "--eps-clip" in words
-    for command in ("eval", "config", "plugins"):
+    for command in ("eval", "rollout", "config", "plugins"):
         code, out, _ = miles(command, "--help")
         assert code == 0
         assert out.startswith(f"usage: miles {command}")

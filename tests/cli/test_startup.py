@@ -69,6 +69,7 @@ def test_the_shims_are_the_command_line():
     for name, words in (("train.py", "usage: miles train"), ("train_async.py", "usage: miles train")):
         done = subprocess.run([sys.executable, root / name, "--help"], capture_output=True, text=True, check=True)
         assert words in done.stdout
-    refused = subprocess.run([sys.executable, root / "train_async.py"], capture_output=True, text=True, check=False)
+    asked = [sys.executable, root / "train_async.py", "--rollout-engine", "none"]
+    refused = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
-    assert "one_step_off" in refused.stderr
+    assert "rollout.mode = 'one_step_off'" in refused.stderr

@@ -69,6 +69,12 @@ class Extra(types.SimpleNamespace):
             "one": Component("parts:one"),
             "two": Component("parts:two", options=LossOptions),
             "world": Component("parts:world", needs={"environment"}),
+            "scaled": Component(
+                "parts:scaled",
+                options=LossOptions,
+                flags={"--scale-low": "low", "--scale-on": "on"},
+                provides=("--scale-low",),
+            ),
         }
 
     @hookimpl
@@ -77,6 +83,11 @@ class Extra(types.SimpleNamespace):
             "sieve": Component("parts:sieve", options=LossOptions, flags={"--use-sieve": ""}),
             "by_experts": Component("parts:by_experts", needs={"routed_experts"}),
         }
+
+    @hookimpl
+    def miles_register_generate_functions(self):
+        flags = {"--chatty-low": "low"}
+        return {"chatty": Component("parts:chatty", options=LossOptions, flags=flags, provides=("--chatty-low",))}
 
     @hookimpl
     def miles_register_environments(self):

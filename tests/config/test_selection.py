@@ -113,3 +113,28 @@ def test_a_kind_with_two_places_goes_where_the_component_says(solve):
     algorithm = solve((), "--use-pull").config.algorithm
     assert [spec.name for spec in algorithm.advantage_terms] == ["pull"]
     assert algorithm.advantage_estimator.name == "grpo"
+
+
+def test_a_flag_with_a_value_selects_too_where_the_component_says_so(solve):
+    words = ["--eval-prompt-data", "held_out", "test.jsonl", "--chatty-low", "2", "--scale-low", "3"]
+    resolved = solve((), *words)
+    (trained,), (held_out,) = resolved.config.data.sets, resolved.config.eval.sets
+    for task_set in (trained, held_out):
+        assert (task_set.generate.name, task_set.generate.options) == ("chatty", {"low": 2.0})
+        assert [(reward.name, reward.options) for reward in task_set.reward] == [("one", {}), ("scaled", {"low": 3.0})]
+    assert str(resolved.origin("data.sets.default.generate.name")) == "--chatty-low"
+    same = solve((), overrides={"chatty_low": 2, "scale_low": 3}).config.data.sets[0]
+    assert (same.generate, same.reward) == (trained.generate, trained.reward)
+
+
+@pytest.mark.parametrize("selecting", [["--use-weighting"], ["--is-correction", "weighting"]])
+def test_options_of_the_same_command_stay_whichever_comes_first(solve, selecting):
+    low = "--algorithm.is_correction.low=3"
+    assert spec_of(solve((), low, *selecting)) == spec_of(solve((), *selecting, low)) == ("weighting", {"low": 3.0})
+    assert spec_of(solve((WEIGHTING,), "--is-correction", "rejecting")) == ("rejecting", {})
+
+
+def test_its_other_flags_do_not_select(solve):
+    with pytest.raises(ConfigFaults, match="--scale-on") as raised:
+        solve((), "--scale-on")
+    assert "add scaled to data.sets.*.reward (--scale-low)" in str(raised.value)

@@ -33,7 +33,7 @@ LAYERS = [
     {"registry"},
     {"plugins", "conformance", "options"},
     {"api"},
-    {"hookspecs", "kinds", "hermes"},
+    {"hookspecs", "kinds", "hermes", "turns", "tools"},
     {"protocols", "contexts", "execution", "weights", "shipment", "experts", "buckets"},
     {"types"},
     {"component", "errors", "parts", "log", "targets", "catalog", "durable", "batches"},

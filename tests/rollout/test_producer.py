@@ -8,7 +8,7 @@ import pytest
 from miles.config import Config
 from miles.errors import RolloutError
 from miles.rollout.measure import batch_metrics
-from miles.rollout.producer import NO_BASELINE, Producer, sample_seed
+from miles.rollout.producer import NO_BASELINE, Waves, sample_seed
 from miles.types import Group, Prompt, Status, Verdict
 
 
@@ -64,7 +64,7 @@ def make(outcome, filters=(), greedy=None, **rollout):
         {"rollout": {"batch_size": 4, "n_samples_per_prompt": 2, "filters": names, **rollout}}
     )
     source = Source()
-    return Producer(config, source, {"s": FakeTask(outcome, greedy)}, list(filters), greedy is not None), source
+    return Waves(config, source, {"s": FakeTask(outcome, greedy)}, list(filters), greedy is not None), source
 
 
 def collect(producer, step=0):
@@ -180,7 +180,8 @@ def test_every_group_gets_a_greedy_baseline_that_takes_no_id_of_a_trained_sample
     assert [g.baseline.id for g in groups] == [-5, -6, -7, -8]  # -1 - number of the group
     assert {g.baseline.group_id for g in groups} == {4, 5, 6, 7}
     assert all(g.baseline is None and g.baseline_reward is None for g in others)
-    assert with_one.state_dict() == without.state_dict()
+    assert with_one.ids == without.ids
+    assert with_one.source.state_dict() == without.source.state_dict()
 
 
 def test_baselines_are_counted_apart_those_of_filtered_and_of_surplus_groups_too():
@@ -239,7 +240,7 @@ def test_a_sample_needs_a_reward_unless_nothing_looks_at_rewards(unjudged):
             for sample in group.samples:
                 sample.reward = None
 
-    producer = Producer(judged.config, source, {"s": Silent(lambda n, i: 1.0, None)}, [], unjudged=unjudged)
+    producer = Waves(judged.config, source, {"s": Silent(lambda n, i: 1.0, None)}, [], unjudged=unjudged)
     if unjudged:
         assert [sample.reward for group in collect(producer) for sample in group.samples] == [None] * 8
     else:

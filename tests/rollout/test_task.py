@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -13,7 +14,18 @@ from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
 from miles.rollout.task import Task
-from miles.types import Action, GenerateRequest, GenerateResult, Group, Observation, Prompt, Sample, Status, StepResult
+from miles.types import (
+    LOSS_MASK,
+    Action,
+    GenerateRequest,
+    GenerateResult,
+    Group,
+    Observation,
+    Prompt,
+    Sample,
+    Status,
+    StepResult,
+)
 
 
 class Chat:
@@ -105,6 +117,8 @@ def test_a_failed_sample_is_tried_again_with_another_seed():
     assert [s.status for s in group.samples] == [Status.COMPLETED] * 4
     assert [s.seed for s in group.samples] == [0, 1001, 2, 1003]
     assert len(engine.requests) == 6
+    assert [len(s.metadata.get("retried", ())) for s in group.samples] == [0, 1, 0, 1]
+    assert group.samples[1].metadata["retried"][0].startswith("RuntimeError: no luck (")
 
 
 def test_when_attempts_run_out_the_failure_is_data():
@@ -318,3 +332,54 @@ def test_a_term_that_fails_takes_the_reward_with_it():
 def test_rewards_are_told_how_long_a_turn_may_be():
     task, _ = make(TaskSet(generate="flaky", sampling={"max_new_tokens": 33}), generate_functions__flaky=flaky)
     assert [s.max_new_tokens for s in run_with_baseline(task).rollouts] == [33, 33, 33]
+
+
+def test_a_client_that_was_cancelled_within_fails_its_sample():
+    async def gone(context, sample):
+        raise asyncio.CancelledError("a scope of somebody's client")
+
+    task, _ = make(TaskSet(generate="gone"), generate_functions__gone=gone)
+    assert {(s.status, s.error.split(" (")[0]) for s in run(task).samples} == {
+        (Status.FAILED, "CancelledError: a scope of somebody's client")
+    }
+
+
+def test_siblings_that_are_aborted_for_good_are_not_begun_again_without_end():
+    async def cut(context, sample):
+        sample.append([7])
+        sample.status = Status.ABORTED
+        return [sample, sample.beginning(2)]
+
+    task, _ = make(TaskSet(generate="cut"), generate_functions__cut=cut)
+    group = run(task, size=1)
+    assert [s.status for s in group.samples] == [Status.ABORTED] * 2
+    assert group.samples[0].metadata["retried"] == ["aborted"]
+
+
+def test_one_that_comes_back_after_the_gate_is_open_again_was_interrupted_all_the_same():
+    async def tidy(context, sample):
+        gate.closings += 1  # closed and opened while it put its things away
+        sample.append([7])
+        sample.status = Status.ABORTED
+        return sample
+
+    task, _ = make(TaskSet(generate="tidy"), generate_functions__tidy=tidy)
+    gate = task.front
+    (sample,) = run(task, size=1).samples
+    assert (sample.status, sample.tokens) == (Status.PENDING, [1, 2, 7])
+
+
+def test_siblings_have_ids_of_their_own():
+    async def twins(context, sample):
+        sample = await context_free(sample)
+        return [sample, replace(sample), replace(sample, id=77), replace(sample)]
+
+    async def context_free(sample):
+        sample.append([5], {LOSS_MASK: 1})
+        sample.status = Status.COMPLETED
+        return sample
+
+    task, _ = make(TaskSet(generate="twins"), generate_functions__twins=twins)
+    group = run(task, size=1)
+    assert [s.id for s in group.samples] == [0, 1 << 40, 77, 3 << 40]
+    assert {s.rollout_id for s in group.samples} == {0}
