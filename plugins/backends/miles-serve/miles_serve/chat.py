@@ -138,6 +138,8 @@ class ChatLayer:
         if self.markup is None:
             return []
         tag = self.markup.reasoning[0]
+        if tag not in TextStream(self.vocabulary).feed(prompt[-OPENING:]):
+            return []
         for start in range(1, OPENING + 1):
             text = TextStream(self.vocabulary).feed(prompt[-start:])
             if tag in text:

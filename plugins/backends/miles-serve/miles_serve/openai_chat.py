@@ -19,6 +19,7 @@ from miles_serve.openai_messages import MessageWriter, as_message
 from miles_serve.openai_reply import Envelope, meta_info, new_id, usage
 from miles_serve.openai_requests import asked
 from miles_serve.openai_types import ChatBody
+from miles_serve.replies import Speaker
 from miles_serve.service import Service
 from miles_serve.sse import EventStream
 
@@ -27,7 +28,7 @@ from miles_serve.sse import EventStream
 class Chat:
     """One request, understood: what the engine is asked, once for every choice."""
 
-    service: Service
+    service: Speaker
     body: ChatBody
     layer: ChatLayer
     id: str
@@ -57,7 +58,7 @@ def understood(service: Service, body: ChatBody) -> Chat:
     layer = layer_for(service, body.chat_template_kwargs or {})
     prompt = body.input_ids or layer.prompt([as_message(message) for message in body.messages], body.offered)
     id = body.rid or new_id("chatcmpl")
-    requests = asked(service, body, prompt, id, _one_call(layer, body), layer.chat.stop_token_ids)
+    requests = asked(service, body, prompt, id, one_call(layer, body), layer.chat.stop_token_ids)
     return Chat(service, body, layer, id, requests)
 
 
@@ -79,7 +80,7 @@ def _with_options(service: Service, template_kwargs: Mapping[str, Any]) -> ChatF
         raise RequestError(str(error), param=name) from error
 
 
-def _one_call(layer: ChatLayer, body: ChatBody) -> tuple[str, ...]:
+def one_call(layer: ChatLayer, body: ChatBody) -> tuple[str, ...]:
     """Where an answer ends that may make a single call: `parallel_tool_calls` is false."""
     if body.parallel_tool_calls is not False or not body.offered:
         return ()

@@ -10,9 +10,8 @@ from typing import Any
 
 from miles.api import GenerateRequest, GenerateResult
 from miles_serve.asked import Wanted
-from miles_serve.replies import Reply
+from miles_serve.replies import Reply, Speaker
 from miles_serve.sampling import Sampling
-from miles_serve.service import Service
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def usage(requests: Sequence[GenerateRequest], results: Sequence[GenerateResult]
     }
 
 
-def meta_info(service: Service, request: GenerateRequest, result: GenerateResult, log_probs: bool) -> dict[str, Any]:
+def meta_info(service: Speaker, request: GenerateRequest, result: GenerateResult, log_probs: bool) -> dict[str, Any]:
     """SGLang's `meta_info` of one answer, for clients that were written for it. How long it took is not known here."""
     wanted = Wanted(
         request=request,

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import base64
 import time
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from miles.api import GenerateResult, expert_choices
 from miles_serve.asked import Wanted
 from miles_serve.reading import StopCut, first_of
-from miles_serve.service import Service
-from miles_serve.vocabulary import TextStream
+from miles_serve.vocabulary import TextStream, Vocabulary
 
 LogProb = tuple[float | None, int, str | None]
 """As SGLang writes it: log-prob, token, and the token's text if it was asked for."""
 
 
+class Speaker(Protocol):
+    """What replies say of who gives them, and need to be written."""
+
+    @property
+    def model(self) -> str:
+        """The name under which clients know it."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def pieces(self) -> Vocabulary: ...
+
+    @property
+    def version(self) -> int:
+        """Of the weights, where an answer does not tell."""
+
+    def label(self, version: int | None = None) -> str:
+        """What clients call a version of the weights."""
+
+
 class Reply:
     """One answer while it arrives."""
 
-    def __init__(self, service: Service, wanted: Wanted):
+    def __init__(self, service: Speaker, wanted: Wanted):
         self.service, self.wanted = service, wanted
         self.begun = time.perf_counter()
         self.prompt_log_probs: list[LogProb] = []

@@ -1,11 +1,12 @@
-"""A service on a port, for as long as nobody asks it to stop."""
+"""A web application on a port, for as long as nobody asks it to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiohttp import web
 
@@ -22,16 +23,26 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 @asynccontextmanager
 async def listening(service: Service, host: str, port: int, grace: float = GRACE) -> AsyncIterator[str]:
-    """The address of a service that answers; on leaving, requests under way are answered or aborted.
+    """The address of a service that answers; on leaving, requests under way are answered or aborted. See `bound`."""
+    async with bound(make_app(service), host, port, partial(service.settle, grace)) as url:
+        yield url
+
+
+@asynccontextmanager
+async def bound(
+    app: web.Application, host: str, port: int, settle: Callable[[], Awaitable[None]]
+) -> AsyncIterator[str]:
+    """The address of an application that answers.
 
     Args:
         port: 0 for one that is free.
+        settle: on leaving, when nobody comes in any more, ends the requests under way.
 
     Raises:
         ConfigError: nobody can listen there.
     """
     runner = web.AppRunner(
-        make_app(service), handler_cancellation=True, access_log=None, shutdown_timeout=CLOSING, keepalive_timeout=60
+        app, handler_cancellation=True, access_log=None, shutdown_timeout=CLOSING, keepalive_timeout=60
     )
     await runner.setup()
     try:
@@ -43,10 +54,10 @@ async def listening(service: Service, host: str, port: int, grace: float = GRACE
                 f"--host {host} --port {port}: cannot listen there: {error.strerror or error}; choose another port "
                 "(0 takes one that is free)"
             ) from error
-        bound = runner.addresses[0][1]
-        yield f"http://{f'[{host}]' if ':' in host else host}:{bound}"
+        taken = runner.addresses[0][1]
+        yield f"http://{f'[{host}]' if ':' in host else host}:{taken}"
         await site.stop()
-        await service.settle(grace)
+        await settle()
     finally:
         await runner.cleanup()
 
