@@ -1,0 +1,1 @@
+"""Generate functions, rewards and filters written for slime and Miles, unchanged."""
