@@ -14,10 +14,11 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 REST = (
-    "builtins", "cli", "bench", "report", "diagnosis", "testing", "templates", "data", "hermes.py", "weights.py",
-    "buckets.py", "checkpoint_io.py", "evaluate.py", "shipment.py", "training/episodes.py", "training/logprobs.py",
-    "training/statistics.py", "training/surrogate.py",
-    "toolkit.py", "workers", "api.py", "catalog.py", "rundir.py", "durable.py", "config/upstream.py",
+    "builtins", "cli", "bench", "report", "diagnosis", "testing", "templates", "data", "hermes.py", "tools.py",
+    "turns.py", "weights.py", "buckets.py", "checkpoint_io.py", "rollout/saved.py", "rollout/values.py",
+    "rollout/dump.py", "rollout/replay.py", "config/replay.py", "evaluate.py", "shipment.py", "training/episodes.py",
+    "training/logprobs.py", "training/statistics.py", "training/surrogate.py", "toolkit.py", "workers", "api.py",
+    "catalog.py", "rundir.py", "durable.py", "config/upstream.py", "tools.py",
 )  # fmt: skip
 """What of miles/ is not the spine."""
 

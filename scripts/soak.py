@@ -30,7 +30,7 @@ from miles.plugins import load_plugins
 from miles.protocols import ChatContext
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
-from miles.rollout.producer import Producer
+from miles.rollout.producer import Waves
 from miles.rollout.task import Task
 from miles.types import Prompt, SamplingParams
 
@@ -149,7 +149,7 @@ def make_producer(
     context: EngineContext,
     front: EngineFront,
     seeds: dict[int, list[int]],
-) -> Producer:
+) -> Waves:
     """The producer of a run, behind this front. Notes the seed of every attempt at a sample."""
 
     async def noted(context: GenerateContext, sample: Sample) -> Sample:
@@ -179,7 +179,7 @@ def make_producer(
     config = Config.model_validate(settings)
     chat = registry.build("chat_formats", Spec(name="template"), context=ChatContext(context.tokenizer))
     (task_set,) = config.data.sets
-    return Producer(config, Prompts(), {"soak": Task(task_set, config, registry, front, chat)}, [])
+    return Waves(config, Prompts(), {"soak": Task(task_set, config, registry, front, chat)}, [])
 
 
 async def still_running(witness: Witness) -> int:
