@@ -81,7 +81,11 @@ def test_the_rewritten_command_is_accepted(folder, capsys):
 def test_only_what_the_report_names_was_changed():
     """Flags that the first script has and the second has not are those the report and the text speak of."""
     before, after = (set(re.findall(r"(?<!\S)--[\w-]+", text)) for text in blocks("bash")[:2])
-    spoken = set(re.findall(r"--[\w-]+", blocks("text")[0])) | {"--ref-load", "--save"}
+    spoken = set(re.findall(r"--[\w-]+", blocks("text")[0])) | {
+        "--ref-load",
+        "--save",
+        "--dynamic-sampling-filter-path",
+    }
     default = {"--actor-num-nodes", "--actor-num-gpus-per-node", "--rollout-num-gpus-per-engine"}
     default |= {"--context-parallel-size", "--balance-data"}
     assert before - after <= spoken | default
@@ -122,8 +126,9 @@ def test_the_old_reward_and_the_new_one_agree():
     assert asyncio.run(old["reward"](None, theirs)) == new["reward"](ours)["reward"] == 1.0
 
 
-def test_asynchronous_training_ends_with_the_error_that_the_page_promises(folder):
-    ran = bash(f"{sys.executable} {ROOT / 'train_async.py'} {' '.join(words_after()[1:])}", folder)
-    assert ran.returncode == 2
-    assert "rollout.mode = 'one_step_off'" in ran.stderr
-    assert "is not in this version" in ran.stderr
+@pytest.mark.parametrize(("flags", "mode"), [("", "one_step_off"), ("--fully-async", "fully_async")])
+def test_asynchronous_training_is_a_mode(flags, mode, folder):
+    words = [word for word in words_after()[1:] if word != "--colocate"]
+    ran = bash(f"{sys.executable} {ROOT / 'train_async.py'} {' '.join(words)} --no-colocate --dry-run {flags}", folder)
+    assert ran.returncode == 0, ran.stderr
+    assert f"busy: {mode}" in ran.stdout
