@@ -302,7 +302,11 @@ class RolloutEngine(Protocol):
 @runtime_checkable
 class Environment(Protocol):
     """A world that answers the model. One object per trajectory; may also offer `state_dict`/`load_state_dict`, and
-    a half-finished trajectory is then resumed rather than restarted."""
+    a half-finished trajectory is then resumed rather than restarted.
+
+    May offer `stop`, a tuple of strings at which the model's turns end, besides those of the task set: the closing tags
+    of what it reads.
+    """
 
     async def reset(self, prompt: Prompt) -> Observation: ...
 

@@ -423,6 +423,9 @@ class StepResult:
     reward: float | None = None
     done: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    inline: bool = False
+    """The messages are no turns of their own: their text stands, as it is, within the model's turn, which goes on after
+    it. Where the model ended its turn itself, they are a turn all the same."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, SupportsFloat, TypeVar
 
 from miles.api import (
@@ -85,6 +86,7 @@ class MultiTurn:
         if context.make_environment is None:
             raise ConfigError(f"task set {sample.prompt.task_set!r}: generate: multi_turn needs an environment")
         environment = context.make_environment()
+        context = with_stops(context, getattr(environment, "stop", ()))
         try:
             await self._enter(context, sample, environment)
             sample.status = await self._converse(context, sample, environment)
@@ -169,13 +171,28 @@ class MultiTurn:
                 return Status.COMPLETED
             if len(sample.turns) >= context.max_turns:
                 return Status.TRUNCATED
-            closed = bool(said) and said[-1] == context.chat.end_of_turn_id
             with _rendering():
-                following = context.chat.render_next(step.messages, closed)
+                following = rendered(context.chat, step, said)
             limit = context.max_context_tokens
             if limit is not None and len(sample.tokens) + len(following) >= limit:
                 return Status.TRUNCATED
             sample.append(following)
+
+
+def with_stops(context: GenerateContext, stop: Sequence[str]) -> GenerateContext:
+    """The same, with turns that end at these strings, too."""
+    if not stop:
+        return context
+    stops = tuple(dict.fromkeys((*context.sampling.stop, *stop)))
+    return replace(context, sampling=replace(context.sampling, stop=stops))
+
+
+def rendered(chat: ChatFormat, step: StepResult, said: Sequence[int]) -> list[int]:
+    """What an environment says after these tokens of the model, up to where the model speaks again."""
+    last = said[-1] if said else None
+    if step.inline and (last not in chat.stop_token_ids or chat.end_of_turn_id is None):
+        return chat.render_text("".join(str(message["content"]) for message in step.messages))
+    return chat.render_next(step.messages, last is not None and last == chat.end_of_turn_id)
 
 
 def opening(chat: ChatFormat, prompt: Sequence[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -256,6 +256,53 @@ def test_another_stop_token_than_the_end_of_a_turn_does_not_close_it(chat):
     assert sample.tokens[after - 1] == chat.tokenizer.eos_token_id != chat.end_of_turn_id
     assert sample.tokens[after - 1] in chat.stop_token_ids
     assert sample.tokens[after] == chat.end_of_turn_id
+
+
+class Inline(Counting):
+    """Says its number within the model's turn, and ends turns at a tag of its own."""
+
+    stop = ("</ask>", "END")
+
+    async def step(self, action):
+        step = await super().step(action)
+        return replace(step, messages=({"role": "user", "content": f"[{len(self.seen)}]"},), inline=True)
+
+
+def test_text_within_the_models_turn(chat):
+    engine = Script(chat, [("hello</ask>", "stop"), ("hello</ask>", "stop")], close_turns=False)
+    sample = play(MultiTurn(), context_of(engine, Inline()), fresh(chat))
+    first, between = chat.render_text("hello</ask>"), chat.render_text("[1]")
+    assert sample.tokens == chat.render_prompt([USER]) + first + between + first
+    assert sample.loss_mask[sample.prompt_length :].tolist() == [1] * len(first) + [0] * len(between) + [1] * len(first)
+    assert sample.text == "hello</ask>[1]hello</ask>"
+    assert [m["role"] for m in sample.messages] == ["user", "assistant", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_a_turn_that_the_model_ended_does_not_go_on(chat, end):
+    engine = Script(chat, [(f"hello{end}", "stop"), ("hello", "stop")], close_turns=False)
+    sample = play(MultiTurn(), context_of(engine, Inline()), fresh(chat))
+    after, closed = sample.turns[0].end, end == "<|im_end|>"
+    assert sample.tokens[after : sample.turns[1].start] == chat.render_next(
+        [{"role": "user", "content": "[1]"}], closed
+    )
+
+
+def test_without_a_template_there_are_no_turns_to_end(chat_with):
+    chat = chat_with(None)
+    engine = Script(chat, [("hello<|endoftext|>", "stop"), ("hello", "stop")], close_turns=False)
+    prompt = Prompt("set:0", "set", text="hello", tokens=chat.render_text("hello"))
+    sample = play(MultiTurn(), context_of(engine, Inline()), Sample.begin(prompt, id=5, group_id=1))
+    assert sample.tokens[sample.turns[0].end : sample.turns[1].start] == chat.render_text("[1]")
+
+
+def test_an_environment_ends_turns_at_strings_of_its_own(chat):
+    engine = Script(chat, [("hello</ask>", "stop")] * 4, close_turns=False)
+    context = context_of(engine, Inline, sampling=SamplingParams(stop=("END", "\n\n")))
+    play(MultiTurn(), context, fresh(chat))
+    assert {request.sampling.stop for request in engine.requests} == {("END", "\n\n", "</ask>")}
+    play(MultiTurn(), replace(context, make_environment=Counting), fresh(chat))
+    assert engine.requests[-1].sampling.stop == ("END", "\n\n")
 
 
 class Broken(Counting):
