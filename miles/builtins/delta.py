@@ -66,6 +66,8 @@ def apply(old: np.ndarray, difference: bytes, encoding: str) -> np.ndarray:
 class Codec:
     compress: Callable[[bytes], bytes]
     decompress: Callable[[bytes], bytes]
+    damage: type[Exception] = ValueError
+    """What `decompress` raises for bytes that `compress` did not make."""
 
 
 def codec(name: str) -> Codec:
@@ -81,8 +83,10 @@ def codec(name: str) -> Codec:
                 "weights are to be compressed with zstd, which is not installed: pip install 'miles[delta]', or "
                 "compression: zlib"
             )
-        return Codec(lambda data: zstd.compress(data, 1), zstd.decompress)
-    return Codec(lambda data: zlib.compress(data, 1), zlib.decompress) if name == "zlib" else Codec(bytes, bytes)
+        return Codec(lambda data: zstd.compress(data, 1), zstd.decompress, zstd.ZstdError)
+    if name == "zlib":
+        return Codec(lambda data: zlib.compress(data, 1), zlib.decompress, zlib.error)
+    return Codec(bytes, bytes)
 
 
 def best_compression() -> str:

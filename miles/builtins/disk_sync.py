@@ -104,6 +104,8 @@ def write_changes(
             beside.mkdir(parents=True)
             written = _write_changes(walk, beside, sent, form, shard_bytes)
             put_in_place(beside, final)
+        except (OSError, SafetensorError) as error:
+            raise WeightSyncError(f"{final} could not be written: {error}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
         _sent[sync] = sent
@@ -179,27 +181,30 @@ def read_changes(held: Iterable[WeightGroup], folder: str) -> Iterator[WeightGro
     """Runs where the engine is: what it holds, with the changes applied.
 
     Raises:
-        WeightSyncError: what it holds is not what the changes were made for; or a file is damaged.
+        WeightSyncError: what it holds is not what the changes were made for; or a file is damaged, or missing.
     """
-    index = json.loads((Path(folder) / INDEX).read_text())
-    form, placed = index["metadata"], dict(index["weight_map"])
-    decompress = codec(form["compression_format"]).decompress
     with ExitStack() as stack:
-        files = {name: stack.enter_context(safe_open(Path(folder) / name, "pt")) for name in set(placed.values())}
+        try:
+            index = json.loads((Path(folder) / INDEX).read_text())
+            form, placed = index["metadata"], dict(index["weight_map"])
+            files = {name: stack.enter_context(safe_open(Path(folder) / name, "pt")) for name in set(placed.values())}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise WeightSyncError(f"the changes in {folder} cannot be read: {error}") from error
         checksums = {name: file.metadata() for name, file in files.items()}
+        compression = codec(form["compression_format"])
         for group in held:
             changed = {}
             for name in group.keys() & placed.keys():
                 file = placed.pop(name)
                 try:
-                    difference = decompress(bytes_of(files[file].get_tensor(name)).tobytes())
+                    difference = compression.decompress(bytes_of(files[file].get_tensor(name)).tobytes())
                     new = apply(bytes_of(group[name]), difference, form["delta_encoding"])
-                except (ValueError, SafetensorError, WeightSyncError) as error:
+                except (ValueError, compression.damage, SafetensorError, WeightSyncError) as error:
                     raise WeightSyncError(f"the changes of {name!r} in {folder} cannot be applied: {error}") from error
                 if checksum(new, form["checksum_format"]) != checksums[file][name]:
                     raise WeightSyncError(
                         f"the changes of {name!r} in {folder} were made for other bytes than this engine holds: those "
-                        f"of version {int(form['base_version'])}, in the trainer's dtype"
+                        f"of version {int(form['base_version'])}, in the trainer's dtype; or they are damaged"
                     )
                 tensor = group[name]
                 changed[name] = torch.from_numpy(new).view(tensor.dtype).view(tensor.shape).to(tensor.device)

@@ -1,6 +1,7 @@
 """Weights by way of files: what lies there, who is given what, and what is done about an engine that fell behind."""
 
 import asyncio
+import errno
 import json
 from dataclasses import replace
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from miles.builtins import disk_sync
 from miles.builtins.delta import apply, bytes_of, checksum, codec
 from miles.builtins.disk_sync import DiskSync
 from miles.builtins.inprocess import InProcessExecutor
 from miles.builtins.options import DiskOptions
 from miles.config import Spec
+from miles.durable import put_in_place
 from miles.errors import WeightSyncError
 from miles.protocols import ExecutorContext, Seats, SyncContext
 from miles.testing import installed, tiny
@@ -171,6 +174,46 @@ def test_changes_for_other_bytes_are_refused_and_the_next_push_is_full(tmp_path)
         assert (await engines[0].health()).weight_version == 1
         assert (await sync.push(3))["weight_sync/density"] == 1.0
         await compare_checksums(workers, engines, 3)
+
+    stage(work, tmp_path, mode="delta")
+
+
+@pytest.mark.parametrize("compression", ["zlib", "none", "auto"])
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda data: data[:-100], "the changes in .*weight_v000002 cannot be read"),
+        (lambda data: data[:-9] + bytes([data[-9] ^ 255]) + data[-8:], "the changes of 'lm_head.weight' in .*weight_v"),
+    ],
+)
+def test_a_damaged_file_is_a_sync_that_failed_and_can_be_done_again(tmp_path, monkeypatch, compression, spoil, told):
+    def damaged(partial, final):
+        (path,) = partial.glob("*.safetensors")
+        path.write_bytes(spoil(path.read_bytes()))
+        put_in_place(partial, final)
+
+    async def work(sync, weights, workers, engines):
+        await sync.push(1)
+        monkeypatch.setattr(disk_sync, "put_in_place", damaged)
+        weights["lm_head.weight"] = changed(weights["lm_head.weight"])
+        with pytest.raises(WeightSyncError, match=f"version 2 did not arrive: {told}"):
+            await sync.push(2)
+        assert (await sync.push(3))["weight_sync/density"] == 1.0
+        await compare_checksums(workers, engines, 3)
+
+    stage(work, tmp_path, mode="delta", compression=compression)
+
+
+def test_changes_that_cannot_be_written_are_a_sync_that_failed(tmp_path, monkeypatch):
+    def full(*words, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def work(sync, weights, workers, engines):
+        await sync.push(1)
+        monkeypatch.setattr(disk_sync, "save_file", full)
+        weights["lm_head.weight"] = changed(weights["lm_head.weight"])
+        with pytest.raises(WeightSyncError, match="arrive: .*weight_v000002 could not be written: .*No space left"):
+            await sync.push(2)
 
     stage(work, tmp_path, mode="delta")
 
