@@ -32,10 +32,14 @@ METRICS, SUMMARY, SETTINGS, LOCK = "metrics.jsonl", "summary.json", "config.yaml
 FREE = (
     "run.dir", "run.name", "run.resume", "run.report", "rollout.num_rollout", "rollout.num_epoch",
     "rollout.dump_samples", "rollout.dump", "eval", "checkpoint", "tracking", "resources", "plugins",
-    "weight_sync.verify", "weight_sync.tolerance", "weight_sync.transport", "rollout.num_engines", "teacher.urls",
-    "teacher.engine",
+    "weight_sync.verify", "weight_sync.tolerance", "weight_sync.transport", "weight_sync.buffer_size",
+    "rollout.num_engines", "teacher.urls", "teacher.engine", "run.num_threads", "train.max_tokens_per_gpu",
+    "train.log_probs_max_tokens_per_gpu", "train.micro_batch_size", "train.use_dynamic_batch_size", "train.balance",
+    "train.log_probs_chunk_size", "train.gradient_checkpointing", "train.attention", "train.compile",
+    "train.fsdp_reshard", "train.context_parallel_size", "train.max_nonfinite_steps", "train.max_oom_retries",
 )  # fmt: skip
-"""What may differ from the run that is resumed: how long, where, how closely watched; not what is learned."""
+"""What may differ from the run that is resumed: how long, where, in how much memory, how closely watched; not what is
+learned, but for rounding."""
 LIBRARIES = ("torch", "transformers", "numpy", "sglang", "megatron-core", "ray")
 
 

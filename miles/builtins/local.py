@@ -92,7 +92,8 @@ def _shared_out(seats: Mapping[str, Seats]) -> dict[str, list[Sequence[str]]]:
     if total > len(visible):
         parts = " + ".join(f"{count} for {name}" for name, count in wanted.items() if count)
         raise ConfigError(
-            f"resources.executor: local needs {parts} = {total} GPUs, and this machine shows {len(visible)}"
+            f"resources.executor: local needs {parts} = {total} GPUs, and this machine shows {len(visible)}; ask for "
+            "fewer ranks or engines, or take --colocate or --device cpu"
         )
     rest = iter(visible)
     return {

@@ -246,7 +246,7 @@ def test_gpus_are_those_that_the_driver_sees(monkeypatch):
         ),
         (
             {"train": Seats(2, gpus=1), "judge": Seats(1), "rollout": Seats(1, gpus=2)},
-            r"local needs 2 for train \+ 2 for rollout = 4 GPUs, and this machine shows 3",
+            r"local needs 2 for train \+ 2 for rollout = 4 GPUs, and this machine shows 3; ask for fewer",
         ),
     ],
 )

@@ -293,13 +293,14 @@ def test_where_a_teachers_server_stands_may_change(config, tmp_path):
         pass
 
 
-def test_where_everything_runs_may_change(config, tmp_path):
+def test_where_everything_runs_and_in_how_much_memory_may_change(config, tmp_path):
     from miles.config.load import resolve
     from miles.rundir import run_directory
 
     (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
     apart = {"rollout": {**config["rollout"], "num_engines": 2}, "weight_sync": {"transport": "disk"}}
-    for changes in ({}, {"resources": {"actor_num_gpus_per_node": 2}}, apart):
+    smaller = {"train": {**config["train"], "max_tokens_per_gpu": 64, "gradient_checkpointing": True}}
+    for changes in ({}, {"resources": {"actor_num_gpus_per_node": 2}}, apart, smaller):
         resolved = resolve([{**config, **changes}])
         with run_directory(resolved.config, resolved.registry.plugins):
             pass
