@@ -126,7 +126,8 @@ class RayExecutor:
         """Start all actors, and compare their versions with those here.
 
         Raises:
-            WorkerError: one does not start, or has other versions.
+            WorkerError: one does not start.
+            ConfigError: one has other versions.
         """
         with _marked(log_dir) as mark:
             path, here = [entry or os.getcwd() for entry in sys.path], os.getcwd()
@@ -143,7 +144,7 @@ class RayExecutor:
                 raise WorkerError(f"{links[0].name}: no actor of Ray within {limit:g} s") from None
         if lines := differences(versions(), {place.node: place.versions for place in places}):
             told = "\n".join(f"  {line}" for line in lines)
-            raise WorkerError(f"workers have other versions than the driver; install the same everywhere:\n{told}")
+            raise ConfigError(f"workers have other versions than the driver; install the same everywhere:\n{told}")
 
 
 def _threads(room: Reservation) -> dict[str, int]:

@@ -13,7 +13,7 @@ from miles_ray import executor as module  # noqa: E402
 from miles_ray.executor import RayExecutor  # noqa: E402
 from miles_ray.versions import versions  # noqa: E402
 
-from miles.api import ExecutorContext, Seats, WorkerError  # noqa: E402
+from miles.api import ConfigError, ExecutorContext, Seats, WorkerError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -207,5 +207,5 @@ def test_workers_with_other_versions_are_refused(cluster, worker, monkeypatch):
         finally:
             await executor.close()
 
-    with pytest.raises(WorkerError, match=r"other versions than the driver(.|\n)*: torch [\d.]+, not 1\.0$"):
+    with pytest.raises(ConfigError, match=r"other versions than the driver(.|\n)*: torch [\d.]+, not 1\.0$"):
         asyncio.run(main())
