@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
-from traceback import StackSummary
+from traceback import FrameSummary, StackSummary
 from typing import Literal
 
 from miles.errors import MilesError, WorkerError
 
 PLUMBING = (threading.__file__, concurrent.futures.thread.__file__, str(Path(__file__).parent))
 """Where frames stand that say how a call came to a worker's method."""
+TRACERS = "/opentelemetry/instrumentation/"
+"""The same, where a library of an agent (strands) has wrapped the threads of its process."""
 SEVERITY = ("died", "raised", "silent")
 FRAME = re.compile(r'^ *File "(.+)", line (\d+), in (.+)$', re.M)
 
@@ -73,8 +75,12 @@ def raised(rank: int, error: BaseException) -> Failure:
 
 def without_plumbing(stack: StackSummary) -> StackSummary:
     """The frames from a worker's own method on."""
-    kept = list(dropwhile(lambda frame: frame.filename.startswith(PLUMBING), stack))
+    kept = list(dropwhile(_is_plumbing, stack))
     return StackSummary.from_list(kept)
+
+
+def _is_plumbing(frame: FrameSummary) -> bool:
+    return frame.filename.startswith(PLUMBING) or TRACERS in frame.filename
 
 
 def _survives(error: MilesError) -> bool:

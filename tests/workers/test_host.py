@@ -3,10 +3,12 @@
 import asyncio
 import threading
 import time
+import traceback
 
 import pytest
 
 from miles.toolkit import WorkerHost
+from miles.workers.failure import without_plumbing
 
 
 class Target:
@@ -103,6 +105,13 @@ def test_stacks_show_the_computing_thread_first_and_no_idle_ones(target):
     first = busy.splitlines()[1]
     assert first.endswith(", in add"), "begins with the worker's own method"
     assert "time.sleep(seconds)" in busy
+
+
+def test_stacks_leave_out_what_traces_threads():
+    python, tracer = threading.__file__, "/site-packages/opentelemetry/instrumentation/threading/__init__.py"
+    frames = [(path, 1, "run", "") for path in (python, tracer, python, "ours.py", tracer)]
+    kept = without_plumbing(traceback.StackSummary.from_list(frames))
+    assert [frame.filename for frame in kept] == ["ours.py", tracer]
 
 
 def test_what_is_dropped_is_gone_after_the_calls_before_it(target):
