@@ -8,6 +8,14 @@ from miles.component import (
     Component,
     Need,
 )
+from miles.environments import (
+    ENVIRONMENT_FAULT,
+    EnvironmentFault,
+    EnvironmentLimits,
+    Environments,
+    GuardedEnvironment,
+    guarded,
+)
 from miles.errors import (
     CheckpointError,
     ConfigError,
@@ -75,7 +83,7 @@ from miles.protocols import (
     WorkerGroup,
 )
 from miles.targets import defined_at, described, import_target
-from miles.tools import ToolEnvironment
+from miles.tools import ToolEnvironment, in_thread
 from miles.turns import RESTARTED, begin_again, record, recorded_rows, take_turn
 from miles.types import (
     LOSS_MASK,
@@ -116,6 +124,7 @@ API_VERSION = 1
 
 __all__ = [
     "API_VERSION",
+    "ENVIRONMENT_FAULT",
     "HERMES",
     "LOSS_MASK",
     "RESTARTED",
@@ -146,6 +155,9 @@ __all__ = [
     "EngineLostError",
     "EnginePart",
     "Environment",
+    "EnvironmentFault",
+    "EnvironmentLimits",
+    "Environments",
     "Evaluator",
     "Executor",
     "ExecutorContext",
@@ -155,6 +167,7 @@ __all__ = [
     "GenerateResult",
     "Group",
     "GroupReward",
+    "GuardedEnvironment",
     "HookError",
     "ISCorrection",
     "LossFunction",
@@ -222,8 +235,10 @@ __all__ = [
     "described",
     "expert_choices",
     "experts_column",
+    "guarded",
     "hookimpl",
     "import_target",
+    "in_thread",
     "malformed_call",
     "parse_hermes",
     "read_call",

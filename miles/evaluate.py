@@ -45,6 +45,7 @@ class RolloutEvaluator:
                 metrics[f"pass@{k}"] = pass_at_k(successes, k)
         if (version := oldest_version(samples)) is not None:
             metrics["weight_version"] = float(version)
+        metrics |= {f"environment/{name}": value for name, value in task.environment_metrics().items()}
         return metrics | {"prompts": float(len(groups))}
 
     def _check_failures(self, run: EvaluationSite, task_set: TaskSet, samples: list[Sample]) -> None:

@@ -301,18 +301,19 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class Environment(Protocol):
-    """A world that answers the model. One object per trajectory; may also offer `state_dict`/`load_state_dict`, and
-    a half-finished trajectory is then resumed rather than restarted.
-
-    May offer `stop`, a tuple of strings at which the model's turns end, besides those of the task set: the closing tags
-    of what it reads.
+    """A world that answers the model. One object per trajectory; what it raises or takes too long for makes the sample
+    FAILED. May offer `state_dict`/`load_state_dict`, and a half-finished trajectory is then resumed, not restarted;
+    `stop`, a tuple of strings at which the model's turns end, besides those of the task set: the closing tags of what
+    it reads; `limits`, `miles.api.EnvironmentLimits` that hold where the task set says nothing; and `script(prompt)`:
+    the actions (or their text) of somebody who knows what to do, as a list or a generator that is sent each StepResult.
     """
 
     async def reset(self, prompt: Prompt) -> Observation: ...
 
     async def step(self, action: Action) -> StepResult: ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Called once, whatever happened before: a reset that failed or was cancelled, a step that still hangs."""
 
 
 @runtime_checkable

@@ -139,7 +139,7 @@ class ToolEnvironment:
             raise LookupError(f"there is no tool {call.name!r}; there are: {', '.join(self._tools) or 'none'}")
         try:
             async with asyncio.timeout(self.timeout) as limit:
-                run = tool.function if tool.is_async else functools.partial(_in_thread, tool.function)
+                run = tool.function if tool.is_async else functools.partial(in_thread, tool.function)
                 result = await run(**call.arguments)
                 if inspect.isawaitable(result):  # a plain function around an async one
                     result = await result
@@ -173,8 +173,12 @@ def _described(function: Callable[..., Any]) -> Tool:
     return Tool(schema, checked, inspect.iscoroutinefunction(function))
 
 
-async def _in_thread(function: Callable[..., Any], **arguments: Any) -> Any:
-    """The function in a thread of its own: one that hangs takes no place of others, and holds up no exit."""
+async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function in a thread of its own: one that hangs takes no place of others, and holds up no exit.
+
+    For what blocks: called in an `async def` itself, it would stop everything else in the run. Whoever stops waiting (a
+    time-out) leaves the thread behind, since a thread cannot be stopped.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
 
@@ -189,7 +193,7 @@ async def _in_thread(function: Callable[..., Any], **arguments: Any) -> Any:
     def work() -> None:
         result, raised = None, None
         try:
-            result = context.run(functools.partial(function, **arguments))
+            result = context.run(functools.partial(function, *args, **kwargs))
         except Exception as error:
             raised = error
         except BaseException as error:  # a tool that says exit() ends its call, not the run

@@ -18,7 +18,7 @@ REST = (
     "turns.py", "weights.py", "buckets.py", "checkpoint_io.py", "rollout/saved.py", "rollout/values.py",
     "rollout/dump.py", "rollout/replay.py", "config/replay.py", "evaluate.py", "shipment.py", "training/episodes.py",
     "training/logprobs.py", "training/statistics.py", "training/surrogate.py", "toolkit.py", "workers", "api.py",
-    "catalog.py", "rundir.py", "durable.py", "config/upstream.py", "tools.py",
+    "catalog.py", "rundir.py", "durable.py", "config/upstream.py", "environments.py",
 )  # fmt: skip
 """What of miles/ is not the spine."""
 

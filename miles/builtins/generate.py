@@ -7,24 +7,23 @@ aborted goes on from the tokens it has: its last turn is the one that is not fin
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, SupportsFloat, TypeVar
 
 from miles.api import (
+    ENVIRONMENT_FAULT,
     LOSS_MASK,
     RESTARTED,
     Action,
     ChatFormat,
     ConfigError,
     DataError,
-    Environment,
+    EnvironmentFault,
     GenerateContext,
+    GuardedEnvironment,
     Message,
     MilesError,
     Observation,
@@ -33,8 +32,8 @@ from miles.api import (
     StepResult,
     Turn,
     begin_again,
-    defined_at,
     described,
+    guarded,
     take_turn,
 )
 
@@ -46,9 +45,6 @@ OPENING = 8
 """Most tokens at the end of a prompt among which the tag is looked for that opens the model's reasoning."""
 KEPT_PROMPTS = 1024
 STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
-
-logger = logging.getLogger("miles")
-Answer = TypeVar("Answer", Observation, StepResult)
 
 
 async def single_turn(context: GenerateContext, sample: Sample) -> Sample:
@@ -63,20 +59,16 @@ async def single_turn(context: GenerateContext, sample: Sample) -> Sample:
 # --------------------------------------------------------------------------------------------------------- multi-turn
 
 
-class EnvironmentFault(Exception):
-    """What is wrong with an environment: what its own code raised, or returned in place of what is expected."""
-
-
 class MultiTurn:
     """Model and environment take turns until the environment is done, or a limit is reached.
 
     The environment's first observation is the prompt; one that gives no messages leaves the prompt of the data. Each
     turn is parsed and handed over whole, with all the tool calls it makes. `TRUNCATED` means that a turn hit its length
     limit (the environment has seen it), that the context has no room for what the environment says next and a token
-    after it, or that `max_turns` were taken. What the environment raises, or returns of a wrong type, makes the sample
-    `FAILED`, with an error that names its class; so does a first observation that fills the context. An aborted sample
-    keeps its environment's `state_dict` and goes on from it; if the environment has none, it begins again and counts
-    that in its metadata.
+    after it, or that `max_turns` were taken. What the environment raises, or returns of a wrong type, or a call of it
+    that takes too long, makes the sample `FAILED`, with an error that names its class; so does a first observation that
+    fills the context. An aborted sample keeps its environment's `state_dict` and goes on from it; if the environment
+    has none, it begins again and counts that in its metadata.
     """
 
     def __init__(self) -> None:
@@ -85,47 +77,47 @@ class MultiTurn:
     async def __call__(self, context: GenerateContext, sample: Sample) -> Sample:
         if context.make_environment is None:
             raise ConfigError(f"task set {sample.prompt.task_set!r}: generate: multi_turn needs an environment")
-        environment = context.make_environment()
+        environment = guarded(context.make_environment())
         context = with_stops(context, getattr(environment, "stop", ()))
         try:
             await self._enter(context, sample, environment)
             sample.status = await self._converse(context, sample, environment)
         except EnvironmentFault as fault:
-            who = f"environment {type(environment).__qualname__}{defined_at(environment)}"
-            sample.status, sample.error = Status.FAILED, f"{who}: {fault}"
+            sample.status, sample.error = Status.FAILED, str(fault)
+            sample.metadata[ENVIRONMENT_FAULT] = fault.facts
         finally:
-            await _close(environment, sample)
+            await environment.close()
         sample.text = context.chat.decode(sample.tokens[sample.prompt_length :])
         return sample
 
-    async def _enter(self, context: GenerateContext, sample: Sample, environment: Any) -> None:
+    async def _enter(self, context: GenerateContext, sample: Sample, environment: GuardedEnvironment) -> None:
         """Reset the environment, or put it back to where an aborted sample left it."""
         state = sample.metadata.pop(ENVIRONMENT_STATE, None)
         if state is not None:
-            with _environments_fault():
-                environment.load_state_dict(state)
+            await environment.resume(state)
             return
         if sample.turns:
             sample.metadata[RESTARTED] = sample.metadata.get(RESTARTED, 0) + 1
             sample.messages = list(sample.prompt.messages or [])
             sample.metadata.pop(ENVIRONMENT_INFO, None)
         prompt = sample.prompt
-        with _environments_fault():
-            observation = checked("reset", await environment.reset(prompt), Observation)
+        observation = await environment.reset(prompt)
         messages = list(observation.messages) or list(prompt.messages or [])
         tools = list(observation.tools) or prompt.tools or []
         if messages == (prompt.messages or []) and tools == (prompt.tools or []):
             tokens = list(prompt.tokens or [])
         else:
             if not messages and prompt.text is not None:
-                raise EnvironmentFault(
+                raise environment.fault(
                     "it offers tools, and the prompt is text, which cannot show them: take prompts as messages "
                     "(data.sets[].apply_chat_template), or let `reset` say what is asked"
                 )
-            tokens = self._render(context, sample, Observation(tuple(messages), tuple(tools)))
+            shown = Observation(tuple(messages), tuple(tools))
+            with _rendering(environment):
+                tokens = self._render(context, sample, shown)
             limit = context.max_context_tokens
             if limit is not None and len(tokens) >= limit:
-                raise EnvironmentFault(
+                raise environment.fault(
                     f"its first observation takes {len(tokens)} tokens, which leaves no room for an answer in a "
                     f"context of {limit} (rollout.max_context_len, or the model's own limit)"
                 )
@@ -138,19 +130,18 @@ class MultiTurn:
         known = self._rendered.get(sample.prompt.id)
         if known is not None and known[0] == observation:
             return known[1]
-        with _rendering():
-            tokens = context.chat.render_prompt(observation.messages, observation.tools)
+        tokens = context.chat.render_prompt(observation.messages, observation.tools)
         self._rendered[sample.prompt.id] = (observation, tokens)
         if len(self._rendered) > KEPT_PROMPTS:
             self._rendered.popitem(last=False)
         return tokens
 
-    async def _converse(self, context: GenerateContext, sample: Sample, environment: Any) -> Status:
+    async def _converse(self, context: GenerateContext, sample: Sample, environment: GuardedEnvironment) -> Status:
         while True:
             finish_reason = await take_turn(context, sample)
             if finish_reason == "abort":
                 if hasattr(environment, "state_dict"):
-                    with _environments_fault():
+                    with environment.blamed("state_dict"):
                         sample.metadata[ENVIRONMENT_STATE] = environment.state_dict()
                 return Status.ABORTED
             turn = sample.turns[-1]
@@ -158,8 +149,7 @@ class MultiTurn:
             action = context.chat.parse([*opening(context.chat, sample.tokens[: turn.start]), *said], finish_reason)
             sample.messages.append(as_message(action))
             started = time.perf_counter()
-            with _environments_fault():
-                step = checked("step", await environment.step(action), StepResult)
+            step = await environment.step(action)
             turn.environment_seconds = time.perf_counter() - started
             turn.reward = None if step.reward is None else float(step.reward)
             sample.messages.extend(step.messages)
@@ -171,7 +161,7 @@ class MultiTurn:
                 return Status.COMPLETED
             if len(sample.turns) >= context.max_turns:
                 return Status.TRUNCATED
-            with _rendering():
+            with _rendering(environment):
                 following = rendered(context.chat, step, said)
             limit = context.max_context_tokens
             if limit is not None and len(sample.tokens) + len(following) >= limit:
@@ -228,62 +218,14 @@ def as_message(action: Action) -> Message:
 
 
 @contextmanager
-def _environments_fault() -> Iterator[None]:
-    try:
-        yield
-    except EnvironmentFault:
-        raise
-    except Exception as error:
-        raise EnvironmentFault(described(error)) from error
-
-
-@contextmanager
-def _rendering() -> Iterator[None]:
+def _rendering(environment: GuardedEnvironment) -> Iterator[None]:
     """What a chat format refuses it says itself; what breaks it (half a surrogate pair) came from the environment."""
     try:
         yield
     except MilesError:
         raise
     except Exception as error:
-        raise EnvironmentFault(f"what it said cannot be rendered: {described(error)}") from error
-
-
-def checked(method: str, answer: Any, kind: type[Answer]) -> Answer:
-    """What an environment's `reset` or `step` returned, if it is what the protocol says.
-
-    Raises:
-        EnvironmentFault: it is of another type, or its messages, its info or its reward are.
-    """
-    if not isinstance(answer, kind):
-        raise EnvironmentFault(f"`{method}` returned {_shown(answer)}; a miles.api.{kind.__name__} is expected")
-    for field, singular in (("messages", "message with a role"), ("tools", "tool schema")):
-        items = getattr(answer, field, ())
-        sound = isinstance(items, list | tuple) and all(isinstance(item, Mapping) for item in items)
-        if not sound or (field == "messages" and not all("role" in item for item in items)):
-            raise EnvironmentFault(
-                f"`{method}` returned {kind.__name__}({field}={_shown(items)}); a tuple is expected, each item a "
-                f"mapping: a {singular}"
-            )
-    info = getattr(answer, "info", {})
-    if not isinstance(info, Mapping):
-        raise EnvironmentFault(f"`{method}` returned {kind.__name__}(info={_shown(info)}); a mapping is expected")
-    reward = getattr(answer, "reward", None)
-    if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
-        raise EnvironmentFault(f"`{method}` returned reward={_shown(reward)}; a finite number or None is expected")
-    return answer
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
-
-
-async def _close(environment: Environment, sample: Sample) -> None:
-    """A fault while closing costs nobody a finished trajectory."""
-    try:
-        await environment.close()
-    except Exception as error:
-        logger.warning("environment of sample %s: closing raised %s: %s", sample.id, type(error).__name__, error)
+        raise environment.fault(f"what it said cannot be rendered: {described(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- SFT

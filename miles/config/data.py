@@ -49,6 +49,21 @@ class Sampling(Section):
         return SamplingParams(**self.model_dump())
 
 
+class EnvironmentLimitsSection(Section):
+    """Over all environments of the task set. What is not given is for the environment to say."""
+
+    calls: Annotated[int | None, Flag("--environment-calls"), Field(gt=0)] = None
+    """Most of their resets and steps at once; the others wait, and ask no engine for anything meanwhile."""
+    episodes: Annotated[int | None, Flag("--environment-episodes"), Field(gt=0)] = None
+    """Most of them open at once, each from its reset until it is closed."""
+    reset_timeout: Annotated[float | None, Flag("--environment-reset-timeout"), Field(gt=0)] = None
+    """Seconds of a reset (600 if the environment says nothing either); then the sample is FAILED."""
+    step_timeout: Annotated[float | None, Flag("--environment-step-timeout"), Field(gt=0)] = None
+    """Seconds of a step (600), the same."""
+    close_timeout: Annotated[float | None, Flag("--environment-close-timeout"), Field(gt=0)] = None
+    """Seconds for closing (30); then it is left to itself, and counted."""
+
+
 class TaskSet(Section):
     """One source of prompts with its own environment, generate function, reward and sampling."""
 
@@ -66,6 +81,7 @@ class TaskSet(Section):
     """Take a text prompt as one user message."""
     environment: Annotated[ComponentSpec | None, Flag("--environment")] = None
     """World that answers the model; None for single-turn tasks."""
+    environment_limits: EnvironmentLimitsSection = EnvironmentLimitsSection()
     generate: Annotated[ComponentSpec, Flag("--generate")] = Spec(name="auto")
     """single_turn, multi_turn, dataset (SFT), or yours; `auto`: turns when there is an environment, else one turn."""
     reward: Annotated[RewardSpecs, Flag("--rm-type", "--reward")] = ()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miles.config import NONE, Config
+from miles.environments import COUNTS
 from miles.errors import RolloutError
 from miles.log import counted, logger
 from miles.protocols import DataSource, SampleFilter
@@ -268,6 +269,9 @@ class Producer(Batches):
         for name in ("restarted", "retried"):
             if count := getattr(self.tally, name):
                 counts[f"rollout/samples/{name}"] = float(count)
+        for task_set, task in self.tasks.items():
+            for name, value in task.environment_metrics().items():
+                counts[f"{'rollout' if name in COUNTS else 'perf'}/environment/{task_set}/{name}"] = value
         dropped = getattr(self.source, "counts", {})
         return counts | {f"data/{name}": float(count) for name, count in sorted(dropped.items())}
 

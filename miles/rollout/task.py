@@ -12,6 +12,7 @@ from typing import Any
 
 from miles.config import Config, TaskSet
 from miles.conformance import judgement
+from miles.environments import EnvironmentLimits, Environments
 from miles.errors import EngineLostError, HookError, WeightSyncError, WorkerError
 from miles.log import logger
 from miles.modeling import generate_function_for
@@ -22,7 +23,7 @@ from miles.rollout.engines import EngineFront
 from miles.rollout.gate import Gate
 from miles.targets import defined_at, described
 from miles.turns import RESTARTED
-from miles.types import Group, Sample, Status
+from miles.types import Group, Metrics, Sample, Status
 
 JUDGED = (Status.COMPLETED, Status.TRUNCATED)
 """Samples that came to an end, and so can be judged and trained."""
@@ -59,17 +60,23 @@ class Task:
         )
         sampling = task_set.sampling.params()
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
-        environment = task_set.environment
+        environment, most = task_set.environment, EnvironmentLimits(**task_set.environment_limits.model_dump())
+        build = partial(registry.build, "environments", environment)
+        self.environments = Environments(build, most) if environment else None
         self.context = GenerateContext(
             generate=front.generate,
             chat=chat,
             sampling=replace(sampling, stop_token_ids=stop_ids),
-            make_environment=partial(registry.build, "environments", environment) if environment else None,
+            make_environment=self.environments,
             max_turns=task_set.max_turns,
             **limits,
         )
         greedy = replace(self.context.sampling, temperature=0.0)
         self.greedy = replace(self.context, sampling=greedy, routed_experts=False)  # never trained
+
+    def environment_metrics(self) -> Metrics:
+        """`Environments.metrics`: since they were last asked for."""
+        return self.environments.metrics() if self.environments else {}
 
     async def run_group(self, group: Group, attempts: int, reseed: Callable[[Sample, int], int]) -> Group:
         """Generate and reward every sample of the group, and its baseline, which is judged alone.

@@ -33,7 +33,7 @@ LAYERS = [
     {"registry"},
     {"plugins", "conformance", "options"},
     {"api"},
-    {"hookspecs", "kinds", "hermes", "turns", "tools"},
+    {"hookspecs", "kinds", "hermes", "turns", "tools", "environments"},
     {"protocols", "contexts", "execution", "weights", "shipment", "experts", "buckets"},
     {"types"},
     {"component", "errors", "parts", "log", "targets", "catalog", "durable", "batches"},

@@ -70,6 +70,9 @@ class Work:
         self.set = SimpleNamespace(n_samples_per_prompt=None)
         self.context = GenerateContext(gate.generate, None, SamplingParams(max_new_tokens=10_000))
 
+    def environment_metrics(self):
+        return {}
+
     async def run_group(self, group, attempts, reseed):
         await asyncio.gather(*(self.one(s) for s in group.rollouts if s.status is Status.PENDING))
         for sample in () if unfinished(group) else group.rollouts:

@@ -43,6 +43,9 @@ class FakeTask:
         self.outcome, self.greedy = outcome, greedy
         self.set = SimpleNamespace(n_samples_per_prompt=None)
 
+    def environment_metrics(self):
+        return {"errors": 1.0, "calls_max": 2.0}
+
     async def run_group(self, group, attempts, reseed):
         await asyncio.sleep(0.001 * (7 - group.id % 7))
         for sample in group.samples:
@@ -80,7 +83,9 @@ def test_a_batch_comes_in_the_order_of_ids():
     groups = collect(producer)
     assert [g.id for g in groups] == [0, 1, 2, 3]
     assert [s.id for g in groups for s in g.samples] == list(range(8))
-    assert producer.metrics() == {"rollout/samples/trained": 8.0, "rollout/failed_ratio": 0.0, "data/too_long": 3.0}
+    of_environments = {"rollout/environment/s/errors": 1.0, "perf/environment/s/calls_max": 2.0}
+    told = {"rollout/samples/trained": 8.0, "rollout/failed_ratio": 0.0, "data/too_long": 3.0}
+    assert producer.metrics() == told | of_environments
 
 
 def test_filtered_groups_are_replaced_and_counted():

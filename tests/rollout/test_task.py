@@ -383,3 +383,63 @@ def test_siblings_have_ids_of_their_own():
     group = run(task, size=1)
     assert [s.id for s in group.samples] == [0, 1 << 40, 77, 3 << 40]
     assert {s.rollout_id for s in group.samples} == {0}
+
+
+# --------------------------------------------------------------------------------------------------------- environments
+
+
+class Sluggish:
+    """A step takes 5 ms; the first one of all hangs."""
+
+    steps = 0
+
+    async def reset(self, prompt):
+        return Observation(())
+
+    async def step(self, action):
+        Sluggish.steps += 1
+        await asyncio.sleep(60 if Sluggish.steps == 1 else 0.005)
+        return StepResult((), 1.0, done=True)
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+def sluggish(monkeypatch):
+    monkeypatch.setattr(Sluggish, "steps", 0)
+    return {"environments__sluggish": Sluggish}
+
+
+def slow_set(**limits):
+    return TaskSet(environment="sluggish", reward="environment", environment_limits={"step_timeout": 0.2, **limits})
+
+
+def test_limits_hold_over_all_trajectories_of_a_task_set(sluggish):
+    task, _ = make(slow_set(calls=3, episodes=5), **sluggish)
+
+    async def main():
+        prompt = Prompt(id="s:0", task_set="s", text="x", tokens=[1, 2])
+        groups = [
+            Group(g, prompt, [Sample.begin(prompt, id=4 * g + i, group_id=g) for i in range(4)]) for g in range(6)
+        ]
+        await asyncio.gather(*(task.run_group(group, 2, lambda s, a: 7) for group in groups))
+        return [sample for group in groups for sample in group.samples]
+
+    samples = asyncio.run(main())
+    found = task.environment_metrics()
+    assert (found["calls_max"], found["episodes_max"]) == (3, 5)
+    assert (found["timeouts"], found["errors"], found["calls"]) == (1, 0, 2 * 25)
+    assert {s.reward for s in samples} == {1.0}
+    [again] = [s for s in samples if "retried" in s.metadata]
+    assert "`step` took longer than 0.2 s (environment_limits.step_timeout)" in again.metadata["retried"][0]
+
+
+def test_a_time_out_is_data(sluggish):
+    task, _ = make(slow_set(), **sluggish)
+    hung, *others = run(task, attempts=1).samples
+    assert hung.status is Status.FAILED
+    assert re.match(r"environment Sluggish \(.*\): `step` took longer than 0.2 s", hung.error)
+    assert hung.metadata["environment_fault"]["kind"] == "timeout"
+    assert hung.metadata["environment_fault"]["method"] == "step"
+    assert {s.status for s in others} == {Status.COMPLETED}
