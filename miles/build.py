@@ -67,27 +67,40 @@ class Model:
 
 
 @dataclass
-class Parts:
-    """Everything a run works with."""
+class EvaluationParts:
+    """What evaluation alone needs. Stands where evaluators otherwise find a `Run`."""
 
     config: Config
     registry: Registry
     model: Model
+    front: EngineFront
+    evaluator: Evaluator
+
+    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
+        """All prompts of a set, in file order, each once."""
+        longest = context_limit(self.config, self.model)
+        return load_prompts(self.config, self.registry, self.model.chat, task_set, longest)
+
+    def eval_task(self, task_set: TaskSet) -> Task:
+        return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
+
+
+@dataclass
+class Parts(EvaluationParts):
+    """Everything a run works with."""
+
+    gate: Gate
+    """For what is trained on; `front` is for evaluation."""
     workers: WorkerGroup
     engines: list[RolloutEngine]
-    front: EngineFront
     residency: Residency
     weight_sync: WeightSync
     producer: Batches
     trainer: Trainer
-    evaluator: Evaluator
     tracking: Tracking
     probe: WeightProbe | None
     dump: Dump | None = None
     """Where every batch is written, when that is asked for."""
-
-    def make_task(self, task_set: TaskSet, evaluation: bool = False) -> Task:
-        return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation)
 
 
 def load_model(config: Config, registry: Registry) -> Model:
@@ -131,25 +144,24 @@ def make_source(
 
 
 def make_producer(
-    config: Config, registry: Registry, model: Model, source: DataSource, front: EngineFront, batches: int
+    config: Config, registry: Registry, model: Model, source: DataSource, gate: Gate, batches: int
 ) -> Producer:
     """What fills so many batches, in the mode of rollout that was asked for."""
-    rollout, gate = config.rollout, Gate(front)
+    rollout = config.rollout
     tasks = {task_set.name: make_task(config, registry, model, gate, task_set) for task_set in config.data.sets}
     filters = [registry.build("sample_filters", spec) for spec in rollout.filters]
     parts = (config, source, tasks, filters)
     greedy, unjudged = "greedy_rollout" in needs_of(config, registry), learns_without_rewards(config, registry)
     if rollout.mode == "sync" and not rollout.partial_rollout:
         return Waves(*parts, greedy=greedy, unjudged=unjudged)
-    pace = Pace.of(rollout, batches)
-    return Stream(*parts, gate=gate, pace=pace, greedy=greedy, unjudged=unjudged)
+    return Stream(*parts, gate=gate, pace=Pace.of(rollout, batches), greedy=greedy, unjudged=unjudged)
 
 
 def make_task(
     config: Config,
     registry: Registry,
     model: Model,
-    front: EngineFront | Gate,
+    front: EngineFront,
     task_set: TaskSet,
     evaluation: bool = False,
 ) -> Task:
@@ -197,13 +209,10 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     if crew.placement.offload_train:
         await workers.call("offload", TRAINING)  # engines take of the memory that they find free
     engines = await make_engines(crew, model.checkpoint, stack)
-    front = EngineFront(engines, config.rollout.concurrency)
+    at_once, steps = config.rollout.concurrency, derived.num_rollout
     teachers = await make_teachers(crew, model, stack)
-    producer: Batches = (
-        source
-        if isinstance(source, Replay)
-        else make_producer(config, registry, model, source, front, derived.num_rollout)
-    )
+    gate = Gate(engines, at_once)
+    producer = source if isinstance(source, Replay) else make_producer(config, registry, model, source, gate, steps)
     stack.push_async_callback(producer.close)
     weight_sync = make_sync(crew, model)
     await weight_sync.connect(workers, engines)
@@ -214,7 +223,8 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         model=model,
         workers=workers,
         engines=engines,
-        front=front,
+        front=EngineFront(engines, at_once),
+        gate=gate,
         residency=Residency(workers, engines, crew.placement.offload_train, crew.placement.offload_rollout),
         weight_sync=weight_sync,
         producer=producer,
@@ -240,36 +250,19 @@ def make_sync(crew: Crew, model: Model) -> WeightSync:
     return crew.registry.build("weight_syncs", crew.placement.transport, context=context)
 
 
-@dataclass
-class EvaluationParts:
-    """What evaluation alone needs. Stands where evaluators otherwise find a `Run`."""
-
-    config: Config
-    registry: Registry
-    model: Model
-    front: EngineFront
-    evaluator: Evaluator
-
-    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
-        longest = context_limit(self.config, self.model)
-        return load_prompts(self.config, self.registry, self.model.chat, task_set, longest)
-
-    def eval_task(self, task_set: TaskSet) -> Task:
-        return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
-
-
 async def evaluation_parts(
     config: Config, registry: Registry, stack: AsyncExitStack, checkpoint: Checkpoint | None
 ) -> EvaluationParts:
     """An evaluator, and engines as of `serve_weights`."""
     model = load_model(config, registry)
-    front = await serve_weights(config, registry, model, stack, checkpoint)
+    engines = await serve_weights(config, registry, model, stack, checkpoint)
+    front = EngineFront(engines, config.rollout.concurrency)
     return EvaluationParts(config, registry, model, front, registry.build("evaluators", config.eval.evaluator))
 
 
 async def serve_weights(
     config: Config, registry: Registry, model: Model, stack: AsyncExitStack, checkpoint: Checkpoint | None
-) -> EngineFront:
+) -> list[RolloutEngine]:
     """Engines for a job without training, with the weights of `model.hf_checkpoint`, or with those of a checkpoint of
     miles, which come to them through a trainer."""
     crew = make_crew(config, registry, stack, trains=checkpoint is not None)
@@ -283,7 +276,7 @@ async def serve_weights(
         weight_sync = make_sync(crew, model)
         await weight_sync.connect(workers, engines)
         await weight_sync.push(version=checkpoint.step)
-    return EngineFront(engines, config.rollout.concurrency)
+    return engines
 
 
 def load_prompts(

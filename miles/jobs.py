@@ -27,7 +27,7 @@ from miles.registry import Registry
 from miles.report.page import leave_report
 from miles.report.progress import Progress
 from miles.rollout.dump import Dump
-from miles.rollout.engines import EngineFront
+from miles.rollout.gate import Gate
 from miles.rollout.measure import batch_metrics
 from miles.rollout.producer import Producer
 from miles.run import Run
@@ -191,23 +191,23 @@ async def rollout_job(resolved: Resolved) -> list[Metrics]:
                 logger.info("%s holds %d of %d batches", dump.folder, dump.batches, steps)
             if dump.batches >= steps:
                 return []
-            front = await serve_weights(config, registry, model, stack, ours)
+            gate = Gate(await serve_weights(config, registry, model, stack, ours), config.rollout.concurrency)
             in_waves = config.rollout.model_copy(update={"mode": "sync", "partial_rollout": False})  # nobody trains
             alone = config.model_copy(update={"rollout": in_waves})
-            producer = make_producer(alone, registry, model, source, front, steps)
+            producer = make_producer(alone, registry, model, source, gate, steps)
             if dump.producer is not None:
                 producer.load_state_dict(dump.producer)
-            return await _batches(producer, front, dump, steps)
+            return await _batches(producer, gate, dump, steps)
 
 
-async def _batches(producer: Producer, front: EngineFront, dump: Dump, steps: int) -> list[Metrics]:
+async def _batches(producer: Producer, gate: Gate, dump: Dump, steps: int) -> list[Metrics]:
     """Those that are missing; metrics of each."""
     found: list[Metrics] = []
     progress = Progress(steps)
     for step in range(dump.batches, steps):
         groups = await producer.collect(step)
         await dump.write(step + 1, groups, producer.state_dict())
-        traffic = front.take_traffic()
+        traffic = gate.take_traffic()
         metrics = {**batch_metrics(groups), **producer.metrics()}
         metrics["rollout/generated_tokens"] = float(traffic.generated_tokens)
         metrics["perf/generate_time"] = traffic.seconds

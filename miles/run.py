@@ -22,28 +22,23 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from miles.build import Parts, context_limit, load_prompts
+from miles.build import Parts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
-from miles.config import Config, TaskSet
+from miles.config import Config
 from miles.config.derived import Derived
 from miles.errors import CheckpointError, EngineLostError, RolloutError, RunInterrupted, WeightSyncError
 from miles.interrupt import Interrupt
 from miles.log import counted, logger
 from miles.modeling import resolve_device
-from miles.protocols import Evaluator, RunInfo, WeightSync
+from miles.protocols import RunInfo
 from miles.report.dump import FOLDER, dump_samples
 from miles.report.progress import Progress
-from miles.residency import Residency
 from miles.rollout.measure import batch_metrics
-from miles.rollout.producer import Batches
 from miles.rollout.recovery import Recovery
 from miles.rollout.saved import read_groups, write_groups
-from miles.rollout.task import Task
 from miles.rundir import METRICS, versions, write_summary
-from miles.tracking import Tracking
 from miles.training.checksums import compare_checksums
-from miles.training.trainer import Trainer
-from miles.types import Group, Metrics, Prompt
+from miles.types import Group, Metrics
 
 T = TypeVar("T")
 STATE, HELD = "state.json", "rollouts.npz"
@@ -89,8 +84,13 @@ class Run:
         self.store = CheckpointStore(
             self.config.checkpoint.dir or self.directory / "checkpoints", self.config.checkpoint.keep
         )
-        most, front = self.config.rollout.max_engine_restarts, self.parts.front
-        self.recovery = front.recovery = Recovery(front.engines, most, self._restart, self._resync)
+        # The parts that the loop works with, under short names.
+        parts, most = self.parts, self.config.rollout.max_engine_restarts
+        self.producer, self.trainer, self.evaluator = parts.producer, parts.trainer, parts.evaluator
+        self.residency, self.weight_sync, self.tracking = parts.residency, parts.weight_sync, parts.tracking
+        self.load_prompts, self.eval_task = parts.load_prompts, parts.eval_task
+        self.recovery = Recovery(parts.engines, most, self._restart, self._resync)
+        parts.front.recovery = parts.gate.recovery = self.recovery
         self.header = self._header()
         self._engine_counts: Metrics = {}
         self._trainer_free = asyncio.Lock()
@@ -98,31 +98,6 @@ class Run:
         self._clock = time.perf_counter()
         self._step_clock = self._clock
         self._take_picture()
-
-    # The parts that the loop works with, under short names.
-    @property
-    def producer(self) -> Batches:
-        return self.parts.producer
-
-    @property
-    def trainer(self) -> Trainer:
-        return self.parts.trainer
-
-    @property
-    def residency(self) -> Residency:
-        return self.parts.residency
-
-    @property
-    def weight_sync(self) -> WeightSync:
-        return self.parts.weight_sync
-
-    @property
-    def evaluator(self) -> Evaluator:
-        return self.parts.evaluator
-
-    @property
-    def tracking(self) -> Tracking:
-        return self.parts.tracking
 
     # ------------------------------------------------------------------------------------------------ what is due when
 
@@ -154,7 +129,7 @@ class Run:
         except RolloutError:
             self._dump(self.producer.groups)
             raise
-        self._engine_counts = await self.parts.front.take_counts()
+        self._engine_counts = await self.parts.gate.take_counts()
         if self.parts.dump is not None:
             await self.parts.dump.write(self.step + 1, groups)
         return groups
@@ -167,7 +142,7 @@ class Run:
         except RunInterrupted:
             await self.recovery.close()
             await self.producer.close()
-            await self.parts.front.abort()
+            await self.parts.gate.abort()
             raise
         await self.recovery.find_lost()
         return result
@@ -223,7 +198,7 @@ class Run:
 
     def rollout_metrics(self, groups: list[Group]) -> Metrics:
         """Metrics of a batch."""
-        traffic = self.parts.front.take_traffic()
+        traffic = self.parts.gate.take_traffic()
         self.totals.prompt_tokens += traffic.prompt_tokens
         self.totals.generated_tokens += traffic.generated_tokens
         trained = sum(s.trainable_tokens for g in groups for s in g.samples)
@@ -265,7 +240,6 @@ class Run:
         for name, metrics in results.items():
             kept = self.evaluation.setdefault(name, {"first": {**metrics, "step": self.step}})
             kept["last"] = {**metrics, "step": self.step}
-        self.parts.front.take_traffic()
         return {f"eval/{name}/{k}": v for name, metrics in results.items() for k, v in metrics.items()}
 
     def track(self, metrics: Metrics) -> None:
@@ -285,16 +259,6 @@ class Run:
         self.tracking.log(self.step, metrics)
         self.progress.line(self.step, metrics)
 
-    # -------------------------------------------------------------------------------------- evaluation from the outside
-
-    def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
-        """All prompts of a set, in file order, each once."""
-        limit = context_limit(self.config, self.parts.model)
-        return load_prompts(self.config, self.parts.registry, self.parts.model.chat, task_set, limit)
-
-    def eval_task(self, task_set: TaskSet) -> Task:
-        return self.parts.make_task(task_set, evaluation=True)
-
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def _take_picture(self) -> None:
@@ -304,8 +268,8 @@ class Run:
             "metrics": {name: value for name, value in self.metrics.items() if not name.startswith(CLOCK)},
             "evaluation": self.evaluation,
             "totals": vars(self.totals),
-            "producer": self.parts.producer.state_dict(),
-            "trainer": self.parts.trainer.state_dict(),
+            "producer": self.producer.state_dict(),
+            "trainer": self.trainer.state_dict(),
             "random": _random_state(),
         }
         self._boundary, self._held = json.loads(json.dumps(state)), self.producer.held()
@@ -360,9 +324,9 @@ class Run:
         self.step, self.metrics = state["step"], state["metrics"]
         self.evaluation, self.totals = state["evaluation"], Totals(**state["totals"])
         held = read_groups(folder / HELD) if (folder / HELD).exists() else []
-        self.parts.producer.load_state_dict(state["producer"], held)
-        self._held = self.parts.producer.held()
-        self.parts.trainer.load_state_dict(state["trainer"])
+        self.producer.load_state_dict(state["producer"], held)
+        self._held = self.producer.held()
+        self.trainer.load_state_dict(state["trainer"])
         _set_random_state(state["random"])
 
     # --------------------------------------------------------------------------------------------------------- the end
@@ -378,7 +342,7 @@ class Run:
         device, steps = resolve_device(config.resources.device), self.derived.num_rollout
         answers, ranks = self.hook.miles_report_header(config=config), self.parts.workers.size
         several = f", {ranks} train ranks" if ranks > 1 else ""
-        prompts, sets = len(self.parts.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
+        prompts, sets = len(self.producer.source), ", ".join(task_set.name for task_set in config.data.sets)
         return [
             f"{config.run.name} in {self.directory}: {counted(steps, 'step')} on {device}{several}",
             f"{model.hf_config.model_type} from {model.checkpoint}; {prompts} prompts ({sets})",

@@ -177,6 +177,11 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
      and c.config.rollout.mode != "fully_async" and not c.config.rollout.partial_rollout,
      "nothing grows old in rollout mode {rollout.mode}: batches are one weight version old at most",
      "--rollout-mode fully_async, or leave --max-weight-staleness out"),
+    ("weight_sync.interval", lambda c: c.config.rollout.most_staleness is not None
+     and c.config.weight_sync.interval > c.config.rollout.most_staleness + 1,
+     "engines would have weights that are older than --max-weight-staleness allows ({rollout.most_staleness}), and "
+     "nothing that they draw could be trained on",
+     "raise --max-weight-staleness to the interval less 1, or lower --update-weights-interval"),
     ("run.deterministic", lambda c: c.config.rollout.partial_rollout and c.config.run.deterministic,
      "cannot be promised with partial rollouts: which of them end first depends on time",
      "leave --partial-rollout out, or --no-deterministic-mode"),

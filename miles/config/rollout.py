@@ -24,8 +24,8 @@ class RolloutSection(Section):
     mask_offpolicy_in_partial_rollout: Annotated[bool, Flag("--mask-offpolicy-in-partial-rollout")] = False
     """Of a rollout that went on in a later step, train on the tokens of the newest weights alone."""
     max_weight_staleness: Annotated[int | None, Flag("--max-weight-staleness"), Field(ge=0)] = None
-    """Most weight versions that the oldest token of a group may be behind when it is trained on. None: 1 in
-    `fully_async`, no limit with `partial_rollout`."""
+    """Most steps that the weights which drew a group's oldest token may be behind those that are trained on it. None: 1
+    in `fully_async`, no limit with `partial_rollout`."""
     stale_groups: Annotated[
         Literal["wait", "drop", "retry"], Flag("--stale-groups", "--async-unused-samples-handler")
     ] = "wait"
@@ -60,7 +60,7 @@ class RolloutSection(Section):
     max_context_len: Annotated[int | None, Flag("--rollout-max-context-len")] = None
     """Longest trajectory in tokens, prompt included; the model's own limit when not given."""
     concurrency: Annotated[int, Flag("--rollout-concurrency", "--sglang-server-concurrency"), Field(gt=0)] = 512
-    """Samples in flight at once."""
+    """Samples in flight at once; as many again of evaluation."""
     dump_samples: Annotated[int | None, Flag("--dump-samples")] = None
     """Samples of each batch written to `rollouts/`; all of them when not given, 0 for none."""
     dump: Annotated[Path | None, Flag("--dump-rollouts", "--dump")] = None
@@ -70,8 +70,7 @@ class RolloutSection(Section):
     started, whatever is said of engines elsewhere."""
 
     @property
-    def on_policy(self) -> bool:
-        """Whether all samples of a batch are drawn by the very weights that are trained on them."""
-        if self.mode == "fully_async":
-            return self.max_weight_staleness == 0
-        return self.mode == "sync" and not self.partial_rollout
+    def most_staleness(self) -> int | None:
+        """`max_weight_staleness`, or what it is when not given."""
+        by_itself = 1 if self.mode == "fully_async" else None
+        return by_itself if self.max_weight_staleness is None else self.max_weight_staleness

@@ -55,3 +55,9 @@ class Config(Section):
     tracking: Annotated[ComponentSpecs, Flag("--tracking"), AfterValidator(with_metrics_file)] = ()
     """Where metrics go besides the progress line and `metrics.jsonl`: tensorboard, wandb."""
     plugins: PluginsSection = PluginsSection()
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether all samples of a batch are drawn by the very weights that are trained on them."""
+        in_waves = self.rollout.mode == "sync" and not self.rollout.partial_rollout
+        return self.weight_sync.interval == 1 and (in_waves or self.rollout.most_staleness == 0)

@@ -46,15 +46,7 @@ class Dump:
         """
         self.folder = folder
         settings = config.model_dump(mode="json")
-        self.about: dict[str, Any] = {
-            "format": FORMAT,
-            "maker": maker,
-            "weights": weights,
-            "settings": settings,
-            "state": None,
-        }
-        self.state: Any = None
-        """What was given with the newest batch."""
+        self.about: dict[str, Any] = {"format": FORMAT, "maker": maker, "weights": weights, "settings": settings}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / ABOUT).is_file():

@@ -33,11 +33,12 @@ class EngineFront:
     behind goes to another, or waits for one.
     """
 
+    closed, closings = False, 0
+    """Only a `Gate` ever is."""
+
     def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
         self.engines = list(engines)
         self.traffic = Traffic()
-        self.closed, self.closings = False, 0
-        """It never is: for whoever may stand before a `Gate` as well."""
         self.recovery: Recovery | None = None
         """Where nobody can bring back a lost engine, it is an error."""
         self._in_flight = 0

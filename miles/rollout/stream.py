@@ -40,34 +40,35 @@ class Pace:
     """In the whole run: nothing is started that nobody will train on."""
     goes_on: bool
     """While a batch is trained on."""
-    waits: bool = False
+    waits: bool
     """New weights come between two batches only."""
-    staleness: int | None = None
-    """Most weight syncs between the oldest token of a group and the training on it."""
-    at_once: int = 0
+    staleness: int | None
+    """Most steps that the weights of a group's oldest token may be behind the step that is trained on it."""
+    at_once: int
     """Groups under way while a batch fills, where they do not go on."""
 
     @classmethod
     def of(cls, rollout: RolloutSection, batches: int) -> Pace:
-        size, most = rollout.batch_size, rollout.max_weight_staleness
-        if rollout.mode == "sync":
-            return cls(size, batches, goes_on=False, staleness=most, at_once=rollout.over_sampling_batch_size or size)
-        if rollout.mode == "one_step_off":
-            return cls(size, batches, goes_on=True, waits=True)
-        return cls(size, batches, goes_on=True, staleness=1 if most is None else most)
+        return cls(
+            batch=rollout.batch_size,
+            batches=batches,
+            goes_on=rollout.mode != "sync",
+            waits=rollout.mode == "one_step_off",
+            staleness=rollout.most_staleness,
+            at_once=max(rollout.batch_size, rollout.over_sampling_batch_size or 0),
+        )
 
-    def room(self, handed_out: int, horizon: int, asked: bool) -> int:
+    def room(self, handed_out: int, version: int, asked: bool) -> int:
         """Groups that may be there, generated or under way, when so many batches were handed out.
 
         Args:
-            horizon: the step that is being filled, or the newest weights if they are ahead of it.
+            version: of the weights that new ones begin with.
             asked: somebody waits for a batch.
         """
-        left = self.batch * (self.batches - handed_out)
         if not self.goes_on:
-            return max(self.at_once, min(self.batch, left)) if asked else 0
-        ahead = 1 if self.waits else horizon + 1 + (self.staleness or 0) - handed_out
-        return min(self.batch * ahead, left)
+            return self.at_once if asked else 0
+        ahead = 1 if self.waits else version + 1 + (self.staleness or 0) - handed_out
+        return self.batch * min(ahead, self.batches - handed_out)
 
 
 class Going(NamedTuple):
@@ -93,21 +94,22 @@ class Stream(Producer):
         """Half-finished."""
         self.ready: list[Group] = []
         """Finished, and wanted by the filters."""
-        self.version = self.horizon = self.handed_out = 0
+        self.version = self.handed_out = 0
         self._begun = self._asked = False
         self._staleness: Metrics = {}
         self._error: BaseException | None = None
         self._news = asyncio.Event()
 
     async def collect(self, step: int) -> list[Group]:
-        self.handed_out, self.horizon = step, max(self.horizon, step)
+        self.handed_out = step
         self._begun = self._asked = True
         self.gate.open()
         try:
             self._drop_stale()
             self._go_on()
-            while len(self.ready) < self.pace.batch or self._last_chance():
-                await self._some_news()
+            while self._error is None and (len(self.ready) < self.pace.batch or self._last_chance()):
+                self._news.clear()
+                await self._news.wait()
         finally:
             self._asked = False
         taken = self._oldest_ready()
@@ -118,20 +120,14 @@ class Stream(Producer):
         self.handed_out += 1
         if self.pace.goes_on:
             self._go_on()
-        else:
+        elif self._error is None:
             await self.gate.close()
+        if self._error is not None:  # of a group that belongs to no batch now
+            raise self._error
         if self.config.rollout.mask_offpolicy_in_partial_rollout:
             _mask_older(taken, self.version)
-        self._staleness = staleness_metrics(taken, self.version)
+        self._staleness = staleness_metrics(taken, step)
         return self._hand_out(taken)
-
-    async def _some_news(self) -> None:
-        """Raises what a group has raised."""
-        self._news.clear()
-        if self._error is None:
-            await self._news.wait()
-        if self._error is not None:
-            raise self._error
 
     # -------------------------------------------------------------------------------------------------- group by group
 
@@ -142,7 +138,7 @@ class Stream(Producer):
         parked, self.parked = self.parked, []
         for group in parked:
             self._start(group)
-        room = self.pace.room(self.handed_out, self.horizon, self._asked)
+        room = self.pace.room(self.handed_out, self.version, self._asked)
         while len(self.ready) + len(self.under_way) < room:
             self._start(self._group(*self.source.next_prompts(1)))
 
@@ -177,8 +173,9 @@ class Stream(Producer):
 
     def _drop_stale(self) -> None:
         """What is too old by now, finished or not, makes room for others."""
-        self.ready = [g for g in self.ready if not self._dropped_as_stale(g, pending_rollouts(g))]
-        self.parked = [g for g in self.parked if not self._dropped_as_stale(g, pending_rollouts(g))]
+        ready, parked, self.ready, self.parked = self.ready, self.parked, [], []
+        self.ready += [group for group in ready if not self._dropped_as_stale(group, pending_rollouts(group))]
+        self.parked += [group for group in parked if not self._dropped_as_stale(group, pending_rollouts(group))]
         for task, (group, pending) in list(self.under_way.items()):
             if self._dropped_as_stale(group, pending):
                 del self.under_way[task]
@@ -194,7 +191,7 @@ class Stream(Producer):
         there = [self._started_at(group) for group in self.ready]
         there += [self._started_at(going.group) for going in self.under_way.values()]
         for later in range(most + 1):  # batches after this one
-            version = self.version - most + later  # they are the last ones for groups of these weights
+            version = self.handed_out - most + later  # they are the last ones for groups of these weights
             waiting, served = (sum(begun <= version for begun in group) for group in (there, taken))
             if waiting - served > size * later:
                 return True
@@ -208,7 +205,7 @@ class Stream(Producer):
 
     def _dropped_as_stale(self, group: Group, pending: list[int]) -> bool:
         most, oldest = self.pace.staleness, oldest_version(group.samples)
-        if most is None or oldest is None or self.version - oldest <= most:
+        if most is None or oldest is None or self.handed_out - oldest <= most:
             return False
         self._settle(pending, "stale")
         if self.config.rollout.stale_groups == "retry":
@@ -237,7 +234,7 @@ class Stream(Producer):
         finally:
             if pauses:
                 await self.gate.resume()
-        self.version, self.horizon = version, max(self.horizon, version)
+        self.version = version
         if self._begun:
             self._go_on()
 
@@ -290,4 +287,4 @@ def _mask_older(groups: Sequence[Group], version: int) -> None:
     """Learn from no token that older weights have drawn."""
     for sample in (sample for group in groups for sample in group.samples):
         if WEIGHT_VERSION.name in sample.columns:  # not where there was room for no token
-            sample.loss_mask[sample.columns[WEIGHT_VERSION.name] != version] = 0
+            sample.loss_mask[sample.columns[WEIGHT_VERSION.name] < version] = 0

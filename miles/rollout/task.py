@@ -20,7 +20,6 @@ from miles.protocols import ChatFormat, GenerateContext, Score
 from miles.registry import Registry
 from miles.rollout.concurrent import run_all
 from miles.rollout.engines import EngineFront
-from miles.rollout.gate import Gate
 from miles.targets import defined_at, described
 from miles.turns import RESTARTED
 from miles.types import Group, Metrics, Sample, Status
@@ -48,7 +47,7 @@ class Task:
         task_set: TaskSet,
         config: Config,
         registry: Registry,
-        front: EngineFront | Gate,
+        front: EngineFront,
         chat: ChatFormat,
         **limits: Any,
     ):
@@ -84,9 +83,9 @@ class Task:
         When the gate is closed meanwhile, the group comes back with samples that are pending, and nothing is judged:
         the next call goes on with those.
         """
-        runs = [self._run(self.context, sample, attempts, reseed) for sample in group.samples]
+        runs = [self._run(self.context, group, sample, attempts, reseed) for sample in group.samples]
         if group.baseline is not None:
-            runs.append(self._run(self.greedy, group.baseline, attempts, reseed))
+            runs.append(self._run(self.greedy, group, group.baseline, attempts, reseed))
         results = await run_all(runs)
         if group.baseline is not None:
             group.baseline = results.pop()[0]  # siblings of one trajectory share its reward
@@ -101,9 +100,14 @@ class Task:
         return group
 
     async def _run(
-        self, context: GenerateContext, sample: Sample, attempts: int, reseed: Callable[[Sample, int], int]
+        self,
+        context: GenerateContext,
+        group: Group,
+        sample: Sample,
+        attempts: int,
+        reseed: Callable[[Sample, int], int],
     ) -> list[Sample]:
-        """Generate one sample, or the rest of it; again with another seed when it failed."""
+        """Generate one sample of a group, or the rest of it; again with another seed when it failed."""
         finished, attempt, closings = [sample], 0, self.front.closings
         if sample.status is not Status.PENDING:
             return finished
@@ -120,8 +124,10 @@ class Task:
             if attempt == attempts or not statuses & {Status.FAILED, Status.ABORTED}:
                 break
             before = [*sample.metadata.get(RETRIED, ()), finished[0].error or finished[0].status.value]
+            failed = sample
             sample = Sample.begin(sample.prompt, id=sample.id, group_id=sample.group_id, seed=reseed(sample, attempt))
             sample.metadata[RETRIED] = before
+            _replace(group, failed, sample)  # whoever asks how old the group is, sees no token of before
         for one in finished:
             one.max_new_tokens = context.sampling.max_new_tokens
         return finished
@@ -172,6 +178,12 @@ class Task:
                 scores = [wrong] * len(judged.samples)
             for sample, score in zip(judged.samples, scores, strict=True):
                 _add_score(sample, name, weight, reward, score)
+
+
+def _replace(group: Group, before: Sample, after: Sample) -> None:
+    if group.baseline is before:
+        group.baseline = after
+    group.samples = [after if sample is before else sample for sample in group.samples]
 
 
 def _with_ids_of_their_own(siblings: list[Sample]) -> list[Sample]:

@@ -127,7 +127,7 @@ class Trainer:
         if self.config.algorithm.old_logprobs != "auto":
             return self.config.algorithm.old_logprobs
         corrected = self.config.algorithm.is_correction.name != NONE
-        if self.stage.has_advantages and not self.config.rollout.on_policy:
+        if self.stage.has_advantages and not self.config.on_policy:
             return "recompute" if corrected else "rollout"
         several = self.derived.optimizer_steps_per_rollout > 1
         needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)

@@ -133,6 +133,16 @@ def test_training_needs_no_reward_that_nothing_looks_at(solve, algorithm, enough
             "there are no partial rollouts",
         ),
         (["--max-weight-staleness", "2"], "rollout.max_weight_staleness", "nothing grows old"),
+        (
+            ["--rollout-mode", "fully_async", "--update-weights-interval", "3"],
+            "weight_sync.interval",
+            "older than --max-weight-staleness allows (1), and nothing",
+        ),
+        (
+            ["--partial-rollout", "--max-weight-staleness", "0", "--update-weights-interval", "2"],
+            "weight_sync.interval",
+            "older than --max-weight-staleness allows (0), and nothing",
+        ),
         (["--partial-rollout", "--deterministic-mode"], "run.deterministic", "depends on time"),
         (["--rollout-mode", "fully_async", "--colocate"], "resources.colocate", "take turns"),
         (["--rollout-mode", "fully_async", "--deterministic-mode"], "run.deterministic", "cannot be promised"),

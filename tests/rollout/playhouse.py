@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from miles.config import Config
 from miles.contexts import GenerateContext
 from miles.protocols import EngineHealth
-from miles.rollout.engines import EngineFront
 from miles.rollout.gate import Gate
 from miles.rollout.producer import Waves
 from miles.rollout.stream import Pace, Stream
@@ -113,7 +112,7 @@ class House:
         settings = {"batch_size": 4, "n_samples_per_prompt": 2, "filters": names, **rollout}
         self.config = Config.model_validate({"rollout": settings})
         self.engine = Engine(lambda request: length(int(request.partition(".")[0])))
-        self.gate, self.source = Gate(EngineFront([self.engine], 512)), Source()
+        self.gate, self.source = Gate([self.engine], 512), Source()
         work = Work(self.gate, tool, outcome)
         parts = (self.config, self.source, {"s": work}, list(filters))
         section = self.config.rollout
@@ -121,16 +120,17 @@ class House:
         waves = section.mode == "sync" and not section.partial_rollout
         self.producer = Waves(*parts) if waves else Stream(*parts, gate=self.gate, pace=pace)
 
-    async def train(self, step, seconds=0.0):
+    async def train(self, step, seconds=0.0, interval=1):
         await asyncio.sleep(seconds)
-        async with self.producer.updating(step + 1):
-            self.engine.version = step + 1
+        if (step + 1) % interval == 0:
+            async with self.producer.updating(step + 1):
+                self.engine.version = step + 1
 
-    async def steps(self, count, first=0, seconds=0.0):
+    async def steps(self, count, first=0, seconds=0.0, interval=1):
         async with self.producer.updating(first):
             self.engine.version = first
         batches = []
         for step in range(first, first + count):
             batches.append(await self.producer.collect(step))
-            await self.train(step, seconds)
+            await self.train(step, seconds, interval)
         return batches

@@ -8,10 +8,12 @@ import pytest
 from playhouse import Engine, House
 
 from miles.errors import EngineLostError, RolloutError
+from miles.rollout.engines import EngineFront
+from miles.rollout.gate import Gate
 from miles.rollout.saved import read_groups, write_groups
 from miles.rollout.stream import Going, _mask_older
 from miles.rollout.task import unfinished
-from miles.types import GenerateRequest, SamplingParams, Status, Verdict
+from miles.types import LOSS_MASK, WEIGHT_VERSION, GenerateRequest, SamplingParams, Status, Verdict
 
 
 def play(house, count, **how):
@@ -153,18 +155,69 @@ def test_what_is_too_old_is_dropped_and_its_prompt_perhaps_asked_again(policy):
             assert step - int(sample.columns["weight_version"][1:].min()) <= 1
 
 
-def test_what_a_group_raises_ends_the_next_batch():
-    class Lost(Engine):
-        async def generate(self, request):
-            if self.version == 1:
-                raise EngineLostError("it is gone")
-            return await super().generate(request)
+@pytest.mark.parametrize(("interval", "staleness"), [(2, 1), (2, 3), (3, 2)])
+def test_weights_that_come_every_few_steps_waste_nothing(interval, staleness):
+    house = House(odd_lengths, mode="fully_async", max_weight_staleness=staleness)
+    batches = play(house, 8, seconds=0.01, interval=interval)
+    assert house.producer.ledger.fates.keys() == {"trained"}
+    ages = {
+        step - int(sample.columns["weight_version"][1:].min())
+        for step, batch in enumerate(batches) for group in batch for sample in group.samples
+    }  # fmt: skip
+    assert max(ages) <= staleness
+    assert house.producer.metrics()["rollout/staleness/max"] in ages
 
+
+class Lost(Engine):
+    """Has no token of the second weights."""
+
+    async def generate(self, request):
+        if self.version == 1:
+            raise EngineLostError("it is gone")
+        return await super().generate(request)
+
+
+def test_what_a_group_raises_ends_the_next_batch():
     house = House(lambda i: 3, mode="fully_async")
-    house.gate.front.engines[0] = house.engine = Lost(lambda request: 3)
+    house.gate.engines[0] = house.engine = Lost(lambda request: 3)
     with pytest.raises(EngineLostError, match="gone"):
         play(house, 3, seconds=0.02)
     assert not house.producer.under_way
+
+
+def test_what_a_group_raises_is_said_even_if_others_would_fill_the_batch():
+    house = House(mode="fully_async", max_weight_staleness=2)
+    house.gate.engines[0] = house.engine = Lost(lambda request: 3)
+
+    async def main():
+        await house.producer.collect(0)
+        await asyncio.sleep(0.1)  # all there is room for is generated
+        assert len(house.producer.ready) == 8
+        house.engine.version = 1
+        house.producer._start(house.producer._group(*house.source.next_prompts(1)))
+        await asyncio.sleep(0.02)
+        try:
+            await house.producer.collect(1)
+        finally:
+            await house.producer.close()
+
+    with pytest.raises(EngineLostError, match="gone"):
+        asyncio.run(main())
+
+
+def test_evaluation_neither_queues_behind_training_nor_counts_as_it():
+    engine = Engine(lambda request: 10_000 if request.startswith("train") else 4)
+    gate, front = Gate([engine], 2), EngineFront([engine], 2)
+
+    async def main():
+        params = SamplingParams(max_new_tokens=100_000)
+        training = [asyncio.ensure_future(gate.generate(GenerateRequest("train", [1], params))) for _ in range(5)]
+        await asyncio.wait_for(front.generate(GenerateRequest("eval", [1], params)), 2)
+        await gate.close()
+        return sum(len(task.result().tokens) for task in training)
+
+    drawn = asyncio.run(main())
+    assert (gate.take_traffic().generated_tokens, front.take_traffic().generated_tokens) == (drawn, 4)
 
 
 def test_too_many_failures_end_it_but_one_at_the_beginning_does_not():
@@ -336,6 +389,14 @@ def test_a_sample_without_a_token_of_any_weights_has_nothing_to_mask():
     assert group.samples[0].loss_mask.tolist() == [0]
 
 
+def test_weights_that_came_in_the_middle_of_a_rollout_are_not_older():
+    house = House(partial_rollout=True, mask_offpolicy_in_partial_rollout=True)
+    group = house.producer._group(*house.source.next_prompts(1))
+    group.samples[0].append([7, 8, 9], {LOSS_MASK: 1, WEIGHT_VERSION: [2, 3, 4]})
+    _mask_older([group], 3)
+    assert group.samples[0].loss_mask.tolist() == [0, 0, 1, 1]
+
+
 def test_what_a_pause_aborts_goes_on_however_late_it_came():
     class Slow(Engine):
         async def pause(self, mode):
@@ -343,7 +404,7 @@ def test_what_a_pause_aborts_goes_on_however_late_it_came():
             await super().pause(mode)
 
     house = House(mode="fully_async")
-    house.gate.front.engines[0] = Slow(lambda request: 10_000)
+    house.gate.engines[0] = Slow(lambda request: 10_000)
 
     async def main():
         pausing = asyncio.ensure_future(house.gate.pause("abort"))

@@ -13,9 +13,11 @@ from miles.errors import HookError, WorkerError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.rollout.engines import EngineFront
+from miles.rollout.measure import oldest_version
 from miles.rollout.task import Task
 from miles.types import (
     LOSS_MASK,
+    WEIGHT_VERSION,
     Action,
     GenerateRequest,
     GenerateResult,
@@ -367,6 +369,27 @@ def test_one_that_comes_back_after_the_gate_is_open_again_was_interrupted_all_th
     gate = task.front
     (sample,) = run(task, size=1).samples
     assert (sample.status, sample.tokens) == (Status.PENDING, [1, 2, 7])
+
+
+def test_a_group_under_way_holds_the_attempt_that_is_made_and_not_the_one_that_failed():
+    seen = []
+
+    async def once_more(context, sample):
+        seen.append([(one.id, one.seed, list(one.tokens), one is sample) for one in group.rollouts])
+        sample.append([7], {WEIGHT_VERSION: len(seen)})
+        if sample.seed < 1000:
+            raise RuntimeError("no luck")
+        sample.status = Status.COMPLETED
+        return sample
+
+    task, _ = make(TaskSet(generate="once_more"), generate_functions__once_more=once_more)
+    prompt = Prompt(id="s:0", task_set="s", text="x", tokens=[1, 2])
+    first, baseline = (Sample.begin(prompt, id=i, group_id=0, seed=i) for i in (0, 1))
+    group = Group(0, prompt, [first], baseline)
+    asyncio.run(task.run_group(group, 2, lambda s, a: 1000 + s.id))
+    assert (0, 1000, [1, 2], True) in seen[1]
+    assert (1, 1001, [1, 2], True) in seen[3]
+    assert oldest_version(group.rollouts) == 2  # of the first attempt that was not given up
 
 
 def test_siblings_have_ids_of_their_own():

@@ -79,6 +79,15 @@ def test_an_engine_in_a_process_of_its_own_generates_while_the_trainer_trains(co
     assert last["eval/heldout/weight_version"] == 4
 
 
+def test_what_is_drawn_while_others_evaluate_is_counted(config, tmp_path):
+    watch = Watch()
+    config["eval"]["interval"] = 1
+    rollout = {"mode": "fully_async", "max_weight_staleness": 2}
+    run = miles.train(settings(config, tmp_path, "run", **rollout), plugins=[watch])
+    drawn = [s.response_length for _, groups in watch.batches for group in groups for s in group.samples]
+    assert run.summary["tokens"]["generated"] == sum(drawn)
+
+
 @pytest.mark.parametrize("pause_mode", ["retract", "abort", "in_place"])
 def test_tokens_of_several_versions_say_so_and_are_what_those_weights_say(pause_mode, config, tmp_path):
     """Long answers, and new weights in the middle of them."""

@@ -73,10 +73,11 @@ def groups(rewards=((1, 0), (1, 1)), **kwargs):
     ]
 
 
-def make(skip=False, algorithm=None, **train):
+def make(skip=False, algorithm=None, rollout=None, interval=1, **train):
     config = Config.model_validate(
         {
-            "rollout": {"num_rollout": 1, "batch_size": 2, "n_samples_per_prompt": 2},
+            "rollout": {"num_rollout": 1, "batch_size": 2, "n_samples_per_prompt": 2, **(rollout or {})},
+            "weight_sync": {"interval": interval},
             "algorithm": {"advantage_estimator": "grpo", **(algorithm or {})},
             "train": train,
             "data": {"sets": [{"name": "s", "path": "x.jsonl"}]},
@@ -153,6 +154,29 @@ def test_old_log_probs_from_the_rollout():
     assert workers.steps()[0][1].mismatch_tokens == 8  # measured before anything was updated
     assert workers.steps()[1][1].mismatch_tokens == 0
     assert "train/train_rollout_logprob_abs_diff" not in metrics  # absent rather than a false 0
+
+
+@pytest.mark.parametrize(
+    ("rollout", "interval", "off_policy"),
+    [
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"partial_rollout": True}, 1, True),
+        ({"partial_rollout": True, "max_weight_staleness": 0}, 1, False),
+        ({"mode": "one_step_off"}, 1, True),
+        ({"mode": "fully_async"}, 1, True),
+        ({"mode": "fully_async", "max_weight_staleness": 0}, 1, False),
+    ],
+)
+def test_ratios_are_to_the_policy_that_acted_unless_a_correction_sees_to_it(rollout, interval, off_policy):
+    trainer, workers = make(rollout=rollout, interval=interval)
+    step(trainer, groups(log_prob=-0.25))
+    assert [method for method, _ in workers.calls] == ["train_step"]
+    assert ("old_log_probs" in workers.steps()[0][0][0].columns) == off_policy
+    trainer, workers = make(algorithm={"is_correction": "tis"}, rollout=rollout, interval=interval)
+    step(trainer, groups(log_prob=-0.25))
+    assert [method for method, _ in workers.calls] == ["forward", "train_step"]
+    assert workers.steps()[0][0][0].columns["old_log_probs"][0][2:].tolist() == [-0.5] * 4
 
 
 def test_rollout_log_probs_that_are_missing_are_named():
