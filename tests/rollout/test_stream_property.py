@@ -20,7 +20,7 @@ MODES = st.one_of(
         {
             "mode": st.just("fully_async"),
             "max_weight_staleness": st.integers(0, 3),
-            "stale_groups": st.sampled_from(["drop", "retry"]),
+            "stale_groups": st.sampled_from(["wait", "drop", "retry"]),
             "pause_mode": st.sampled_from(["retract", "abort", "in_place"]),
         }
     ),
@@ -49,6 +49,7 @@ class Play:
         } | {"batch_size": BATCH, "n_samples_per_prompt": SIZE, "max_failed_fraction": 1.0, **mode}
         self.greedy, self.file = greedy, folder / "held.npz"
         self.pause = (number(1, 4) % 3) / 200
+        self.interval = 1 + number(2, 4) % (1 + (mode.get("max_weight_staleness") or 0))
 
     def house(self):
         house = House(steps=STEPS, **self.how)
@@ -75,7 +76,7 @@ class Play:
                 continue
             batches.append(await asyncio.wait_for(house.producer.collect(step), 20))
             step += 1
-            await house.train(step - 1, self.pause)
+            await house.train(step - 1, self.pause, self.interval)
         house.producer.ledger.check(house.producer._pending())
         await house.producer.close()
         return house, batches
