@@ -11,9 +11,9 @@ from miles.config.leaves import Path
 from miles.config.settings import Setting
 
 REPLAY: Path = ("rollout", "replay")
-MODE: Path = ("rollout", "mode")
+AHEAD: tuple[Path, ...] = (("rollout", "mode"), ("rollout", "max_weight_staleness"))
 ENGINES: tuple[Path, ...] = (
-    MODE, ("rollout", "engine"), ("rollout", "num_engines"), ("resources", "rollout_num_gpus"),
+    ("rollout", "engine"), ("rollout", "num_engines"), ("resources", "rollout_num_gpus"),
     ("resources", "rollout_num_gpus_per_engine"), ("resources", "colocate"), ("resources", "offload_train"),
     ("resources", "offload_rollout"), ("weight_sync", "transport"), ("eval", "interval"),
 )  # fmt: skip
@@ -21,10 +21,10 @@ ENGINES: tuple[Path, ...] = (
 
 def without_engines(layers: Sequence[Sequence[Setting]], purpose: str) -> list[list[Setting]]:
     """Layers of settings, lowest first. For a run that replays, with engine `none` and no other word on engines, and
-    one pass over the batches where `rollout.num_rollout` does not say otherwise. For rollouts alone, without a mode:
-    it says how they go together with training."""
+    one pass over the batches where `rollout.num_rollout` does not say otherwise; the mode stays, which says of whom
+    the batches are. For rollouts alone, without a mode: it says how they go together with training."""
     if purpose == "rollout":
-        return [[s for s in layer if s.path != MODE] for layer in layers]
+        return [[s for s in layer if s.path not in AHEAD] for layer in layers]
     asked = [setting for layer in layers for setting in layer if setting.path == REPLAY]
     if purpose == "eval" or not asked or asked[-1].value is None:
         return [list(layer) for layer in layers]

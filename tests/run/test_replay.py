@@ -42,6 +42,17 @@ def test_a_replay_learns_what_the_run_did(config, tmp_path):
     assert compare(tmp_path / "run", beside).within(0.0)
 
 
+@pytest.mark.parametrize("rollout", [{"mode": "fully_async", "max_weight_staleness": 2}, {"partial_rollout": True}])
+def test_samples_of_older_weights_are_learnt_from_as_such(config, tmp_path, rollout):
+    """Their old log-probs are those of the rollout, in the run as in its replay."""
+    config["rollout"] |= rollout
+    config["run"]["deterministic"] = False
+    again, beside = dumped(config, tmp_path / "dump")
+    again["run"]["deterministic"] = True  # as a replay may be, whatever drew its samples
+    miles.train(again, replay=str(tmp_path / "dump"))
+    assert_same_end(tmp_path / "run", beside, but=("rollout/", "eval/", "data/"))
+
+
 @pytest.mark.slow
 def test_two_ranks(config, tmp_path):
     config["rollout"]["num_rollout"] = 1
@@ -86,6 +97,7 @@ def test_a_full_disk(config, tmp_path, monkeypatch):
 
 def test_flags_of_the_engine_are_left_out():
     said = ["--rollout-engine", "torch", "--torch-max-batch-size", "4", "--colocate", "--weight-sync", "disk"]
+    said += ["--rollout-mode", "fully_async", "--max-weight-staleness", "2"]
     registry = Registry(load_plugins())
     given = {"model": {"hf_checkpoint": "x"}, "data": {"sets": [{"name": "a", "path": "a"}]}}
     config = resolve([given], [*said, "--replay", "folder"], registry=registry).config

@@ -29,7 +29,8 @@ def generated(folder, step):
 def test_rollouts_are_those_of_the_run_and_can_be_trained_on(config, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     live = miles.train(config, dump=str(two), num_rollout=1)
-    found = rollouts(config, one, **{"rollout.mode": "fully_async"})  # which says nothing of rollouts alone
+    ahead = {"rollout.mode": "fully_async", "rollout.max_weight_staleness": 2}  # which say nothing of rollouts alone
+    found = rollouts(config, one, **ahead)
     assert count_batches(one) == 2
     assert generated(one, 1) == generated(two, 1)
     assert [batch["rollout/samples/trained"] for batch in found] == [16, 16]
