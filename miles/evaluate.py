@@ -8,7 +8,7 @@ from miles.config import TaskSet
 from miles.errors import ConfigError, RolloutError
 from miles.protocols import EvaluationSite
 from miles.rollout.concurrent import run_all
-from miles.rollout.measure import SUCCESS, oldest_version, pass_at_k, sample_metrics
+from miles.rollout.measure import SUCCESS, oldest_version, once, pass_at_k, sample_metrics
 from miles.rollout.producer import sample_seed
 from miles.rollout.task import Task
 from miles.types import Group, Metrics, Prompt, Sample, Status
@@ -39,7 +39,7 @@ class RolloutEvaluator:
         samples = [sample for group in groups for sample in group.samples]
         self._check_failures(run, task_set, samples)
         metrics = sample_metrics(samples)
-        successes = [[s.reward is not None and s.reward >= SUCCESS for s in g.samples] for g in groups]
+        successes = [[s.reward is not None and s.reward >= SUCCESS for s in once(g.samples)] for g in groups]
         for k in run.config.eval.pass_k or powers_of_two(size):
             if k <= size:
                 metrics[f"pass@{k}"] = pass_at_k(successes, k)

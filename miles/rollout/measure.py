@@ -27,9 +27,18 @@ def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
+def once(samples: Sequence[Sample]) -> list[Sample]:
+    """The first sample of each trajectory: siblings that were cut from one share its reward, and count once."""
+    found: dict[int, Sample] = {}
+    for sample in samples:
+        found.setdefault(sample.rollout_id, sample)
+    return list(found.values())
+
+
 def sample_metrics(samples: Sequence[Sample]) -> Metrics:
     """The same without groups and without a prefix. A failed sample is no success; the mean reward leaves it out.
-    Whether one is a success is the task's own to say, without `data.reward_terms`."""
+    Whether one is a success is the task's own to say, without `data.reward_terms`. Lengths, turns and statuses are
+    those of samples, rewards those of trajectories."""
     lengths = np.array([s.response_length for s in samples]) if samples else np.zeros(1)
     metrics: Metrics = {
         "response_len/mean": float(lengths.mean()),
@@ -42,12 +51,13 @@ def sample_metrics(samples: Sequence[Sample]) -> Metrics:
     if any(ROUTED_EXPERTS in s.columns for s in samples):
         ended = [s for s in samples if s.status not in (Status.FAILED, Status.ABORTED)]
         metrics["routed_experts_missing"] = float(sum(map(missing_experts, ended)))
-    rewards = np.array([s.reward for s in samples if s.reward is not None])
+    judged = once(samples)
+    rewards = np.array([s.reward for s in judged if s.reward is not None])
     if len(rewards):
-        successes = sum(s.task_reward is not None and s.task_reward >= SUCCESS for s in samples)
-        metrics |= {"reward": float(rewards.mean()), "accuracy": successes / len(samples)}
-    for part in sorted({name for s in samples for name in s.reward_parts}):
-        values = [s.reward_parts[part] for s in samples if part in s.reward_parts]
+        successes = sum(s.task_reward is not None and s.task_reward >= SUCCESS for s in judged)
+        metrics |= {"reward": float(rewards.mean()), "accuracy": successes / len(judged)}
+    for part in sorted({name for s in judged for name in s.reward_parts}):
+        values = [s.reward_parts[part] for s in judged if part in s.reward_parts]
         metrics[f"reward_parts/{part}"] = float(np.mean(values))
     return metrics
 

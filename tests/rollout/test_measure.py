@@ -1,4 +1,5 @@
 import math
+from itertools import count
 
 import numpy as np
 import pytest
@@ -20,8 +21,11 @@ def test_prompts_with_too_few_samples_do_not_count():
     assert math.isnan(pass_at_k([[True]], 2))
 
 
+IDS = count()
+
+
 def sample(reward, length, status=Status.COMPLETED, **parts):
-    one = Sample.begin(Prompt(id="s:0", task_set="s", text="x", tokens=[1]), id=0, group_id=0)
+    one = Sample.begin(Prompt(id="s:0", task_set="s", text="x", tokens=[1]), id=next(IDS), group_id=0)
     one.append([2] * length)
     one.reward, one.status, one.reward_parts = reward, status, parts
     return one
@@ -40,6 +44,15 @@ def test_a_batch():
     assert metrics["rollout/truncated_ratio"] == 0.25
     assert metrics["rollout/groups_agreeing"] == 0.5
     assert metrics["rollout/reward_parts/a"] == 0.5
+
+
+def test_samples_cut_from_one_trajectory_are_judged_once():
+    """Three siblings that are right and one answer that is wrong: half of the answers are right."""
+    right = [sample(1.0, 2, a=1.0) for _ in range(3)]
+    for sibling in right:
+        sibling.rollout_id = right[0].id
+    metrics = batch_metrics([Group(0, None, [*right, sample(0.0, 2, a=0.0)])])
+    assert [metrics[f"rollout/{name}"] for name in ("reward", "accuracy", "reward_parts/a")] == [0.5, 0.5, 0.5]
 
 
 def test_expert_choices_that_are_missing_are_counted():
