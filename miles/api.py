@@ -83,7 +83,7 @@ from miles.protocols import (
     WorkerGroup,
 )
 from miles.targets import defined_at, described, import_target
-from miles.tools import ToolEnvironment, in_thread
+from miles.tools import ToolEnvironment, in_thread, tool_of
 from miles.turns import RESTARTED, begin_again, record, recorded_rows, take_turn
 from miles.types import (
     LOSS_MASK,
@@ -248,4 +248,5 @@ __all__ = [
     "routed_experts_column",
     "split_reasoning",
     "take_turn",
+    "tool_of",
 ]

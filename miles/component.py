@@ -43,7 +43,9 @@ class Component:
     target: str
     """`package.module:attribute`, imported when the component is built. See `miles.protocols` for how it is called."""
     options: type | None = None
-    """A dataclass or pydantic model: its fields are the component's options in a config."""
+    """A dataclass or pydantic model: its fields are the component's options in a config. If it has a method
+    `preflight()`, that is called before anything is built, by `--dry-run` too: it raises what would stop the build,
+    such as the `PluginLoadError` of a function that an option names and nobody can import."""
     needs: frozenset[Need] | set[Need] = frozenset()
     """What the core must provide for it, beyond what its kind always gets."""
     flags: Mapping[str, str] = field(default_factory=dict)

@@ -173,7 +173,7 @@ def _described(function: Callable[..., Any]) -> Tool:
     return Tool(schema, checked, inspect.iscoroutinefunction(function))
 
 
-async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def in_thread(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """The function in a thread of its own: one that hangs takes no place of others, and holds up no exit.
 
     For what blocks: called in an `async def` itself, it would stop everything else in the run. Whoever stops waiting (a
@@ -196,11 +196,11 @@ async def in_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
             result = context.run(functools.partial(function, *args, **kwargs))
         except Exception as error:
             raised = error
-        except BaseException as error:  # a tool that says exit() ends its call, not the run
+        except BaseException as error:  # who says exit() there ends this call, not the run
             raised = RuntimeError(repr(error))
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, raised)
 
     context = contextvars.copy_context()
-    threading.Thread(target=work, daemon=True, name=f"tool {function}").start()
+    threading.Thread(target=work, daemon=True, name=f"miles {function}").start()
     return await done

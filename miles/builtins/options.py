@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from miles.api import ConfigError
+from miles.api import ConfigError, import_target, tool_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class ToolsOptions:
     def __post_init__(self) -> None:
         if self.timeout <= 0 or self.max_result_length <= 0:
             raise ConfigError("tools: timeout and max_result_length must be above 0")
+
+    def preflight(self) -> None:
+        """Each function is there, and can be offered."""
+        for name in self.functions:
+            tool_of(import_target(name, "environment tools"))
 
 
 @dataclass(frozen=True)

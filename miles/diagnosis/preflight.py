@@ -22,6 +22,7 @@ from miles.config.placement import Placement
 from miles.data.screening import Screened, screen
 from miles.errors import ConfigError, DataError, MilesError
 from miles.kinds import KINDS
+from miles.options import read_options
 from miles.registry import Entry
 from miles.rollout.replay import batches_to_replay
 from miles.targets import import_target
@@ -40,7 +41,7 @@ def preflight(resolved: Resolved, purpose: Purpose = "train") -> list[Fault]:
     """What would stop a run of this configuration."""
     return [
         *_data(resolved, purpose), *_replay(resolved, purpose), *_checkpoints(resolved, purpose), *_gpus(resolved),
-        *_functions(resolved),
+        *_functions(resolved), *_options(resolved),
     ]  # fmt: skip
 
 
@@ -133,6 +134,20 @@ def _functions(resolved: Resolved) -> Iterator[Fault]:
             thing = entry.live if entry.live is not None else import_target(entry.component.target, str(entry))
             if not inspect.isclass(thing) and not registry.check(use.kind, use.name, use.options):
                 registry.build(use.kind, use)
+        except MilesError as error:
+            yield _fault(resolved, use.key, error, use.name, "")
+
+
+def _options(resolved: Resolved) -> Iterator[Fault]:
+    """What options name is there, as far as they have a `preflight` that looks."""
+    for use in components_of(resolved.config):
+        entry = _entry(resolved, use.kind, use.name)
+        if entry is None or not hasattr(entry.component.options, "preflight"):
+            continue
+        options, faults = read_options(entry.component.options, use.options)
+        try:
+            if not faults:
+                options.preflight()
         except MilesError as error:
             yield _fault(resolved, use.key, error, use.name, "")
 

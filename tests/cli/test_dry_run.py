@@ -1,6 +1,7 @@
 """What would stop a run at once is found by a dry run, and by a run before it writes anything."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -192,6 +193,22 @@ def test_a_class_is_not_built(miles, base, tmp_path):
 def test_a_filter_of_ones_own_that_cannot_be_called(refused, tmp_path):
     (tmp_path / "my_rewards.py").write_text("def one(sample):\n    return 1.0\n\n\ndef keep(a, b):\n    return True\n")
     assert "rollout.filters.0 = 'my_rewards:keep'" in refused("--rollout.filters=my_rewards:keep")
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ("kit:addd", r"kit has no attribute 'addd'; did you mean 'add'\?"),
+        ("kit:untold", r"tool untold \(.*kit.py:6\): "),
+        ("toolkit_of_nobody:add", "cannot import toolkit_of_nobody: ModuleNotFoundError"),
+    ],
+)
+def test_a_function_that_an_option_names_and_nobody_can_call(refused, tmp_path, named, words):
+    code = 'def add(a: int):\n    """Add.\n\n    Args:\n        a: What."""\ndef untold(a): ...\n'
+    (tmp_path / "kit.py").write_text(code)
+    said = refused("--environment", "tools", f"--data.sets.default.environment.functions=kit:add,{named}")
+    assert "data.sets.default.environment = 'tools'" in said
+    assert re.search(words, said), said
 
 
 def test_flags_of_slime_and_everything_else_in_one_message(refused, tmp_path):

@@ -49,6 +49,12 @@ class AgentOptions:
         if self.threads < 1:
             raise ConfigError(f"agent: threads={self.threads} must be at least 1")
 
+    def preflight(self) -> None:
+        """The agent is there and can be called, and so is the key."""
+        from miles_gateway.agent import Agent
+
+        Agent(self)
+
     @property
     def target(self) -> str:
         """`function` with a colon before the last name."""

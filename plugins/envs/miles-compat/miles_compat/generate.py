@@ -34,7 +34,7 @@ class SlimeGenerate:
 
     def __init__(self, options: GenerateOptions):
         self.path = options.path or "single turn"
-        function = load_function(options.path) if options.path else generate
+        function = checked_function(options.path)
         self._function = function() if inspect.isclass(function) else function
         self._call = signature_of(self._function)
         self._hooks = [(path, load_function(path)) for path in options.sample_hooks]
@@ -108,6 +108,15 @@ def begun_again(link: Link) -> Sample:
         fresh.metadata[RESTARTED] = fresh.metadata.get(RESTARTED, 0) + 1
     fresh.status = Status.ABORTED
     return fresh
+
+
+def checked_function(path: str) -> Any:
+    """The function that a path names, or the class of one; upstream's own single turn without a path. Errors as in
+    `load_function` and `signature_of`."""
+    function = load_function(path) if path else generate
+    if not inspect.isclass(function):
+        signature_of(function)
+    return function
 
 
 def signature_of(function: Any) -> Generate:

@@ -18,6 +18,13 @@ def _check_path(where: str, path: str) -> None:
         raise ConfigError(f"{where}: path={path!r} names no function: write my_module.my_function")
 
 
+def _load(*paths: str) -> None:
+    from miles_compat.calling import load_function
+
+    for path in paths:
+        load_function(path)
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
     """Which function generates, and what `args` holds besides the settings of the run."""
@@ -34,6 +41,13 @@ class GenerateOptions:
     def __post_init__(self) -> None:
         for path in (self.path, *self.sample_hooks):
             _check_path("generate: slime_function", path)
+
+    def preflight(self) -> None:
+        """The functions are there, and the one that generates can be called. A class is only imported."""
+        from miles_compat.generate import checked_function
+
+        checked_function(self.path)
+        _load(*self.sample_hooks)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,10 @@ class FilterOptions:
 
     def __post_init__(self) -> None:
         _check_path("rollout.filters: slime_function", self.path or "none")
+
+    def preflight(self) -> None:
+        """The function is there."""
+        _load(self.path)
 
 
 @hookimpl
