@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -27,6 +28,17 @@ def test_there_is_one_sample():
     slime, miles = (importlib.import_module(f"{root}.utils.types") for root in ROOTS)
     assert slime.Sample is miles.Sample
     assert slime.Sample.Status.COMPLETED.value == "completed"
+
+
+def test_what_utils_misc_does():
+    misc = importlib.import_module("slime.utils.misc")
+    assert misc.load_function("json.dumps") is json.dumps
+    assert misc.load_function(None) is None
+    kind = misc.SingletonMeta("Once", (), {})
+    before = kind()
+    assert kind() is before
+    misc.SingletonMeta.clear_all_instances()
+    assert kind() is not before
 
 
 def test_nothing_of_the_core_is_called_so():

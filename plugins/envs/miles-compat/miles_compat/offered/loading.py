@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from miles_compat.calling import load_function
+from miles_compat import calling
 
 __all__ = ["SingletonMeta", "load_function"]
+
+
+def load_function(path: str | None) -> Any:
+    """What a path names; None where there is none, as for flags that nobody gave."""
+    return calling.load_function(path) if path else None
 
 
 class SingletonMeta(type):
@@ -20,6 +25,5 @@ class SingletonMeta(type):
         return cls._instances[cls]
 
     @staticmethod
-    def clear_instances(cls: type) -> None:
-        """Forget the instance of a class, or of all."""
+    def clear_all_instances() -> None:
         SingletonMeta._instances.clear()

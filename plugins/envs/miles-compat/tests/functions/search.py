@@ -46,11 +46,5 @@ async def generate(args, sample: Sample, sampling_params) -> Sample:
     sample.loss_mask = loss_mask
     sample.prompt = prompt_text
     sample.rollout_log_probs = log_probs or None
-    match output["meta_info"]["finish_reason"]["type"]:
-        case "length":
-            sample.status = Sample.Status.TRUNCATED
-        case "abort":
-            sample.status = Sample.Status.ABORTED
-        case "stop":
-            sample.status = Sample.Status.COMPLETED
+    sample.update_from_meta_info(args, output["meta_info"])
     return sample
