@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import inspect
 import logging
@@ -11,9 +10,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, SupportsFloat
 
 from miles_serve.chat import ChatLayer
@@ -30,6 +27,7 @@ from miles.api import (
     defined_at,
     described,
     import_target,
+    in_thread,
 )
 from miles_gateway.options import AgentOptions
 from miles_gateway.server import gateway_at
@@ -43,6 +41,10 @@ NO_KEY = "none"
 """What clients may send as their key where none is asked for."""
 
 
+class Overtime(Exception):
+    """What becomes of an agent that the option `timeout` ends."""
+
+
 class Agent:
     """Runs the agent once for each sample, in a session of its own, and makes samples of what the model said in it."""
 
@@ -52,26 +54,28 @@ class Agent:
         self.name = f"agent {options.function}{defined_at(self.function)}"
         self.takes = _takes(self.function, self.name)
         self.api_key = _key(options)
-        self._threads: ThreadPoolExecutor | None = None
+        self._places = asyncio.Semaphore(options.threads)
         self._vocabulary: tuple[Any, Vocabulary] | None = None
         self._rendered: OrderedDict[bytes, list[int]] = OrderedDict()
         self._told: set[str] = set()
 
     async def __call__(self, context: GenerateContext, sample: Sample) -> Sample | list[Sample]:
         options = self.options
-        gateway = await gateway_at(options.host, options.port, options.address, self.api_key)
+        gateway = await gateway_at(options.host, options.port, self.api_key)
         strict = options.other_sampling == "refuse"
         if sample.turns:  # it was aborted, and nobody can put its agent back to where it was
             sample = sample.beginning(sample.prompt_length)
             sample.metadata[RESTARTED] = sample.metadata.get(RESTARTED, 0) + 1
         session = Session(context, sample, self._pieces(context), self._render, strict)
         answer, error = None, None
-        async with gateway.session(session) as base_url:
+        async with gateway.session(session, options.address) as base_url:
             try:
-                async with asyncio.timeout(options.timeout), _until_stopped(session):
+                async with asyncio.timeout(options.timeout) as limit, _until_stopped(session):
                     answer = await self._run(self._arguments(base_url, context, sample))
             except Exception as raised:
                 error = raised
+        if limit.expired():
+            error = Overtime(f"it took longer than timeout={options.timeout} seconds")
         self._warn(session)
         return self._aborted(session) if session.stopped else self._finished(session, answer, error)
 
@@ -94,13 +98,10 @@ class Agent:
         return copy.deepcopy({name: value for name, value in given.items() if name in self.takes or "**" in self.takes})
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
-        call = partial(self.function, **arguments)
         if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__):
-            return await call()
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self.options.threads, thread_name_prefix="miles-agent")
-        run = contextvars.copy_context().run
-        answer = await asyncio.get_running_loop().run_in_executor(self._threads, run, call)
+            return await self.function(**arguments)
+        async with self._places:
+            answer = await in_thread(self.function, **arguments)
         return await answer if inspect.isawaitable(answer) else answer
 
     # ------------------------------------------------------------------------------------------------ rendering
@@ -114,6 +115,7 @@ class Agent:
                     "which tells the text of tokens"
                 )
             self._vocabulary = chat, Vocabulary(chat.tokenizer)
+            self._rendered.clear()
         return self._vocabulary[1]
 
     def _render(self, layer: ChatLayer, place: Place, tools: Sequence[dict[str, Any]] | None) -> list[int]:
@@ -135,9 +137,9 @@ class Agent:
             assert session.lost is not None
             raise session.lost from error
         samples = session.samples()
-        if error is not None and not (session.overflowed and samples):
-            if isinstance(error, TimeoutError) and self.options.timeout is not None:
-                return self._failed(session, f"it took longer than timeout={self.options.timeout} seconds")
+        if isinstance(error, Overtime):
+            return self._failed(session, str(error))
+        if error is not None and not (session.cut_off and samples):
             return self._failed(session, described(error))
         if not samples:
             why = "no request" if not session.requests else f"no request that was answered: {session.problem}"
@@ -150,6 +152,7 @@ class Agent:
             return self._failed(session, f"it returned reward={reward!r:.80}; a finite number or None is expected")
         for sample in samples:
             sample.metadata.update(copy.deepcopy(told))
+            sample.error = None if error is None else f"{self.name}: {described(error)}"
             if reward is not None:
                 sample.reward, sample.reward_parts["agent"] = float(reward), float(reward)
         return samples if len(samples) > 1 else samples[0]
@@ -183,8 +186,8 @@ async def _until_stopped(session: Session) -> AsyncIterator[None]:
     assert task is not None
     try:
         yield
-    except asyncio.CancelledError:
-        if not session.stopped or task.uncancel() > 0:
+    except BaseException as error:
+        if not session.stopped or task.uncancel() > 0 or not isinstance(error, asyncio.CancelledError):
             raise
     else:
         if session.stopped:  # the agent ended all the same

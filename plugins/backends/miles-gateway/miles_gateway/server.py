@@ -30,15 +30,16 @@ class Gateway:
     def __init__(self, api_key: str | None = None):
         self.api_key, self.stopping = api_key, False
         self.url = ""
-        """`http://host:port`, once it listens."""
+        """`http://host:port` as this machine knows it, once it listens."""
         self.sessions: dict[str, Session] = {}
 
     @asynccontextmanager
-    async def session(self, session: Session) -> AsyncIterator[str]:
-        """The base URL of a session for as long as it is open."""
+    async def session(self, session: Session, address: str | None = None) -> AsyncIterator[str]:
+        """The base URL of a session for as long as it is open. `address`: host that its agent knows the server by."""
+        url = f"http://{address}:{self.url.rpartition(':')[2]}" if address else self.url
         self.sessions[session.id] = session
         try:
-            yield f"{self.url}/sessions/{session.id}/v1"
+            yield f"{url}/sessions/{session.id}/v1"
         finally:
             del self.sessions[session.id]
             await session.close()
@@ -91,7 +92,7 @@ _servers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, int], tup
 _servers = WeakKeyDictionary()
 
 
-async def gateway_at(host: str, port: int, address: str | None = None, api_key: str | None = None) -> Gateway:
+async def gateway_at(host: str, port: int, api_key: str | None = None) -> Gateway:
     """The server of this event loop at `host:port`. It starts when it is first asked for, and ends with the loop.
 
     Raises:
@@ -100,7 +101,7 @@ async def gateway_at(host: str, port: int, address: str | None = None, api_key: 
     servers = _servers.setdefault(asyncio.get_running_loop(), {})
     if (host, port) not in servers:
         ready = asyncio.get_running_loop().create_future()
-        servers[host, port] = ready, asyncio.create_task(_serve(Gateway(api_key), host, port, address, ready))
+        servers[host, port] = ready, asyncio.create_task(_serve(Gateway(api_key), host, port, ready))
     gateway: Gateway = await asyncio.shield(servers[host, port][0])
     if gateway.api_key != api_key:
         raise ConfigError(
@@ -109,13 +110,12 @@ async def gateway_at(host: str, port: int, address: str | None = None, api_key: 
     return gateway
 
 
-async def _serve(gateway: Gateway, host: str, port: int, address: str | None, ready: asyncio.Future) -> None:
+async def _serve(gateway: Gateway, host: str, port: int, ready: asyncio.Future) -> None:
     """Until the event loop ends: it cancels its tasks then, and waits for what they have to do."""
     servers = _servers[asyncio.get_running_loop()]
     try:
         async with bound(gateway.app(), host, port, gateway.settle) as url:
-            reached = address or ("127.0.0.1" if host in EVERYWHERE else None)
-            gateway.url = url if reached is None else f"http://{reached}:{url.rpartition(':')[2]}"
+            gateway.url = f"http://127.0.0.1:{url.rpartition(':')[2]}" if host in EVERYWHERE else url
             ready.set_result(gateway)
             await asyncio.get_running_loop().create_future()
     except Exception as error:

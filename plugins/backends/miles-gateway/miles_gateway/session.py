@@ -40,8 +40,6 @@ from miles_gateway import asking
 from miles_gateway.tree import Branch, Place, Tree
 
 STATUS_OF = {"stop": Status.COMPLETED, "length": Status.TRUNCATED, "abort": Status.ABORTED}
-SIBLINGS = 1 << 40
-"""Between the ids of two siblings: more than the samples of any run."""
 Render = Callable[[ChatLayer, Place, Sequence[dict[str, Any]] | None], list[int]]
 
 
@@ -132,6 +130,9 @@ class Session:
         self.requests += 1
         try:
             yield
+        except asyncio.CancelledError:
+            self.problem = RequestError("its client did not wait for the answer")
+            raise
         except Exception as error:
             self.problem = error
             raise
@@ -283,6 +284,12 @@ class Session:
         """Whether the last request was refused because it did not fit into the context."""
         return isinstance(self.problem, RequestError) and self.problem.code == "context_length_exceeded"
 
+    @property
+    def cut_off(self) -> bool:
+        """Whether what happened last is that the model ran out of room, of the context's or of its turn's."""
+        said = self.last.sample.turns if self.last else ()
+        return self.overflowed or bool(said and said[-1].finish_reason == "length")
+
     def samples(self) -> list[Sample]:
         """Every branch as a sample: siblings of one rollout. All have the text of the one that spoke last."""
         self._learn()
@@ -292,7 +299,7 @@ class Session:
         for number, branch in enumerate(self.tree.branches):
             sample = branch.sample
             if number:  # what happened to their rollout is told by the first of them
-                sample.id, sample.metadata = self.sample.id + number * SIBLINGS, {}
+                sample.metadata = {}
             full = branch.full or (branch is self.last and self.overflowed)
             sample.status = Status.TRUNCATED if full else STATUS_OF[sample.turns[-1].finish_reason]
             sample.messages, sample.text = branch.messages, text

@@ -57,13 +57,13 @@ def test_what_is_no_coroutine_runs_in_a_thread(lab):
     threads = set()
 
     def agent(base_url, prompt, request_kwargs, metadata):
-        threads.add(threading.current_thread().name.partition("_")[0])
+        threads.add(threading.current_thread())
         blocking = openai.OpenAI(base_url=base_url, api_key="none", max_retries=0)
         return {"said": blocking.chat.completions.create(model="any", messages=prompt).choices[0].message.content}
 
     (sample,) = lab.run(agent)
     assert (sample.status, sample.metadata) == (Status.COMPLETED, {"said": "hello you"})
-    assert threads == {"miles-agent"}
+    assert threading.main_thread() not in threads
 
 
 def test_an_agent_may_be_an_object(lab):
@@ -128,6 +128,21 @@ def test_an_answer_that_means_nothing_fails(lab, answer):
     assert "is expected" in sample.error
 
 
+def test_a_client_that_does_not_wait_is_the_reason(lab):
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        with pytest.raises(openai.APITimeoutError):
+            async with lab.client(base_url, timeout=0.2) as client:
+                await client.chat.completions.create(model="any", messages=prompt)
+        await asyncio.sleep(0.2)
+
+    async def never(request):
+        await asyncio.sleep(60)
+
+    (sample,) = lab.run(agent, generate=never)
+    assert sample.status is Status.FAILED
+    assert sample.error.endswith("no request that was answered: its client did not wait for the answer")
+
+
 def test_an_agent_that_takes_too_long_fails(lab):
     async def agent(base_url, prompt, request_kwargs, metadata):
         await lab.ask(base_url, prompt)
@@ -136,6 +151,38 @@ def test_an_agent_that_takes_too_long_fails(lab):
     (sample,) = lab.run(agent, options={"timeout": 0.2})
     assert sample.status is Status.FAILED
     assert "longer than timeout=0.2 seconds" in sample.error
+
+
+def test_a_time_limit_of_the_agents_own_is_its_own_error(lab):
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        await lab.ask(base_url, prompt)
+        raise TimeoutError("no page in 5 seconds")
+
+    (sample,) = lab.run(agent, options={"timeout": 30})
+    assert sample.status is Status.FAILED
+    assert "TimeoutError: no page in 5 seconds" in sample.error
+
+
+def test_threads_that_hang_hold_up_neither_other_agents_nor_the_end(lab):
+    hang, threads = threading.Event(), []
+
+    def agent(base_url, prompt, request_kwargs, metadata):
+        threads.append(threading.current_thread())
+        openai.OpenAI(base_url=base_url, api_key="none").chat.completions.create(model="any", messages=prompt)
+        if prompt != lab.messages:
+            hang.wait(60)
+
+    async def main():
+        engine = lab.Lines()
+        function = lab.build(agent, threads=1, timeout=2)
+        prompts = [[{"role": "user", "content": "hang"}], lab.messages]
+        return [await function(lab.context(engine), lab.sample(engine, messages)) for messages in prompts]
+
+    hanging, other = asyncio.run(main())
+    assert (hanging.status, other.status) == (Status.FAILED, Status.COMPLETED)
+    assert threads[0].is_alive()
+    assert all(thread.daemon for thread in threads)
+    hang.set()
 
 
 def test_engines_that_fail_are_the_cause_and_not_the_agent(lab):
@@ -227,6 +274,21 @@ def test_a_host_for_others_needs_a_key(lab, monkeypatch):
     assert lab.run(agent, options=options)[0].status is Status.COMPLETED
 
 
+def test_each_task_set_has_its_own_name_for_the_server(lab):
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        await lab.ask(base_url, prompt)
+        return {"url": base_url}
+
+    async def main():
+        engine = lab.Lines()
+        builds = [lab.build(agent, **options) for options in ({"address": "localhost"}, {})]
+        return [await function(lab.context(engine), lab.sample(engine)) for function in builds]
+
+    named, plain = (sample.metadata["url"] for sample in asyncio.run(main()))
+    port = plain.removeprefix("http://127.0.0.1:").partition("/")[0]
+    assert named.startswith(f"http://localhost:{port}/sessions/")
+
+
 def test_a_port_that_is_taken_is_an_error_that_says_so(lab):
     async def agent(base_url, prompt, request_kwargs, metadata):
         await lab.ask(base_url, prompt)
@@ -236,7 +298,7 @@ def test_a_port_that_is_taken_is_an_error_that_says_so(lab):
         port = server.sockets[0].getsockname()[1]
         engine = lab.Lines()
         function = lab.build(agent, port=port)
-        with pytest.raises(ConfigError, match="cannot listen there"):
+        with pytest.raises(ConfigError, match=rf"host 127.0.0.1, port {port}: cannot listen there"):
             await function(lab.context(engine), lab.sample(engine))
         server.close()
         await server.wait_closed()

@@ -52,6 +52,51 @@ def test_what_miles_serve_refuses_is_refused(lab):
     assert refused(lab, extra_body={"temprature": 1.0}).code == "unknown_parameter"
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b"{", None, "The body is not JSON"),
+        (b"[]", None, "must be a JSON object, not list"),
+        (b"{}", "messages", "messages: Field required"),
+        (b'{"messages": []}', "messages", "at least 1 item"),
+        (b'{"messages": [{"role": "robot", "content": "x"}]}', "messages.0.role", "Input should be 'system'"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content", "give text"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools", "function"),
+    ],
+)
+def test_bodies_that_make_no_request(lab, body, param, words):
+    """They are the client's errors, in OpenAI's shape, and the session goes on."""
+
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{base_url}/chat/completions", data=body, headers={"Content-Type": "application/json"}) as reply,
+        ):
+            error = (await reply.json())["error"]
+            assert reply.status == 400
+        assert error["type"] == "invalid_request_error"
+        assert words in error["message"]
+        assert (error["param"] or "").startswith(param or "")
+        await lab.ask(base_url, prompt)
+
+    (sample,) = lab.run(agent)
+    assert (sample.status, sample.error, len(sample.turns)) == (Status.COMPLETED, None, 1)
+
+
+def test_calls_whose_arguments_are_no_json_are_passed_on_as_text(lab):
+    """Some clients send back what they made of half a call."""
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1'}}
+
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        result = {"role": "tool", "tool_call_id": "a", "content": "?"}
+        await lab.ask(base_url, [*prompt, {"role": "assistant", "content": None, "tool_calls": [call]}, result])
+
+    engine = lab.Lines()
+    (sample,) = lab.run(agent, engine)
+    assert '"arguments": "{\\"a\\": 1"' in engine.chat.decode(engine.requests[0].tokens)
+    assert sample.status is Status.COMPLETED
+
+
 def test_the_task_set_says_how_tokens_are_drawn(lab, caplog):
     async def agent(base_url, prompt, request_kwargs, metadata):
         await lab.ask(base_url, prompt, temperature=0.1, seed=3, top_p=0.5, max_tokens=7, stop=["!"])
@@ -133,6 +178,22 @@ def test_an_answer_that_is_cut_is_truncated(lab):
     (sample,) = lab.run(agent, lab.Lines("hello hello you"), sampling=SamplingParams(max_new_tokens=3))
     assert (sample.status, sample.metadata["reason"]) == (Status.TRUNCATED, "length")
     assert sample.turns[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(("turns", "status"), [(1, Status.TRUNCATED), (2, Status.FAILED)])
+def test_an_agent_that_dies_of_a_turn_that_was_cut_is_truncated(lab, turns, status):
+    """Frameworks raise where they cannot read half an answer. What went wrong after a whole one is the agent's."""
+
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        await lab.say(base_url, prompt, max_tokens=2)
+        for _ in range(turns - 1):
+            prompt.append(user("go on"))
+            await lab.say(base_url, prompt)
+        raise ValueError("half an answer")
+
+    (sample,) = lab.run(agent, lab.Lines("hello hello you", "you"))
+    assert (sample.status, sample.reward, len(sample.turns)) == (status, None, turns)
+    assert "ValueError: half an answer" in sample.error, "people see what the agent said of it"
 
 
 def test_the_last_turn_decides(lab):
@@ -267,6 +328,21 @@ def test_a_run_that_stops_gets_the_sample_back_and_begins_it_again(lab, blocking
     assert [part.finish_reason for part in aborted.turns] == ["stop"] * (turn - 1) + ["abort"]
     assert (aborted.id, again.id) == (5, 5)
     assert ended == ([] if blocking else [2 * turn - 1, 4])
+
+
+def test_an_agent_that_makes_an_error_of_its_end_is_stopped_all_the_same(lab):
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        try:
+            await lab.say(base_url, prompt)
+        except asyncio.CancelledError:
+            raise RuntimeError("interrupted") from None
+
+    async def main():
+        engine = lab.Lines(("hel", "abort"))
+        sample = await lab.build(agent)(lab.context(engine), lab.sample(engine))
+        return sample.status, asyncio.current_task().cancelling()
+
+    assert asyncio.run(main()) == (Status.ABORTED, 0), "nothing of it is left for whoever runs the next agent"
 
 
 def test_versions_of_weights_are_those_of_each_token(lab):

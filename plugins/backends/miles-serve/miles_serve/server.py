@@ -51,8 +51,8 @@ async def bound(
             await site.start()
         except OSError as error:
             raise ConfigError(
-                f"--host {host} --port {port}: cannot listen there: {error.strerror or error}; choose another port "
-                "(0 takes one that is free)"
+                f"host {host}, port {port}: cannot listen there: {error.strerror or error}; choose another port (0 "
+                "takes one that is free)"
             ) from error
         taken = runner.addresses[0][1]
         yield f"http://{f'[{host}]' if ':' in host else host}:{taken}"
