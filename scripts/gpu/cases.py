@@ -185,8 +185,9 @@ def processor_seconds(pid: int) -> float:
 
 @dataclass
 class GpuWatch:
-    """Samples what nvidia-smi says of each GPU, ten times a second: memory in use, and `utilization.gpu`, the share of
-    NVML's last sampling period (up to a second) in which a kernel ran. Without a GPU it sees nothing."""
+    """Samples what nvidia-smi says of each GPU in `CUDA_VISIBLE_DEVICES` (of all, if not set), ten times a second:
+    memory in use, and `utilization.gpu`, the share of NVML's last sampling period (up to a second) in which a kernel
+    ran. Without a GPU it sees nothing."""
 
     samples: list[tuple[float, list[float], list[float]]] = field(default_factory=list)
     """`time.time()`, utilisation in per cent and memory in MiB of each GPU."""
@@ -194,8 +195,10 @@ class GpuWatch:
     @contextmanager
     def watching(self) -> Iterator[GpuWatch]:
         command = "nvidia-smi --query-gpu=index,utilization.gpu,memory.used --format=csv,noheader,nounits -lms 100"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        words = [*command.split(), *(["-i", visible] if visible else [])]
         try:
-            process = subprocess.Popen(command.split(), stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         except OSError:
             yield self
             return
@@ -209,11 +212,13 @@ class GpuWatch:
 
     def _read(self, process: subprocess.Popen) -> None:
         assert process.stdout is not None
+        before = 0.0
         for line in process.stdout:
             with suppress(ValueError):  # a driver's remark
                 index, used, memory = (float(number) for number in line.split(","))
-                if index == 0 or not self.samples:
+                if index <= before or not self.samples:
                     self.samples.append((time.time(), [], []))
+                before = index
                 self.samples[-1][1].append(used)
                 self.samples[-1][2].append(memory)
 

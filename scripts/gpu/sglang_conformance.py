@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> a shape and what is changed of it, so that a request takes long enough to be interrupted, and not longer."""
 SERVER = {
     "sglang": "--enable-memory-saver --incremental-streaming-output --enable-deterministic-inference "
-    "--mem-fraction-static 0.3 --max-total-tokens 131072 --cuda-graph-max-bs-decode 32",
+    "--attention-backend triton --mem-fraction-static 0.3 --max-total-tokens 131072 --cuda-graph-max-bs-decode 32",
     "miles": "--incremental-streaming-output --device cpu",
 }
 EXPERTS = {"sglang": ["--enable-return-routed-experts"], "miles": []}
