@@ -53,7 +53,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "agent": ("--executor", "inprocess", "--colocate"),
     "agent-async": (*ASYNC, "1"),
 }
-FLAGS = "--sglang-attention-backend triton --sglang-cuda-graph-max-bs-decode 512"
 SMALL = {"batch_size": 4, "n_samples_per_prompt": 4}
 LEARNED = 3
 """Steps over which the reward at the end is averaged."""
@@ -68,12 +67,10 @@ class Lengths:
 
 
 async def long_tailed(context: GenerateContext, sample: Sample, *, options: Lengths) -> Sample:
-    """One response, as long as the sample's number says, and `max_new_tokens` at most. No token ends it: a policy would
-    learn to end at once, with an even one."""
+    """One response, as long as the sample's number says; `max_new_tokens` at most."""
     drawn = random.Random(sample.id).lognormvariate(0.0, options.sigma) * options.median
-    length = min(max(round(drawn), 1), context.sampling.max_new_tokens)
-    sampling = replace(context.sampling, max_new_tokens=length, stop_token_ids=())
-    return await single_turn(replace(context, sampling=sampling), sample)
+    longest = min(max(round(drawn), 1), context.sampling.max_new_tokens)
+    return await single_turn(replace(context, sampling=replace(context.sampling, max_new_tokens=longest)), sample)
 
 
 async def asks_twice(base_url: str, prompt: Any, request_kwargs: Mapping[str, Any], metadata: Any, **kw: Any) -> None:
@@ -170,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES), default=["sync", "async-2"])
     parser.add_argument("--engine", default="sglang")
-    parser.add_argument("--flags", default=FLAGS, help="of SGLang, in one string")
+    parser.add_argument("--flags", default="--sglang-attention-backend triton", help="of SGLang, in one string")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model and batches")
     parser.add_argument("--steps", type=int, default=20)

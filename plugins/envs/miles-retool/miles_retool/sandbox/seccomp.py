@@ -1,0 +1,122 @@
+"""Layer `seccomp`: system calls that computing does not need fail with EPERM.
+
+The filter is a BPF program that the kernel runs at every system call of a process and of all its descendants: load the
+number, compare it with each that is refused, allow the rest. An interpreter needs too many system calls for a list of
+allowed ones to stay true from one libc to the next, so this is a list of refused ones: it takes away the network and
+much of the kernel's surface, and is no wall by itself. See seccomp(2) and `struct seccomp_data` there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+
+from miles_retool.sandbox.kernel import (
+    CLONE_NEWIPC,
+    CLONE_NEWNET,
+    CLONE_NEWNS,
+    CLONE_NEWPID,
+    CLONE_NEWUSER,
+    CLONE_NEWUTS,
+    check,
+    libc,
+)
+
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+REFUSED = {  # name: (x86_64, aarch64)
+    "socket": (41, 198),  # socketpair, which asyncio needs, reaches nobody
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "pidfd_getfd": (438, 438),
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "chroot": (161, 51),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "mount_setattr": (442, 442),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "memfd_create": (319, 279),  # memory that no limit of the process counts
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
+}
+TOUCHING_OTHERS = {  # refused where the program shares user id and process ids with the trainer
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "pidfd_send_signal": (424, 424),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "sched_setaffinity": (203, 122),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+}
+CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
+NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
+
+LOAD, IS, HAS, AT_LEAST, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
+NUMBER, ARCH, ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data
+ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+X32 = 0x40000000
+_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+
+Instruction = tuple[int, int, int, int]
+"""What to do, how many instructions to leave out if so and if not, and an operand."""
+
+
+def program(machine: str, alone: bool) -> list[Instruction]:
+    """The filter.
+
+    Args:
+        machine: `uname -m`.
+        alone: nobody else has this user id, or can be seen: signals reach only the program's own processes.
+    """
+    which = list(AUDIT_ARCH).index(machine)
+    refused = REFUSED if alone else REFUSED | TOUCHING_OTHERS
+    refuse, unknown = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ERRNO | errno.ENOSYS)
+    filters = [(LOAD, 0, 0, ARCH), (IS, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
+    if machine == "x86_64":
+        filters += [(AT_LEAST, 0, 1, X32), refuse]
+    filters += [(IS, 0, 1, CLONE3[which]), unknown]  # its flags cannot be seen; the C library then takes `clone`
+    for numbers in refused.values():
+        filters += [(IS, 0, 1, numbers[which]), refuse]
+    filters += [(IS, 0, 3, CLONE[which]), (LOAD, 0, 0, ARGUMENT_0), (HAS, 0, 1, NAMESPACES), refuse]
+    filters += [(LOAD, 0, 0, NUMBER), (IS, 0, 3, PRLIMIT[which]), (LOAD, 0, 0, ARGUMENT_0), (IS, 1, 0, 0), refuse]
+    return [*filters, (RETURN, 0, 0, ALLOW)]
+
+
+def install(alone: bool) -> None:
+    """For this process and its descendants, for good. Needs no_new_privs.
+
+    Raises:
+        OSError: the kernel has no filters, or the machine is not of a kind that the table knows.
+    """
+    machine = os.uname().machine
+    if machine not in AUDIT_ARCH:
+        raise OSError(errno.ENOSYS, f"no table of system calls for {machine}")
+    instructions = program(machine, alone)
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in instructions))
+    filters = struct.pack("HxxxxxxP", len(instructions), ctypes.addressof(code))
+    zero = ctypes.c_ulong(0)
+    check(libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_MODE_FILTER), filters, zero, zero), "seccomp filter")

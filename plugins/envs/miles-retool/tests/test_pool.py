@@ -1,0 +1,264 @@
+"""The pool: what dies is replaced, who leaves is forgotten, and no more run at once than may."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from miles_retool.sandbox import pool
+from miles_retool.sandbox.layers import protected
+from miles_retool.sandbox.limits import Limits
+from miles_retool.sandbox.pool import Result, Sandbox, shared_sandbox
+
+from miles.api import ConfigError, WorkerError
+
+LIMITS = Limits(seconds=10, memory_mb=200, processes=12)
+
+
+@pytest.fixture
+def sandbox():
+    """As strong as this machine has it: these tests run no hostile code."""
+    sandbox = Sandbox(LIMITS, require=(), concurrency=4)
+    sandbox.start()
+    yield sandbox
+    sandbox.close()
+
+
+def wait_until(condition, seconds=10):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_program(sandbox):
+    result = asyncio.run(sandbox.run("print('ü'); raise SystemExit(3)"))
+    assert (result.stdout, result.stderr, result.exit_code, result.stopped) == ("ü\n", "", 3, "")
+    assert 0 < result.seconds < 10
+
+
+def test_a_traceback_shows_the_program_alone(sandbox):
+    result = asyncio.run(sandbox.run("def half(x):\n    return x / 0\n\nhalf(1)"))
+    assert [line for line in result.stderr.splitlines() if "~" not in line and "^" not in line] == [
+        "Traceback (most recent call last):",
+        '  File "<code>", line 4, in <module>',
+        "    half(1)",
+        '  File "<code>", line 2, in half',
+        "    return x / 0",
+        "ZeroDivisionError: division by zero",
+    ]
+
+
+def test_the_standard_library_is_there_and_a_program_is_main(sandbox):
+    code = (
+        "import sqlite3, zoneinfo, html.parser, concurrent.futures as futures, dataclasses, asyncio\n"
+        "@dataclasses.dataclass\nclass A:\n    x: int\n"
+        "async def f():\n    return A(1)\n"
+        "if __name__ == '__main__':\n    print(asyncio.run(f()))\n"
+        "    with futures.ThreadPoolExecutor(2) as pool: print(sum(pool.map(abs, [-1, 2])))"
+    )
+    result = asyncio.run(sandbox.run(code))
+    assert result.stdout == "A(x=1)\n3\n", result.stderr
+
+
+def test_processes_of_its_own(sandbox):
+    if "namespaces" not in sandbox.layers:
+        pytest.skip("locks of multiprocessing need /dev/shm, which programs have with namespaces only")
+    code = (
+        "import multiprocessing as m\nqueue = m.get_context('fork').SimpleQueue()\n"
+        "p = m.get_context('fork').Process(target=queue.put, args=(7,)); p.start(); print(queue.get()); p.join()"
+    )
+    assert asyncio.run(sandbox.run(code)).stdout == "7\n"
+
+
+def test_a_zygote_that_has_died_is_replaced(sandbox):
+    os.kill(sandbox.zygote_id, signal.SIGKILL)
+    assert asyncio.run(sandbox.run("print(1)")).stdout == "1\n"
+    assert sandbox.starts == 2
+
+
+def test_calls_outlive_their_zygote(sandbox):
+    async def main():
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(0.5); print(1)"))
+        await asyncio.sleep(0.3)
+        os.kill(sandbox.zygote_id, signal.SIGKILL)
+        others = await asyncio.gather(*(sandbox.run("print(2)") for _ in range(6)))
+        return await call, others
+
+    result, others = asyncio.run(main())
+    assert result.stdout == "1\n"
+    assert [other.stdout for other in others] == ["2\n"] * 6
+    assert sandbox.starts == 2
+
+
+def test_a_zygote_that_dies_at_once_is_an_error(sandbox, monkeypatch):
+    async def dies(zygote, code):
+        zygote.process.kill()
+        zygote.process.wait()
+
+    monkeypatch.setattr(sandbox, "_ask", dies)
+    with pytest.raises(WorkerError, match="died twice"):
+        asyncio.run(sandbox.run("print(1)"))
+
+
+def test_a_supervisor_that_is_killed_is_a_result_and_takes_its_program_along(sandbox, processes):
+    async def main():
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(100)"))
+        await asyncio.sleep(0.3)
+        supervisor, *_ = psutil.Process(sandbox.zygote_id).children()
+        supervisor.kill()
+        return await call
+
+    result = asyncio.run(main())
+    assert (result.stopped, result.failed) == ("lost", True)
+    wait_until(lambda: len(processes(sandbox)) == 1)
+    assert asyncio.run(sandbox.run("print(1)")).stdout == "1\n"
+    assert sandbox.starts == 1
+
+
+def test_a_call_that_is_cancelled_ends_its_program(sandbox, processes):
+    async def main():
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(100)"))
+        await asyncio.sleep(0.3)
+        assert len(processes(sandbox)) > 1
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    asyncio.run(main())
+    wait_until(lambda: len(processes(sandbox)) == 1)
+    assert sandbox.running == 0
+
+
+TRAINER = """
+import asyncio, sys
+from miles_retool.sandbox.pool import Limits, Sandbox
+
+async def main():
+    sandbox = Sandbox(Limits(seconds=100), require=())
+    sandbox.start()
+    call = asyncio.create_task(sandbox.run("import os\\nos.fork()\\nimport time; time.sleep(100)"))
+    await asyncio.sleep(0.5)
+    print(sandbox.base, flush=True)
+    await call
+
+asyncio.run(main())
+"""
+
+
+def test_nothing_outlives_a_trainer_that_was_killed():
+    path = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-c", TRAINER]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as trainer:
+        base = trainer.stdout.readline().strip()
+        assert len(mentioning(base)) >= 3
+        trainer.kill()
+    wait_until(lambda: mentioning(base) == [])
+
+
+def mentioning(word):
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if any(word in piece for piece in p.info["cmdline"] or [])]
+
+
+def test_no_more_at_once_than_may(sandbox):
+    """By what the sandbox counts, and by what programs see of each other's time."""
+
+    async def main():
+        code = "import time; print(time.monotonic()); time.sleep(0.2); print(time.monotonic())"
+        return await asyncio.gather(*(sandbox.run(code) for _ in range(12)))
+
+    spans = [tuple(map(float, result.stdout.split())) for result in asyncio.run(main())]
+    assert sandbox.most_running == 4
+    assert max(sum(start <= moment < end for start, end in spans) for moment, _ in spans) <= 4
+
+
+def test_more_calls_than_a_socket_takes(monkeypatch):
+    """The queue of the zygote's socket is full; callers wait."""
+    sandbox = Sandbox(LIMITS, require=(), concurrency=600)
+    sandbox.start()
+    sandbox._zygote.control.setsockopt(pool.socket.SOL_SOCKET, pool.socket.SO_SNDBUF, 1)
+
+    async def main():
+        return await asyncio.gather(*(sandbox.run(f"print({i})") for i in range(60)))
+
+    assert [result.stdout for result in asyncio.run(main())] == [f"{i}\n" for i in range(60)]
+    sandbox.close()
+
+
+def test_several_event_loops(sandbox):
+    results = {}
+
+    def work(i):
+        results[i] = [asyncio.run(sandbox.run(f"print({i})")).stdout for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: [f"{i}\n"] * 3 for i in range(3)}
+
+
+def test_packages_are_there_with_what_they_import_and_nothing_else():
+    sandbox = Sandbox(Limits(seconds=30), packages=("numpy", "mpmath"), require=())
+    code = "import numpy as np, mpmath; print(np.linalg.norm(np.array([3.0, 4.0])), mpmath.mpf(1) / 4)"
+    assert asyncio.run(sandbox.run(code)).stdout == "5.0 0.25\n"
+    if "files" in protected(sandbox.layers):
+        for name in ("torch", "miles", "miles_retool.sandbox.pool"):
+            assert "Error" in asyncio.run(sandbox.run(f"import {name}")).stderr, name
+    sandbox.close()
+
+
+def test_a_package_that_is_not_installed():
+    with pytest.raises(WorkerError, match="No module named 'no_such_thing'"):
+        Sandbox(LIMITS, packages=("no_such_thing",), require=()).start()
+
+
+def test_what_cannot_be_protected_is_said():
+    with pytest.raises(WorkerError, match="files and network and processes cannot be protected"):
+        Sandbox(LIMITS, layers=()).start()
+    with pytest.raises(WorkerError, match="sandbox: network cannot be protected"):
+        Sandbox(LIMITS, layers=("landlock",), require=("network",)).start()
+
+
+def test_without_layers_there_are_limits_all_the_same():
+    sandbox = Sandbox(Limits(seconds=1, memory_mb=100, file_mb=1), layers=(), require=())
+    assert asyncio.run(sandbox.run("print(1)")).stdout == "1\n"
+    assert asyncio.run(sandbox.run("while True: pass")).stopped == "time"
+    assert "MemoryError" in asyncio.run(sandbox.run("x = bytes(10**9)")).stderr
+    assert sandbox.layers == frozenset()
+    sandbox.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"limits": Limits(seconds=0)}, "seconds=0"),
+        ({"limits": Limits(memory_mb=-1)}, "memory_mb=-1"),
+        ({"limits": Limits(open_files=4)}, "open_files=4"),
+        ({"limits": Limits(seconds=float("inf"))}, "seconds=inf"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"require": ("privacy",)}, "'privacy'"),
+        ({"layers": ("walls",)}, "'walls'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        Sandbox(**options)
+
+
+def test_a_program_that_is_too_long(sandbox):
+    result = asyncio.run(sandbox.run("#" * (pool.LONGEST_CODE + 1)))
+    assert result == Result(stderr=f"the program has more than {pool.LONGEST_CODE} bytes", exit_code=1)
+
+
+def test_environments_share_a_sandbox():
+    assert shared_sandbox(LIMITS, (), 4, ()) is shared_sandbox(LIMITS, (), 4, ())
+    assert shared_sandbox(LIMITS, (), 4, ()) is not shared_sandbox(LIMITS, (), 5, ())

@@ -1,0 +1,186 @@
+"""examples/retool: its data, its script, its recipe for a real model, and a run of it that is cut short."""
+
+import importlib
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from miles_retool.environment import Retool
+from miles_retool.plugin import RetoolOptions
+from transformers import AutoTokenizer
+
+import miles
+from miles.api import ChatContext
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "retool"
+NUMBERS = re.compile(r"\d+")
+BY_HAND = {
+    "times": lambda a, b: a * b,
+    "divisor": math.gcd,
+    "digits": lambda a, b: sum(int(digit) for digit in f"{a**b}"),
+    "modulo": lambda a, b, m: a**b % m,
+}
+
+
+@pytest.fixture(scope="module")
+def make_data():
+    sys.path.insert(0, str(EXAMPLE))
+    try:
+        yield importlib.import_module("make_data")
+    finally:
+        sys.path.remove(str(EXAMPLE))
+        sys.modules.pop("make_data", None)
+
+
+@pytest.fixture(scope="module")
+def folder(make_data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("retool")
+    make_data.make(out / "data", seed=3)
+    return out
+
+
+def rows(folder, split):
+    return [json.loads(line) for line in (folder / "data" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def expected(question):
+    kind = next(word for word in BY_HAND if word in question)
+    return str(BY_HAND[kind](*map(int, NUMBERS.findall(question))))
+
+
+def test_no_two_rows_ask_the_same_and_labels_are_right(folder, make_data):
+    asked = []
+    for split, size in make_data.SIZES.items():
+        given = rows(folder, split)
+        assert len(given) == size
+        asked += [row["input"][1]["content"] for row in given]
+        if split != "sft":
+            assert [row["label"] for row in given] == [expected(row["input"][1]["content"]) for row in given]
+    assert len(set(asked)) == len(asked)
+    assert all(sum(word in question for question in asked) > len(asked) / 5 for word in BY_HAND)
+
+
+def test_the_pupil_mostly_guesses_and_his_programs_say_what_he_read(folder, capsys):
+    demonstrations = [row["input"] for row in rows(folder, "sft")]
+    called = [messages for messages in demonstrations if len(messages) == 5]
+    assert {len(messages) for messages in demonstrations} == {3, 5}
+    assert 0.38 < len(called) / len(demonstrations) < 0.42
+    for _, question, call, result, answer in called[:200]:
+        function = call["tool_calls"][0]["function"]
+        assert function["name"] == "code_interpreter"
+        exec(function["arguments"]["code"], {})
+        assert result["content"] == f"Output:\n{capsys.readouterr().out.strip()}"
+        assert answer["content"] == f"Answer: \\boxed{{{expected(question['content'])}}}"
+
+
+def test_one_seed_gives_the_same_files(folder, make_data, tmp_path):
+    make_data.make(tmp_path, seed=3)
+    names = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert len(names) >= 7
+    for name in names:
+        assert (folder / "data" / name).read_bytes() == (tmp_path / name).read_bytes(), name
+    assert make_data.task(4)["heldout"] != make_data.task(3)["heldout"]
+
+
+def write(path, given):
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+
+
+def test_it_learns_to_use_the_interpreter(folder, make_data, monkeypatch):
+    """The recipe with two questions; a short warm-up has learned two answers to each, a guess and one by program."""
+    monkeypatch.chdir(folder)
+    (folder / "short").mkdir()
+    questions, rng, shown = [("product", 123, 45), ("digits", 987, 65)], random.Random(1), []
+    for guesses in (0.0, 1.0):
+        monkeypatch.setattr(make_data, "GUESSES", guesses)
+        shown += [{"input": make_data.conversation(*q, rng), "tools": make_data.offered()} for q in questions]
+    write(folder / "short" / "sft.jsonl", shown)
+    asked = [{"input": make_data.asked(*q), "label": str(make_data.answer(*q))} for q in questions]
+    write(folder / "short" / "train.jsonl", asked)
+    warm, learn = (yaml.safe_load((EXAMPLE / name).read_text()) for name in ("sft.yaml", "config.yaml"))
+    warm["data"]["sets"][0]["path"] = "short/sft.jsonl"
+    for task_set in (learn["data"]["sets"][0], learn["eval"]["sets"][0]):
+        task_set["path"] = "short/train.jsonl"
+        task_set["environment"]["require"] = []  # the programs are ours
+    changed = {"report": False, "num_threads": 1}
+    miles.train(warm, num_rollout=5, rollout_batch_size=64, lr_warmup_iters=5, **changed)
+    run = miles.train(learn, num_rollout=3, rollout_batch_size=2, n_samples_per_prompt=16, eval_interval=3, **changed)
+
+    metrics = [json.loads(line) for line in (folder / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[1]["rollout/accuracy"] < metrics[3]["rollout/accuracy"]
+    accuracy = run.summary["evaluation"]["heldout"]
+    assert accuracy["first"]["accuracy"] < accuracy["last"]["accuracy"] == 1
+    assert all(step["train/train_rollout_logprob_abs_diff"] < 1e-5 for step in metrics[1:])
+    assert all(step["rollout/failed_ratio"] == 0 for step in metrics[1:])
+    dumped = (folder / "grpo" / "rollouts" / "step_000003.jsonl").read_text()
+    samples = [json.loads(line) for line in dumped.splitlines()]
+    assert len(samples) == 32
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "model")
+    for sample in samples:
+        tokens, mask = sample["tokens"], sample["loss_mask"]
+        assert sum(mask) == sum(turn["end"] - turn["start"] for turn in sample["turns"])
+        said = tokenizer.decode([token for token, own in zip(tokens, mask, strict=True) if own])
+        programs = sample["metadata"].get("environment", {}).get("programs", 0)
+        assert programs == said.count("<tool_call>") == len(sample["turns"]) - 1
+        assert "Output:" not in said, "what a program said is not trained on"
+        if sample["reward"] == 1:
+            assert sample["label"] in said
+            assert programs >= 1, "nobody finds these by guessing"
+        else:
+            assert sample["reward"] == pytest.approx(-1 + 0.05 * programs)
+
+
+def test_the_tool_is_shown_as_in_the_demonstrations(folder, make_data):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "model")
+    chat = make_data.Qwen3Chat(context=ChatContext(tokenizer, {"enable_thinking": False}))
+    row = rows(folder, "sft")[0]
+    prompt = chat.decode(chat.render_prompt(row["input"][:2], row["tools"]))
+    assert chat.decode(chat.render_conversation(row["input"], row["tools"])[0]).startswith(prompt)
+    assert Retool(RetoolOptions(require=())).tools()[0].__name__ in prompt
+
+
+def test_the_recipe_for_a_real_model_is_sound():
+    """Everything but the files that it names, which are not here."""
+    command = [sys.executable, "-m", "miles", "train", str(EXAMPLE / "qwen3-4b.yaml"), "--dry-run"]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "3 problems in the configuration" in said, said
+    assert said.count("no such file") + said.count("no checkpoint folder") == 3
+    recipe = yaml.safe_load((EXAMPLE / "qwen3-4b.yaml").read_text())
+    assert recipe["rollout"]["batch_size"] * recipe["rollout"]["n_samples_per_prompt"] == 256
+    for task_set in (*recipe["data"]["sets"], *recipe["eval"]["sets"]):
+        RetoolOptions(**{key: value for key, value in task_set["environment"].items() if key != "name"})
+
+
+@pytest.fixture
+def given_commands(tmp_path):
+    """Run a copy of run.sh with a `miles` and a `python` that only write down their words."""
+    here = tmp_path / "examples" / "retool"
+    here.mkdir(parents=True)
+    (here / "run.sh").write_bytes((EXAMPLE / "run.sh").read_bytes())
+    programs, log = tmp_path / "bin", tmp_path / "log"
+    programs.mkdir()
+    for name in ("miles", "python"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n')
+        (programs / name).chmod(0o755)
+
+    def call(*words):
+        environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+        subprocess.run(["bash", here / "run.sh", *words], check=True, capture_output=True, env=environment)
+        return log.read_text().replace(str(here), "HERE").splitlines()
+
+    return call
+
+
+def test_the_script(given_commands):
+    assert given_commands("--lr", "1e-4") == [
+        "python HERE/make_data.py --out data in retool",
+        "miles train HERE/sft.yaml in retool",
+        "miles train HERE/config.yaml --lr 1e-4 in retool",
+    ]
