@@ -88,6 +88,8 @@ REPLACED: tuple[tuple[str, str], ...] = (
         "rollout-data-postprocess-path custom-convert-samples-to-train-data-path",
     ),
     ("pip install miles-compat, which takes such functions as they are", "rollout-sample-hook-path"),
+    ("pip install miles-gateway, which takes such an agent as it is and gives it a session by itself",
+     "custom-agent-function-path use-session-server session-server-ip session-server-port"),
     (
         "implement the hook miles_on_rollout_end or miles_on_eval_end in a plugin",
         "custom-rollout-log-function-path custom-eval-rollout-log-function-path rollout-all-samples-process-path",
@@ -365,6 +367,11 @@ ACCEPTED: dict[str, str] = {
     "rollout-sample-hook-path": "with miles-compat: after its generate function alone",
     "group-rm": "with miles-compat, for --custom-rm-path",
     "reward-key": "with miles-compat, for --custom-rm-path",
+    "custom-agent-function-path": "with miles-gateway; a `reward` in what the agent returns is the reward",
+    "use-session-server": "with miles-gateway, and without a value: there is one kind. --custom-agent-function-path "
+    "says it, too",
+    "session-server-ip": "with miles-gateway",
+    "session-server-port": "with miles-gateway",
     "rm-type": "names differ, see below; `math` takes answers that are not boxed too, and instead of upstream's prefix "
     "`boxed_` there is `{name: math, require_boxed: true}`; also a mapping of weights, or `my_module:my_reward`",
     "rollout-top-p": "1 in training: importance ratios would be wrong otherwise. Evaluation may cut",

@@ -170,6 +170,8 @@ def _checked(made: upstream.Sample) -> tuple[list[int], int]:
                 f"{name} has {len(column)} entries, and response_length is {length}: one entry is expected for each "
                 "token of the response, those of tools included, none for the prompt"
             )
+        if column is not None and not np.isfinite(np.asarray(column, float)).all():
+            raise RolloutError(f"{name} holds what is no finite number: 0 stands for what the model did not draw")
     if made.loss_mask is not None and not {int(each) for each in made.loss_mask} <= {0, 1}:
         raise RolloutError(f"loss_mask holds {sorted(set(made.loss_mask))[:5]}: 1 is trained on, 0 is not")
     return tokens, length

@@ -250,6 +250,12 @@ def test_a_column_of_another_length_is_named(bench):
         bench.generate("several.short_column", bench.script(("it is 5!", "stop")))
 
 
+def test_a_log_prob_that_is_none_is_named(bench):
+    """It would make the loss of its whole batch NaN."""
+    with pytest.raises(RolloutError, match=r"rollout_log_probs holds what is no finite number"):
+        bench.generate("several.unknown_log_prob", bench.script(("it is 5!", "stop")))
+
+
 def test_what_is_no_sample_is_no_samples_fault(bench):
     with pytest.raises(HookError, match=r"several.nothing .*several.py:\d+\) returned NoneType"):
         bench.generate("several.nothing", bench.script())

@@ -72,6 +72,12 @@ async def short_column(args, sample, sampling_params):
     return made
 
 
+async def unknown_log_prob(args, sample, sampling_params):
+    made = await single(args, sample, sampling_params)
+    made.rollout_log_probs[-1] = None
+    return made
+
+
 async def nothing(args, sample, sampling_params):
     await single(args, sample, sampling_params)
 
