@@ -36,6 +36,8 @@ from miles_gateway.tree import Place
 
 logger = logging.getLogger("miles")
 ARGUMENTS = ("base_url", "prompt", "request_kwargs", "metadata")
+MORE = ("tools", "label", "api_key", "sample_id", "evaluation")
+"""For those who ask for them."""
 KEPT_PROMPTS = 1024
 NO_KEY = "none"
 """What clients may send as their key where none is asked for."""
@@ -95,7 +97,7 @@ class Agent:
             "sample_id": sample.id,
             "evaluation": context.evaluation,
         }
-        return copy.deepcopy({name: value for name, value in given.items() if name in self.takes or "**" in self.takes})
+        return copy.deepcopy({name: value for name, value in given.items() if name in self.takes})
 
     async def _run(self, arguments: dict[str, Any]) -> Any:
         if inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(type(self.function).__call__):
@@ -205,20 +207,27 @@ def request_kwargs(sampling: SamplingParams) -> dict[str, Any]:
 
 
 def _takes(function: Any, name: str) -> frozenset[str]:
-    """Names of a function's parameters, and `**` if it takes any.
+    """Names of the arguments that a function is called with.
 
     Raises:
         ConfigError: it cannot be called as an agent is.
     """
+    form = f"write ({', '.join(ARGUMENTS)}, **kw)"
     if not callable(function):
-        raise ConfigError(f"{name}: it cannot be called; an agent is a function ({', '.join(ARGUMENTS)}, **kw)")
-    parameters = inspect.signature(function).parameters.values()
+        raise ConfigError(f"{name}: it cannot be called; an agent is a function: {form}")
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return frozenset({"**"})
-    names = frozenset(p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY)
+        names.update(ARGUMENTS, MORE)
     if missing := [argument for argument in ARGUMENTS if argument not in names]:
-        raise ConfigError(f"{name}: it has no parameter {missing[0]!r}; write ({', '.join(ARGUMENTS)}, **kw)")
-    return names
+        raise ConfigError(f"{name}: it has no parameter {missing[0]!r}; {form}")
+    taken = names & {*ARGUMENTS, *MORE}
+    try:
+        signature.bind(**dict.fromkeys(taken))
+    except TypeError as error:
+        raise ConfigError(f"{name}: called with {', '.join(sorted(taken))}, it is {error}; {form}") from error
+    return frozenset(taken)
 
 
 def _key(options: AgentOptions) -> str | None:

@@ -7,7 +7,7 @@ import threading
 import openai
 import pytest
 
-from miles.api import ConfigError, EngineError, EngineLostError, SamplingParams, Status
+from miles.api import ConfigError, EngineError, EngineLostError, PluginLoadError, SamplingParams, Status
 from miles.testing.contract import installed
 
 
@@ -250,6 +250,20 @@ def test_a_function_that_is_no_agent_is_refused(lab):
         lab.build(agent)
     with pytest.raises(ConfigError, match="cannot be called"):
         lab.build(3)
+
+    async def wants_more(base_url, prompt, request_kwargs, metadata, label, browser):
+        pass
+
+    with pytest.raises(ConfigError, match="label, metadata, .*, it is missing a required .*'browser'; write"):
+        lab.build(wants_more)
+
+
+def test_agents_are_looked_at_before_anything_is_built():
+    kind = installed().component("generate_functions", "agent").options
+    with pytest.raises(PluginLoadError, match="cannot import nobody"):
+        kind("nobody:agent").preflight()
+    with pytest.raises(ConfigError, match=r"agent json:dumps .*it is missing a required .*'obj'; write \(base_url"):
+        kind("json:dumps").preflight()
 
 
 def test_functions_are_named_with_a_dot_too():

@@ -21,7 +21,7 @@ def _check_path(where: str, path: str) -> None:
 def _load(*paths: str) -> None:
     from miles_compat.calling import load_function
 
-    for path in paths:
+    for path in filter(None, paths):
         load_function(path)
 
 
@@ -63,6 +63,10 @@ class RewardOptions:
 
     def __post_init__(self) -> None:
         _check_path("reward: slime_function", self.path)
+
+    def preflight(self) -> None:
+        """The function is there."""
+        _load(self.path)
 
 
 @dataclass(frozen=True)

@@ -360,6 +360,14 @@ def test_paths_are_checked_when_the_run_is_built(bench):
         bench.build("generate_functions", path="judges.any_right")
 
 
+@pytest.mark.parametrize("kind", ["generate_functions", "rewards", "sample_filters"])
+def test_paths_are_checked_before_anything_is_built(lab, kind):
+    options = lab.installed().component(kind, "slime_function").options
+    options(path="retool.generate").preflight()
+    with pytest.raises(PluginLoadError, match="did you mean 'generate'"):
+        options(path="retool.generat").preflight()
+
+
 def test_an_unknown_setting_is_named(bench):
     with pytest.raises(AttributeError, match=r"args.flux_capacitor: no setting .*--custom-config-path"):
         bench.generate("several.asks_for_what_nobody_knows", bench.script())
