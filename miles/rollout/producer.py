@@ -175,7 +175,7 @@ class Producer(Batches):
         for sample in group.rollouts:
             sample.metadata.setdefault("seconds", seconds)
             if self.needs_reward and sample.reward is None and sample.status in JUDGED:
-                sample.status, sample.error = Status.FAILED, NOBODY
+                sample.status, sample.error = Status.FAILED, "; ".join(filter(None, (NOBODY, sample.error)))
         if group.baseline is not None and group.baseline.status not in JUDGED:
             for sample in group.samples:
                 if sample.status in JUDGED:

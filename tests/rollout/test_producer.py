@@ -243,11 +243,11 @@ def test_a_sample_needs_a_reward_unless_nothing_looks_at_rewards(unjudged):
         async def run_group(self, group, attempts, reseed):
             await super().run_group(group, attempts, reseed)
             for sample in group.samples:
-                sample.reward = None
+                sample.reward, sample.error = None, "its agent: half an answer"
 
     producer = Waves(judged.config, source, {"s": Silent(lambda n, i: 1.0, None)}, [], unjudged=unjudged)
     if unjudged:
         assert [sample.reward for group in collect(producer) for sample in group.samples] == [None] * 8
     else:
-        with pytest.raises(RolloutError, match="nobody rewarded it"):
+        with pytest.raises(RolloutError, match=r"nobody rewarded it: .*; its agent: half an answer"):
             collect(producer)
