@@ -152,8 +152,12 @@ class Agent:
         reward = told.pop("reward", None)
         if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
             return self._failed(session, f"it returned reward={reward!r:.80}; a finite number or None is expected")
-        for sample in samples:
-            sample.metadata.update(copy.deepcopy(told))
+        try:
+            metadata = [copy.deepcopy(told) for _ in samples]
+        except Exception as fault:
+            return self._failed(session, f"it returned metadata that cannot be copied: {fault}")
+        for sample, its in zip(samples, metadata, strict=True):
+            sample.metadata.update(its)
             sample.error = None if error is None else f"{self.name}: {described(error)}"
             if reward is not None:
                 sample.reward, sample.reward_parts["agent"] = float(reward), float(reward)

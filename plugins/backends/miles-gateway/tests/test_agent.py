@@ -128,6 +128,16 @@ def test_an_answer_that_means_nothing_fails(lab, answer):
     assert "is expected" in sample.error
 
 
+def test_what_cannot_be_copied_is_no_metadata(lab):
+    async def agent(base_url, prompt, request_kwargs, metadata):
+        await lab.ask(base_url, prompt)
+        return {"reward": 1.0, "lock": threading.Lock()}
+
+    (sample,) = lab.run(agent)
+    assert sample.status is Status.FAILED
+    assert sample.error.endswith("it returned metadata that cannot be copied: cannot pickle '_thread.lock' object")
+
+
 def test_a_client_that_does_not_wait_is_the_reason(lab):
     async def agent(base_url, prompt, request_kwargs, metadata):
         with pytest.raises(openai.APITimeoutError):
