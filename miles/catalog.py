@@ -39,10 +39,11 @@ PROVIDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "rewards": {
         "miles-math": ("exact_match", "math"),
         "miles-dapo": ("soft_overlong",),
+        "miles-search-r1": ("search_r1",),
         "miles-compat": ("slime_function",),
         "miles-retool": ("retool",),
     },
-    "environments": {"miles-retool": ("retool",)},
+    "environments": {"miles-retool": ("retool",), "miles-search-r1": ("search_r1",)},
     "sample_filters": {"miles-compat": ("slime_function",)},
     "routing_replays": {"miles-routing-replay": ("r2", "r3")},
     "precision_schemes": {"miles-fp8": ("fp8",), "miles-int4": ("int4",)},
@@ -77,6 +78,7 @@ MADE = frozenset(
         "miles-retool",
         "miles-rloo",
         "miles-sapo",
+        "miles-search-r1",
         "miles-sglang",
         "miles-wandb",
     }

@@ -8,7 +8,7 @@ from typing import Any
 from miles.errors import PluginConflictError, PluginLoadError
 
 GROUP = "miles.commands"
-ELSEWHERE = {"serve": "miles-serve"}
+ELSEWHERE = {"search": "miles-search-r1", "serve": "miles-serve"}
 """Commands that packages of this repository bring -> what to install."""
 
 

@@ -1,0 +1,1 @@
+"""Models that search before they answer."""
