@@ -1,5 +1,6 @@
 """Sixty steps of the quickstart on 2 and 4 ranks, of either executor, end at the bits of one process."""
 
+import json
 import os
 import subprocess
 import sys
@@ -34,17 +35,22 @@ def learn(folder, run, *flags):
 
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
-    """A folder with the recipe's data and a short warm-up."""
+    """A folder with the recipe's data and two fifths of its warm-up: without so much no answer is right, and nothing
+    would be learned afterwards."""
     folder = tmp_path_factory.mktemp("quickstart")
     python(folder, EXAMPLE / "prepare.py", "--out", "data", "--seed", "1")
-    python(folder, "-m", "miles", "train", EXAMPLE / "sft.yaml", "--num-rollout", "12", "--no-report")
+    python(folder, "-m", "miles", "train", EXAMPLE / "sft.yaml", "--num-rollout", "40", "--no-report")
     return folder
 
 
 @pytest.fixture(scope="module")
 def alone(warm):
-    """The run of one process."""
-    return learn(warm, "alone")[0]
+    """The run of one process, which learns."""
+    run = learn(warm, "alone")[0]
+    rewards = [json.loads(line).get("rollout/reward", 0.0) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rewards) == 61
+    assert sum(rewards[-10:]) / 10 > sum(rewards[1:11]) / 10 + 0.2
+    return run
 
 
 @pytest.mark.slow
