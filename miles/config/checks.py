@@ -205,7 +205,7 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
      "ends before the warm-up of {optimizer.lr_warmup_steps} steps does",
      "raise --lr-decay-iters or lower --lr-warmup-iters"),
     ("eval.interval", lambda c: c.config.eval.interval is not None and not c.config.eval.sets,
-     "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH"),
+     "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH, or --eval-interval none"),
     ("moe.routing_replay", lambda c: c.config.moe.routing_replay.name not in KINDS["routing_replays"].words,
      "replaying expert choices is not in this version", "--routing-replay none"),
 )  # fmt: skip
@@ -462,7 +462,7 @@ def _replayed(c: _Checked) -> Iterator[Fault]:
         yield c.fault("rollout.dump", "the batches are in rollout.replay already", "leave it out")
     if c.config.rollout.replay is not None and c.config.eval.sets:
         problem = "a run that replays starts no engine, and evaluation needs one"
-        remedy = "--eval.sets=[], and `miles eval` with --checkpoint afterwards"
+        remedy = "--eval.sets=[] --eval-interval none, and `miles eval` with --checkpoint afterwards"
         yield Fault("eval.sets", problem, remedy, [s.name for s in c.config.eval.sets], c.origin(("eval", "sets")))
 
 
