@@ -16,8 +16,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+import types
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -110,11 +111,12 @@ class Environments:
 
     def __init__(self, build: Callable[[], Environment], limits: EnvironmentLimits | None = None):
         self._build, self._given = build, limits or EnvironmentLimits()
-        self._limits: EnvironmentLimits | None = None
+        self.limits: EnvironmentLimits | None = None
+        """Those that hold; None until the first environment is made."""
         self.calls, self.episodes = Places(None), Places(None)
         self.counts: Counter[str] = Counter()
-        self.seconds = 0.0
-        """Of all calls together."""
+        self.seconds = self.blocked = 0.0
+        """Of all calls together; the longest that one of them blocked."""
 
     def __call__(self) -> GuardedEnvironment:
         """Raises what building raises, and HookError where the environment's `limits` are none."""
@@ -123,19 +125,24 @@ class Environments:
         except Exception as error:
             self.counts["errors"] += not isinstance(error, MilesError)
             raise
-        if self._limits is None:
+        if self.limits is None:
             own = getattr(environment, "limits", EnvironmentLimits())
             if not isinstance(own, EnvironmentLimits):
                 raise HookError(
                     f"{named(environment)}: its `limits` are {_shown(own)}; miles.api.EnvironmentLimits are expected"
                 )
-            self._limits = self._given.over(own).over(UNSAID)
-            self.calls, self.episodes = Places(self._limits.calls), Places(self._limits.episodes)
-        return GuardedEnvironment(environment, self, self._limits)
+            self.limits = self._given.over(own).over(UNSAID)
+            self.calls, self.episodes = Places(self.limits.calls), Places(self.limits.episodes)
+        return GuardedEnvironment(environment, self, self.limits)
+
+    def note_blocked(self, seconds: float) -> None:
+        """That a call let nothing else happen for so long."""
+        self.blocked = max(self.blocked, seconds)
 
     def metrics(self) -> Metrics:
         """Since the last time they were asked for: `COUNTS`; most calls and open environments at once; mean seconds of
-        a call, and of waiting for its places. Nothing where nothing was done."""
+        a call, and of waiting for its places; the longest that one kept the event loop to itself. Nothing where nothing
+        was done."""
         counts, places = self.counts, (self.calls, self.episodes)
         if not counts:
             return {}
@@ -143,7 +150,8 @@ class Environments:
         found: Metrics = {name: float(counts[name]) for name in COUNTS}
         found |= {"calls_max": float(self.calls.most), "episodes_max": float(self.episodes.most)}
         found |= {"call_time": self.seconds / calls, "wait_time": sum(p.waited for p in places) / calls}
-        self.counts, self.seconds = Counter(), 0.0
+        found["blocked_max"] = self.blocked
+        self.counts, self.seconds, self.blocked = Counter(), 0.0, 0.0
         for kept in places:
             kept.most, kept.waited = kept.taken, 0.0
         return found
@@ -179,7 +187,8 @@ class GuardedEnvironment:
     async def close(self) -> None:
         """Raises nothing: a fault while closing costs nobody a finished trajectory."""
         try:
-            await within(self._limits.close_timeout, self.environment.close)
+            close = partial(watched, self.environment.close, self._home.note_blocked)
+            await within(self._limits.close_timeout, close)
         except Exception as error:
             self._home.counts["close_errors"] += 1
             if self._home.counts["close_errors"] == 1:  # of many in a batch
@@ -216,7 +225,7 @@ class GuardedEnvironment:
         home.counts["calls"] += 1
         started = time.perf_counter()
         try:
-            answer = await within(timeout, call)
+            answer = await within(timeout, partial(watched, call, home.note_blocked))
         except TooLate as late:
             what = f"`{method}` took longer than {timeout:g} s (environment_limits.{method}_timeout)"
             raise self.fault(what, method, "timeout", time.perf_counter() - started) from late
@@ -247,13 +256,13 @@ class TooLate(Exception):
     """A call did not end in its time; not a TimeoutError, which the call may raise itself."""
 
 
-async def within(seconds: float | None, call: Callable[[], Awaitable[Answer]]) -> Answer:
+async def within(seconds: float | None, call: Callable[[], Coroutine[Any, Any, Answer]]) -> Answer:
     """What a call returns, in a task of its own: one that does not heed its cancellation holds nobody up.
 
     Raises:
         TooLate: it had not ended after so many seconds.
     """
-    task = asyncio.ensure_future(_without_exit(call))
+    task = asyncio.ensure_future(call())
     late = True
     try:
         await asyncio.wait({task}, timeout=seconds)
@@ -270,11 +279,30 @@ async def within(seconds: float | None, call: Callable[[], Awaitable[Answer]]) -
     return task.result()
 
 
-async def _without_exit(call: Callable[[], Awaitable[Answer]]) -> Answer:
+async def watched(call: Callable[[], Awaitable[Answer]], note: Callable[[float], None]) -> Answer:
+    """What a call returns; `note` is told each time how many seconds it kept the event loop to itself."""
     try:
-        return await call()
+        return await _delegated(call().__await__(), note)
     except SystemExit as error:  # it would end the run
         raise RuntimeError(repr(error)) from error
+
+
+@types.coroutine
+def _delegated(inner: Any, note: Callable[[float], None]) -> Generator[Any, Any, Any]:
+    """`yield from inner`, with a clock beside it."""
+    resume, value = inner.send, None
+    while True:
+        started = time.perf_counter()
+        try:
+            awaited = resume(value)
+        except StopIteration as end:
+            return end.value
+        finally:
+            note(time.perf_counter() - started)
+        try:
+            resume, value = inner.send, (yield awaited)
+        except BaseException as error:  # a cancellation, mostly: it is for the call
+            resume, value = inner.throw, error
 
 
 def _leave_behind(task: asyncio.Task[Any]) -> None:

@@ -259,6 +259,19 @@ def test_a_hung_environment_leaves_the_event_loop_alone():
     asyncio.run(main())
 
 
+def test_who_keeps_the_event_loop_to_itself_is_noted():
+    class Blocking(World):
+        async def step(self, action):
+            await asyncio.sleep(0.001)
+            time.sleep(0.05)
+            await asyncio.sleep(0.2)
+            return StepResult((), 1.0)
+
+    found = played(Environments(Blocking), 1, steps=1)
+    assert 0.05 <= found["blocked_max"] < 0.2
+    assert played(Environments(lambda: World(step=0.2)), 1, steps=1)["blocked_max"] < 0.15
+
+
 def test_in_thread_takes_arguments_and_raises_what_the_function_raises():
     async def main():
         assert await in_thread(divmod, 7, 2) == (3, 1)

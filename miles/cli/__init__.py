@@ -26,6 +26,7 @@ COMMANDS = {
     ),
     "config": ("miles.cli.config", "print the resolved configuration, each value with its origin [--json]"),
     "bench": ("miles.cli.bench", "measure how fast it is here [NAME ...] [--json FILE] [--baseline FILE] [--list]"),
+    "env": ("miles.cli.env", "play an environment without a model, and check it: check NAME [--option KEY=VALUE]"),
     "plugins": ("miles.cli.plugins", "list plugins and components [--json] [--kind KIND]; `doctor` lists every fault"),
     "doctor": ("miles.cli.doctor", "what is installed here, what is missing, and for what [--json] [--online]"),
     "new-plugin": ("miles.cli.new_plugin", "write the package of a new plugin: KIND NAME [--dir DIR]"),

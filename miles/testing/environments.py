@@ -5,24 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
 
-from miles.testing.contract import ComponentContract
+from miles.diagnosis.playing import MALFORMED, its_own, play, wrong_messages
+from miles.environments import EnvironmentLimits, Environments
+from miles.targets import described
+from miles.testing.contract import ComponentContract, standard_tests
 from miles.types import Action, Observation, Prompt, StepResult, ToolCall
 
-MALFORMED = (
-    Action(""),
-    Action("cut off in the mid", finish_reason="length"),
-    Action("答え\ud800\x00"),
-    Action("", tool_calls=(ToolCall("no_such_tool", {}),)),
-    Action("", tool_calls=(ToolCall("f", {"raw": "{broken"}, error="not JSON"),)),
-    Action("", tool_calls=(ToolCall("", {"a": [None, {"b": 1e308}]}), ToolCall("f", {}))),
-    Action("wait, " * 2000),
-)
-"""What models do before they have learnt anything."""
+LEFT_OUT = "left out"
 
 
 def add(a: float, b: float) -> float:
@@ -53,11 +47,17 @@ class EnvironmentContract(ComponentContract):
     """A scripted episode; it may go on after its end, which is not looked at."""
     ends: ClassVar[bool] = False
     """The scripted episode must end: with `done`."""
+    blocks: ClassVar[float] = 0.5
+    """Seconds; no call may keep the event loop to itself for longer."""
     rewards: ClassVar[Sequence[float | None] | None] = None
     """What the steps of the scripted episode must pay."""
 
     def make_prompt(self) -> Prompt:
         return Prompt(**{"id": "contract:0", "task_set": "contract", "tokens": [1, 2], **self.prompt})
+
+    def environments(self, **limits: int) -> Environments:
+        """As a task set has them."""
+        return Environments(self.build, EnvironmentLimits(**limits))
 
     async def episode(self, environment: Any, actions: Sequence[Action]) -> tuple[Observation, list[StepResult]]:
         """Reset and step until the script or the episode ends; the environment stays open."""
@@ -88,7 +88,7 @@ class EnvironmentContract(ComponentContract):
         check_messages(observation.messages)
         for tool in observation.tools:
             assert tool.get("type") == "function", f"a tool is {{'type': 'function', 'function': ...}}, not {tool}"
-            assert isinstance(tool["function"]["name"], str)
+            assert isinstance(tool["function"]["name"], str), f"a tool has no name: {tool}"
             json.dumps(tool)
         if not observation.messages:
             assert self.make_prompt().messages or self.make_prompt().text, "neither it nor the prompt asks anything"
@@ -100,12 +100,12 @@ class EnvironmentContract(ComponentContract):
         for step in steps:
             assert isinstance(step, StepResult), f"step returned {type(step).__name__}"
             check_messages(step.messages)
-            assert isinstance(step.done, bool)
-            assert step.reward is None or isinstance(step.reward, int | float)
+            assert isinstance(step.done, bool), f"done={step.done!r} is no bool"
+            assert step.reward is None or isinstance(step.reward, int | float), f"reward={step.reward!r} is no number"
             assert step.reward is None or abs(step.reward) < float("inf"), "a reward is not finite"
         assert steps[-1].done or not self.ends, "the scripted episode did not end"
         if self.rewards is not None:
-            assert [step.reward for step in steps] == list(self.rewards)
+            assert [step.reward for step in steps] == list(self.rewards), "it pays something else than `rewards`"
 
     def test_a_step_that_goes_on_says_something(self) -> None:
         """After it the model speaks again: without a message it would answer itself."""
@@ -132,7 +132,7 @@ class EnvironmentContract(ComponentContract):
         results = [message for message in step.messages if message.get("role") == "tool"]
         assert step.done or len(results) == len(calls), f"{len(calls)} calls have {len(results)} results"
         ids = [message["tool_call_id"] for message in results if "tool_call_id" in message]
-        assert ids in ([], [call.id for call in calls[: len(results)]])
+        assert ids in ([], [call.id for call in calls[: len(results)]]), f"results come in the order {ids}"
 
     def test_two_at_once_do_not_meet(self) -> None:
         """Hundreds of trajectories run side by side; what one does must not be seen by another."""
@@ -149,12 +149,11 @@ class EnvironmentContract(ComponentContract):
 
         alone = self.play(self.actions)
         first, _, third, _ = asyncio.run(main())
-        assert first == alone
-        assert third == alone
+        assert first == alone == third, "the same actions had other answers, beside others that did other things"
 
     def test_the_same_actions_lead_to_the_same_end(self) -> None:
         """Samples of a group must face one task, and a run be repeatable: draw what is random from the prompt."""
-        assert self.play(self.actions) == self.play(self.actions)
+        assert self.play(self.actions) == self.play(self.actions), "the same actions had other answers"
 
     def test_closing(self) -> None:
         """Before a reset, in the middle, and twice: an abort can come at any time, and each trajectory is closed."""
@@ -188,7 +187,89 @@ class EnvironmentContract(ComponentContract):
         if len(self.actions) < 2:
             pytest.skip("the script has one action: nothing is ever half finished")
         whole, halves = asyncio.run(main())
-        assert halves == whole
+        assert halves == whole, "it goes on otherwise than it would have without the interruption"
+
+    def test_it_keeps_to_limits(self) -> None:
+        """A run plays all environments of a task set under one set of limits, the environment's `limits` among them."""
+        made = self.environments(calls=1, episodes=2)
+
+        async def one() -> tuple[Observation, list[StepResult]]:
+            environment = made()
+            try:
+                return await self.episode(environment, self.actions)
+            finally:
+                await environment.close()
+
+        async def main() -> list[Any]:
+            return await asyncio.gather(*(one() for _ in range(4)))
+
+        alone = self.play(self.actions)
+        assert asyncio.run(main()) == [alone] * 4, "the same actions had other answers under limits"
+        load = made.metrics()
+        assert (load["calls_max"], load["episodes_max"]) == (1, 2)
+
+    def test_no_call_blocks_the_event_loop(self) -> None:
+        """A call that blocks, in a client that is not asynchronous or in a long computation, stops every other
+        trajectory and the engine's requests. `miles.api.in_thread` takes what blocks."""
+        self.play(self.actions)  # what is imported at first is imported once
+        made = self.environments()
+
+        async def main() -> None:
+            environment = made()
+            try:
+                await self.episode(environment, self.actions)
+            finally:
+                await environment.close()
+
+        asyncio.run(main())
+        longest = made.metrics()["blocked_max"]
+        assert longest < self.blocks, f"a call kept the event loop to itself for {longest:.2f} seconds"
+
+    def test_its_script_leads_to_the_end(self) -> None:
+        """`script` is what somebody does who knows how: `miles env check` shows it to people."""
+        if not hasattr(self.build(), "script"):
+            pytest.skip("offers no script")
+        episode = asyncio.run(play(self.environments(), self.make_prompt(), its_own, 1000, lambda *_: None))
+        assert episode.fault is None, str(episode.fault)
+        assert episode.end == "done", f"it ends with: {episode.end}"
+
+
+def broken_promises(
+    build: Callable[[], Any], limits: EnvironmentLimits, prompt: Prompt, actions: Sequence[Action]
+) -> dict[str, str]:
+    """The standard tests of environments on one that no package need register: name -> what is wrong, empty where
+    nothing is; or `left out: ` and why. For `miles env check`."""
+    made: list[Environments] = []
+
+    def environments(self: Any, **tighter: int) -> Environments:
+        made.append(Environments(build, EnvironmentLimits(**tighter).over(limits)))
+        return made[-1]
+
+    def guarded_build(self: Any, **options: Any) -> Any:
+        return environments(self)()
+
+    members: dict[str, Any] = {"build": guarded_build, "environments": environments, "make_prompt": lambda self: prompt}
+    contract: Any = type("TestIt", (EnvironmentContract,), members | ({"actions": actions} if actions else {}))()
+    common = standard_tests(ComponentContract)
+    return {
+        name: _outcome(getattr(contract, name), made)
+        for name, test in standard_tests(EnvironmentContract).items()
+        if test is not common.get(name)
+    }
+
+
+def _outcome(test: Callable[[], None], made: list[Environments]) -> str:
+    made.clear()
+    try:
+        test()
+    except pytest.skip.Exception as reason:
+        return f"{LEFT_OUT}: {reason}"
+    except AssertionError as error:
+        return str(error) or "it does not hold"
+    except Exception as error:
+        return described(error)
+    failed = sum(environments.metrics().get("close_errors", 0) for environments in made)
+    return "closing raised, or took too long" if failed else ""
 
 
 def _now(state: Any) -> Any:
@@ -198,7 +279,4 @@ def _now(state: Any) -> Any:
 
 def check_messages(messages: Sequence[Any]) -> None:
     """Messages of a conversation, as chat templates take them."""
-    for message in messages:
-        assert isinstance(message, Mapping), f"a message is a mapping, not {type(message).__name__}"
-        assert message.get("role") in ("system", "user", "tool", "assistant"), f"no such role: {message.get('role')!r}"
-        assert isinstance(message.get("content", ""), str | list), "content is text (or a list of parts)"
+    assert not wrong_messages(messages), wrong_messages(messages)

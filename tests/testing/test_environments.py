@@ -1,6 +1,7 @@
 """Environments that are wrong in one way each."""
 
 import random
+import time
 from dataclasses import replace
 
 from miles.api import Action, Observation, StepResult, ToolEnvironment
@@ -55,6 +56,7 @@ def test_right_ones_pass(passes):
     passes(EnvironmentContract, Guess, **SCRIPT)
     passes(EnvironmentContract, Resumable, **SCRIPT)
     passes(EnvironmentContract, Adding)
+    passes(EnvironmentContract, but(script=lambda self, prompt: ["3", Action("7")]), **SCRIPT)
 
 
 def test_wrong_ones_are_caught(catches):
@@ -100,6 +102,10 @@ def test_wrong_ones_are_caught(catches):
         step = await ToolEnvironment.step(self, action)
         return replace(step, messages=step.messages[::-1])
 
+    async def blocking(self, action):
+        time.sleep(0.6)
+        return await Guess.step(self, action)
+
     async def close_once(self):
         del self.secret
 
@@ -125,6 +131,13 @@ def test_wrong_ones_are_caught(catches):
                 but(Resumable, state_dict=lambda self: {"secret": self.secret, "tries": 0}),
                 but(Resumable, load_state_dict=lambda self, state: None),
                 but(Resumable, state_dict=lambda self: {"self": self}),
+            ],
+            "test_it_keeps_to_limits": [but(limits={"calls": 3}), but(step=shared)],
+            "test_no_call_blocks_the_event_loop": [but(step=blocking)],
+            "test_its_script_leads_to_the_end": [
+                but(script=lambda self, prompt: ["3"]),
+                but(script=lambda self, prompt: [3]),
+                but(step=parsing, script=lambda self, prompt: ["seven"]),
             ],
         },
         **SCRIPT,
