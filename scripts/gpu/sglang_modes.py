@@ -1,6 +1,6 @@
 """Asynchronous against synchronous training on the same two GPUs, with SGLang: steps an hour, and what is learned.
 
-    python scripts/gpu/sglang_modes.py [sync async-2 ...] [--steps 20] [--lr 1e-4]
+    python scripts/gpu/sglang_modes.py [sync async-2 ...] [--steps 20] [--lr 2e-5]
     python scripts/gpu/sglang_modes.py sync async-2 agent --small --device cpu --engine torch      # no GPU
 
 The recipe examples/qwen3-0.6b-grpo at the shape of Qwen3-0.6B with random weights, on made-up problems, rewarded for
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=0.8, help="of its logarithm; 0: all are equally long")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of a response")
     parser.add_argument("--tokens", type=int, default=16_384, help="in a micro-batch")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a case is killed")
     arguments, arguments.rest = parser.parse_known_args()
     if unknown := set(arguments.cases) - set(CASES):
