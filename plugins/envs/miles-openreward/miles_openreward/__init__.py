@@ -1,0 +1,1 @@
+"""Environments of the Open Reward Standard, through the openreward SDK."""

@@ -1,0 +1,196 @@
+"""Episodes against environments that the SDK's own server serves on loopback."""
+
+import asyncio
+
+import pytest
+from miles_openreward.environment import NO_CALL, OpenReward, SessionError
+from miles_openreward.plugin import OpenRewardOptions, miles_configure
+
+from miles.api import Action, ConfigError, DataError, Prompt, ToolCall
+from miles.config import Config
+
+
+def call(name, id="call_0", **arguments):
+    return ToolCall(name, arguments, id)
+
+
+def turn(*calls):
+    return Action("", tool_calls=calls)
+
+
+@pytest.fixture
+def play(url, worlds, nobody_left):
+    """(observation, steps) of an episode."""
+
+    def run(world, *actions, goal=4, metadata=None, **options):
+        async def main():
+            made = OpenReward(OpenRewardOptions(base_url=url, **options))
+            try:
+                row = worlds.row(world, goal) if metadata is None else metadata
+                return await made.reset(Prompt("set:0", "set", metadata=row)), [await made.step(a) for a in actions]
+            finally:
+                await made.close()
+
+        return asyncio.run(main())
+
+    return run
+
+
+def test_a_game(play):
+    observation, steps = play("Counter", turn(call("move", by=3)), turn(call("move", by=1)))
+    assert observation.messages == ({"role": "user", "content": "Reach 4.\nBegin at 0."},)
+    offered = {tool["function"]["name"]: tool["function"] for tool in observation.tools}
+    assert offered["look"]["parameters"] == {"type": "object", "properties": {}}
+    assert offered["move"] == {
+        "name": "move",
+        "description": "Go on.",
+        "parameters": {"type": "object", "properties": {"by": {"type": "integer"}}, "required": ["by"]},
+    }
+    assert [(step.reward, step.done) for step in steps] == [(0.25, False), (1.0, True)]
+    assert steps[0].messages == ({"role": "tool", "name": "move", "tool_call_id": "call_0", "content": "at 3"},)
+
+
+def test_calls_of_a_turn_are_made_in_order_up_to_the_end_and_pay_together(play):
+    calls = [call("move", "a", by=1), call("look", "b"), call("move", "c", by=3), call("move", "d", by=9)]
+    _, (step,) = play("Counter", turn(*calls))
+    assert [m["content"] for m in step.messages] == ["at 1", "at 1\nof many", "at 4"]
+    assert (step.reward, step.done) == (1.25, True)
+    assert step.info == {"tool_calls": 3, "tool_errors": 0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (call("fly"), "'fly' is not a valid tool"),
+        (call("move", by="far"), "valid integer"),
+        (call("move"), "Field required"),
+        (call("move", by=float("nan")), "JSON"),
+        (ToolCall("", {"raw": "{"}, "call_0", error="the call is not JSON: at 1"), "the call is not JSON"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_answered_and_the_game_goes_on(play, wrong, said):
+    _, (step, after) = play("Counter", turn(wrong), turn(call("move", by=4)))
+    (message,) = step.messages
+    assert message["content"].startswith("Error: ")
+    assert said in message["content"]
+    assert (step.reward, step.done, step.info) == (None, False, {"tool_calls": 1, "tool_errors": 1})
+    assert after.done
+
+
+def test_a_turn_without_a_call_is_the_answer_where_there_is_a_terminal_tool(play):
+    observation, (step,) = play("Exam", Action("4"))
+    assert "submit" not in {tool["function"]["name"] for tool in observation.tools}
+    assert (step.reward, step.done) == (1.0, True)
+    assert play("Exam", Action("five \ud800"))[1][0].reward == 0.0
+
+
+def test_a_turn_without_a_call_is_told_so_elsewhere(play):
+    _, (step, after) = play("Counter", Action("4"), turn(call("move", by=4)))
+    assert step.messages == ({"role": "user", "content": NO_CALL},)
+    assert not step.done
+    assert after.done
+
+
+def test_a_turn_that_was_cut_off_is_not_played(play):
+    whole, cut = turn(call("move", by=4)), Action("I thi", finish_reason="length")
+    _, (step, after) = play("Exam", cut, whole)
+    assert (step.messages, step.reward) == ((), None)
+    assert after.messages[0]["content"] == "at 4"
+
+
+def test_a_system_prompt_lists_tools_and_calls_are_read_from_what_is_said(play):
+    template = "Tools:\n{tools}\nWrite {{call}}."
+    said = Action('<tool_call>{"name": "move", "arguments": {"by": 4}}</tool_call>')
+    observation, (step,) = play("Counter", said, system_prompt_template=template)
+    system, user = observation.messages
+    first, look, move, last = system["content"].split("\n")
+    assert (first, last) == ("Tools:", "Write {call}.")
+    assert '"name": "look"' in look
+    assert '"by"' in move
+    assert observation.tools == ()
+    assert user["content"] == "Reach 4.\nBegin at 0."
+    assert step.done
+
+
+def test_an_environment_may_begin_in_the_middle_of_a_conversation(play):
+    observation, _ = play("Dialogue")
+    system, user, assistant, result = observation.messages
+    assert (system["content"], user["content"], result["content"]) == ("Be brief.", "Go.", "at 2")
+    assert assistant["reasoning_content"] == "Two?"
+    assert assistant["tool_calls"][0]["function"]["name"] == "move"
+    merged, *rest = play("Dialogue", system_prompt_template="{tools}")[0].messages
+    assert merged["content"].endswith("\n\nBe brief.")
+    assert rest == [user, assistant, result]
+
+
+def test_rows_of_another_kind_are_refused(play):
+    with pytest.raises(DataError, match="names no OpenReward task: its metadata has no server_name, environment_name"):
+        play("Counter", metadata={"task_spec": {}})
+
+
+def test_images_are_refused(play):
+    with pytest.raises(DataError, match="image"):
+        play("Picture")
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(("goal", "said"), [(1, "no room"), (2, "no sandbox"), (3, "the floor gave way")])
+def test_what_breaks_in_the_environment_is_said_and_its_session_ends(play, goal, said):
+    with pytest.raises(SessionError, match=said):
+        play("Failing", turn(call("move", by=1)), goal=goal)
+
+
+def test_a_server_that_is_not_there(worlds):
+    async def main():
+        made = OpenReward(OpenRewardOptions(base_url="http://127.0.0.1:9"))
+        try:
+            await made.reset(Prompt("set:0", "set", metadata=worlds.row("Counter")))
+        finally:
+            await made.close()
+
+    with pytest.raises(SessionError, match="127.0.0.1:9"):
+        asyncio.run(main())
+
+
+# ------------------------------------------------------------------------------------------------------------ secrets
+
+
+@pytest.fixture
+def floor_key(monkeypatch):
+    monkeypatch.setenv("FLOOR_KEY", "open-sesame-17")
+    return "open-sesame-17"
+
+
+def test_secrets_reach_the_environment_and_nothing_that_it_says_of_them_comes_back(play, floor_key):
+    _, (step,) = play("Gossip", turn(call("tell")), secrets=("floor_key",))
+    assert "[floor_key]" in step.messages[0]["content"]
+    assert floor_key not in repr(step)
+
+
+def test_errors_do_not_spell_secrets(play, floor_key):
+    with pytest.raises(SessionError, match=r"the key was \[floor_key\]") as caught:
+        play("Failing", turn(call("move", by=1)), secrets=("floor_key",))
+    assert floor_key not in repr(caught.value)
+
+
+def test_a_server_of_ones_own_is_not_told_the_key_of_the_account(play, monkeypatch):
+    monkeypatch.setenv("OPENREWARD_API_KEY", "sk-of-the-account")
+    monkeypatch.setattr(OpenReward, "_hide", lambda self, text: text)
+    _, (step,) = play("Gossip", turn(call("tell")))
+    assert "sk-of-the-account" not in step.messages[0]["content"]
+
+
+def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):
+    def config(**options):
+        world = {"name": "openreward", **options}
+        return Config.model_validate({"data": {"sets": [{"path": "x.jsonl", "environment": world}]}})
+
+    miles_configure(config())
+    with pytest.raises(ConfigError, match="set floor_key"):
+        miles_configure(config(secrets=["floor_key"]))
+    monkeypatch.setenv("FLOOR_KEY", "x")
+    miles_configure(config(secrets=["floor_key"]))
+    with pytest.raises(ConfigError, match="OPENREWARD_API_KEY is not set"):
+        miles_configure(config(run_name="mine"))
