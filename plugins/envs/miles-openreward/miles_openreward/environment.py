@@ -13,7 +13,17 @@ from openreward import ToolSpec, convert_messages, sanitize_tool_schema
 from openreward.api.environments.types import Task, ToolOutput
 from openreward.api.errors import ToolCallError
 
-from miles.api import Action, DataError, Message, Observation, Prompt, StepResult, ToolCall, parse_hermes
+from miles.api import (
+    Action,
+    DataError,
+    EnvironmentLimits,
+    Message,
+    Observation,
+    Prompt,
+    StepResult,
+    ToolCall,
+    parse_hermes,
+)
 from miles_openreward.plugin import API_KEY, OpenRewardOptions, system_prompt
 from miles_openreward.sessions import Session, connection
 from miles_openreward.upload import Transcript, uploader
@@ -38,6 +48,8 @@ class OpenReward:
     answer where the environment takes one (its `@terminal` tool); elsewhere the model is told to call. A turn that was
     cut off is not played.
     """
+
+    limits = EnvironmentLimits(reset_timeout=900)  # a hosted one may have to start a machine first
 
     def __init__(self, options: OpenRewardOptions):
         self.options = options

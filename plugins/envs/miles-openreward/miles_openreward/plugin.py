@@ -40,10 +40,12 @@ class OpenRewardOptions:
         """Secret -> its value.
 
         Raises:
-            ConfigError: no environment variable holds it; or trajectories are to be uploaded, and there is no key.
+            ConfigError: no environment variable holds it; or openreward.ai is needed, and there is no key for it.
         """
-        if self.run_name is not None and not os.environ.get(API_KEY):
-            raise ConfigError(f"openreward: run_name uploads trajectories to openreward.ai, and {API_KEY} is not set")
+        if not os.environ.get(API_KEY) and (self.base_url is None or self.run_name is not None):
+            hosts = "hosts the environments (a server of your own is base_url)"
+            why = hosts if self.base_url is None else "is to get the trajectories (run_name)"
+            raise ConfigError(f"openreward: openreward.ai {why}, and {API_KEY} is not set")
         found = {name: os.environ.get(name) or os.environ.get(name.upper()) for name in self.secrets}
         if missing := [name for name, value in found.items() if not value]:
             raise ConfigError(f"openreward: secrets are taken from the environment: set {', '.join(missing)}")

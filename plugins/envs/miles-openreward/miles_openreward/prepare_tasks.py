@@ -28,10 +28,12 @@ from typing import Any, Literal
 import aiohttp
 import yaml
 from openreward.api.environments.client import AsyncEnvironment
-from openreward.api.environments.types import Task
+from openreward.api.environments.types import AuthenticationError, Task
+from openreward.api.errors import OpenRewardError
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from miles.api import ConfigError, DataError, MilesError
+from miles_openreward.plugin import OpenRewardOptions
 from miles_openreward.sessions import connection
 
 AT_ONCE = 16
@@ -115,8 +117,10 @@ async def rows_of(name: str, config: EnvironmentConfig, split: str, seed: int) -
     """The rows of a split.
 
     Raises:
+        ConfigError: it is on openreward.ai, and there is no key.
         DataError: the environment cannot be reached, or it has no such split, or nothing in it.
     """
+    OpenRewardOptions(base_url=config.base_url).confidential()  # a key, where one is needed
     variant = config.variant or (name.lower() if config.base_url else None)
     environment = connection(config.base_url).api.get(name, variant=variant)
     where = f"environment {name!r} at {config.base_url or 'openreward.ai'}"
@@ -124,7 +128,7 @@ async def rows_of(name: str, config: EnvironmentConfig, split: str, seed: int) -
         if split not in (splits := await environment.list_splits()):
             raise DataError(f"{where} has no split {split!r}; it has {', '.join(splits)}")
         tasks = await tasks_of(environment, split, config.num_samples, random.Random(f"{seed} {name} {split}"))
-    except (aiohttp.ClientError, OSError) as error:
+    except (aiohttp.ClientError, OSError, OpenRewardError, AuthenticationError) as error:
         raise DataError(f"{where}: {type(error).__name__}: {error}") from error
     if not tasks:
         raise DataError(f"{where}: its split {split!r} is empty")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from weakref import WeakKeyDictionary
 
 os.environ.setdefault("OPENREWARD_DISABLE_UPDATE_CHECK", "1")  # a run speaks to nobody but its environments
@@ -19,8 +20,8 @@ from openreward import AsyncEnvironmentsAPI, AsyncOpenReward, AsyncSession
 from openreward.api.environments.types import Task
 from openreward.api.sandboxes.secrets import WELL_KNOWN_SECRETS
 
-CLOSING = 15.0
-"""Seconds that closing a session may take."""
+PATIENCE = 10.0
+"""Seconds that one who closes a session waits for its opening, and then for the server."""
 
 
 class Session:
@@ -37,17 +38,16 @@ class Session:
         await asyncio.shield(self._opening)
 
     async def close(self) -> None:
-        """Takes `CLOSING` seconds at most; what could not be closed is left to the server."""
+        """End the session, or its opening when that takes too long. What cannot be closed is left to the server."""
         if self not in self._open:
             return
-        try:
-            async with asyncio.timeout(CLOSING):
-                if self._opening is not None:
-                    await asyncio.wait([self._opening])
+        if self._opening is not None:
+            await asyncio.wait([self._opening], timeout=PATIENCE)
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE):
                 await self.sdk.__aexit__(None, None, None)
-        except TimeoutError:
-            if self._opening is not None:
-                self._opening.cancel()
         self._open.discard(self)
 
 

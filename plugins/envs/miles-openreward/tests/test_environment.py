@@ -183,8 +183,8 @@ def test_a_server_of_ones_own_is_not_told_the_key_of_the_account(play, monkeypat
 
 
 def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):
-    def config(**options):
-        world = {"name": "openreward", **options}
+    def config(base_url="http://127.0.0.1:9", **options):
+        world = {"name": "openreward", "base_url": base_url, **options}
         return Config.model_validate({"data": {"sets": [{"path": "x.jsonl", "environment": world}]}})
 
     miles_configure(config())
@@ -192,5 +192,11 @@ def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch
         miles_configure(config(secrets=["floor_key"]))
     monkeypatch.setenv("FLOOR_KEY", "x")
     miles_configure(config(secrets=["floor_key"]))
-    with pytest.raises(ConfigError, match="OPENREWARD_API_KEY is not set"):
+    with pytest.raises(
+        ConfigError, match=r"is to get the trajectories \(run_name\), and OPENREWARD_API_KEY is not set"
+    ):
         miles_configure(config(run_name="mine"))
+    with pytest.raises(ConfigError, match="hosts the environments .* OPENREWARD_API_KEY is not set"):
+        miles_configure(config(base_url=None))
+    monkeypatch.setenv("OPENREWARD_API_KEY", "sk-of-the-account")
+    miles_configure(config(base_url=None, run_name="mine"))

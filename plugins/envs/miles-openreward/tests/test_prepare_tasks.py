@@ -107,6 +107,7 @@ def test_values_of_secrets_are_refused_and_not_repeated(prepare, url, tmp_path):
         ("environments: {Counter: {base_url: URL, splits: [dev]}}", "has no split 'dev'; it has train, test"),
         ("environments: {Nothing: {base_url: URL}}", "environment 'Nothing' at http"),
         ("environments: {Counter: {base_url: 'http://127.0.0.1:9'}}", "environment 'Counter' at http://127.0.0.1:9: "),
+        ("environments: {GeneralReasoning/WhoDunit: {}}", "OPENREWARD_API_KEY is not set"),
         ("environments: {a/b: {base_url: URL}, a.b: {base_url: URL}}", "differ in punctuation alone: a/b, a.b"),
     ],
 )

@@ -140,11 +140,28 @@ class Slow(World):
 
 
 class Gossip(World):
-    """Tells what it was told in confidence."""
+    """Tells what it was told in confidence, to whoever calls and whoever answers; breaks in the task 2."""
 
     @tool
     async def tell(self) -> ToolOutput:
         return ToolOutput(blocks=[TextBlock(text=repr(self.secrets))])
+
+    @terminal
+    @tool
+    async def submit(self, answer: Answer) -> ToolOutput:
+        if self.task_spec["goal"] == 2:
+            raise RuntimeError(f"cannot grade with {self.secrets}")
+        return ToolOutput(blocks=[TextBlock(text=repr(self.secrets))], reward=1.0, finished=True)
+
+
+class Thinker(World):
+    """Takes half a minute to grade."""
+
+    @terminal
+    @tool
+    async def submit(self, answer: Answer) -> ToolOutput:
+        await asyncio.sleep(30)
+        return ToolOutput(blocks=[], finished=True)
 
 
 class Huge(World):
@@ -167,7 +184,7 @@ class Huge(World):
         return ToolOutput(blocks=[])
 
 
-WORLDS = [Counter, Exam, Dialogue, Picture, Failing, Slow, Gossip, Huge]
+WORLDS = [Counter, Exam, Dialogue, Picture, Failing, Slow, Gossip, Thinker, Huge]
 
 
 @contextmanager
