@@ -2,7 +2,7 @@
 
     python games.py --port 8080
 
-HigherLower   a number between two others is to be found, with three guesses: `guess` says whether it is higher or lower
+HigherLower   one of three numbers is to be found with two guesses: `guess` says whether it is higher or lower
 Coin          one of ninety boxes holds a coin, and one may be opened: `open_box`. Where it is, `read_note` says
 """
 
@@ -16,8 +16,8 @@ os.environ.setdefault("OPENREWARD_LOG_LEVEL", "WARNING")  # the server writes a 
 from openreward.environments import Environment, JSONObject, Server, TextBlock, ToolOutput, tool
 from pydantic import BaseModel
 
-WIDTH = 7
-"""Numbers among which one is to be found: three guesses are enough, but only just."""
+WIDTH = 3
+"""Numbers among which one is to be found: two guesses are enough for who begins in the middle."""
 
 
 class Guess(BaseModel):
@@ -25,7 +25,7 @@ class Guess(BaseModel):
 
 
 class HigherLower(Environment):
-    """Pays 1 for the number. Who guesses in the middle of what is left always finds it in time."""
+    """Pays 1 for the number. How many guesses there are is a matter of who plays: `max_turns`."""
 
     @classmethod
     def list_splits(cls) -> list[str]:
@@ -33,7 +33,7 @@ class HigherLower(Environment):
 
     @classmethod
     def list_tasks(cls, split: str) -> list[JSONObject]:
-        return [{"lowest": low, "number": low + i} for low in (1, 2, 3) for i in range(WIDTH)]
+        return [{"lowest": low, "number": low + i} for low in (1, 4, 7) for i in range(WIDTH)]
 
     def get_prompt(self) -> list[TextBlock]:
         low = self.task_spec["lowest"]

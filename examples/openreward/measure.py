@@ -2,8 +2,8 @@
 
     python measure.py --episodes 512
 
-Each episode is a game of HigherLower played by halving: 3 calls at most, 2.4 on average, in a session of its own. The
-server runs in a process of its own; the client's share of a processor is what an episode costs a run.
+Each episode is a game of HigherLower, begun in the middle: one call or two, 1.7 on average, in a session of its own.
+The server runs in a process of its own; the client's share of a processor is what an episode costs a run.
 """
 
 from __future__ import annotations

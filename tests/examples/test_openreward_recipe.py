@@ -46,14 +46,14 @@ def test_the_pupil_knows_the_tools_and_plays_badly(example):
     for _, _, _, note, opened in read:
         assert opened["tool_calls"][0]["function"]["arguments"]["box"] == int(NUMBERS.findall(note["content"])[0])
     guessed = [game for game in games if "coin" not in game[1]["content"]]
-    assert {len(game) for game in guessed} == {3, 5, 7}
+    assert {len(game) for game in guessed} == {3, 5}
     assert asyncio.run(pupil.demonstrations(EXAMPLE / "train_config.yaml", seed=3))[7]["input"] == games[7]
 
 
-def test_halving_always_wins(example):
+def test_who_begins_in_the_middle_always_wins(example):
     for task in example["games"].HigherLower.list_tasks("train"):
         low, high = task["lowest"], task["lowest"] + example["games"].WIDTH - 1
-        for _ in range(3):
+        for _ in range(2):
             guess = (low + high) // 2
             low, high = (guess + 1, high) if task["number"] > guess else (low, guess - 1)
             if guess == task["number"]:

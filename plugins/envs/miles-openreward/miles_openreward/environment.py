@@ -108,13 +108,19 @@ class OpenReward:
         """A turn that calls nothing."""
         sdk = self._open.sdk
         if not await self._ask(sdk.is_assistant_message_final()):
-            nudge: Message = {"role": "user", "content": NO_CALL}
-            self._note(nudge, None, False)
-            return StepResult((nudge,), info=dict(self.counts))
-        output = await self._ask(sdk.call_terminal_tool(encodable(text)))
-        said: Message = {"role": "user", "content": self._text(output)}
-        self._note(said, output.reward, True)
-        return StepResult((said,), output.reward, True, dict(self.counts))
+            return self._told(NO_CALL)
+        try:
+            output = await self._ask(sdk.call_terminal_tool(encodable(text)))
+        except ToolCallError as error:
+            self.counts["tool_errors"] += 1
+            return self._told(f"Error: {self._hide(error.detail)}")
+        return self._told(self._text(output), output.reward, done=True)
+
+    def _told(self, text: str, reward: float | None = None, done: bool = False) -> StepResult:
+        """What the model hears of a turn that called nothing."""
+        message: Message = {"role": "user", "content": text}
+        self._note(message, reward, done)
+        return StepResult((message,), reward, done, dict(self.counts))
 
     async def _call(self, call: ToolCall) -> tuple[str, float | None, bool]:
         """What the tool said, what it paid, and whether it ended the episode."""

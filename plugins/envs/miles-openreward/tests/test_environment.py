@@ -24,7 +24,7 @@ def play(url, worlds, nobody_left):
 
     def run(world, *actions, goal=4, metadata=None, **options):
         async def main():
-            made = OpenReward(OpenRewardOptions(base_url=url, **options))
+            made = OpenReward(OpenRewardOptions(**{"base_url": url, **options}))
             try:
                 row = worlds.row(world, goal) if metadata is None else metadata
                 return await made.reset(Prompt("set:0", "set", metadata=row)), [await made.step(a) for a in actions]
@@ -82,6 +82,13 @@ def test_a_turn_without_a_call_is_the_answer_where_there_is_a_terminal_tool(play
     assert "submit" not in {tool["function"]["name"] for tool in observation.tools}
     assert (step.reward, step.done) == (1.0, True)
     assert play("Exam", Action("five \ud800"))[1][0].reward == 0.0
+
+
+def test_an_answer_that_the_terminal_tool_does_not_take_may_be_given_again(play):
+    _, (step, after) = play("Exam", Action("four " * 50), Action("4"))
+    assert step.messages[0]["content"].startswith("Error: ")
+    assert (step.reward, step.done) == (None, False)
+    assert (after.reward, after.done) == (1.0, True)
 
 
 def test_a_turn_without_a_call_is_told_so_elsewhere(play):
@@ -180,6 +187,16 @@ def test_a_server_of_ones_own_is_not_told_the_key_of_the_account(play, monkeypat
     monkeypatch.setattr(OpenReward, "_hide", lambda self, text: text)
     _, (step,) = play("Gossip", turn(call("tell")))
     assert "sk-of-the-account" not in step.messages[0]["content"]
+
+
+def test_a_hosted_environment_is_told_the_key_and_does_not_give_it_away(play, url, worlds, monkeypatch):
+    """The way to openreward.ai, with the SDK's own variable for another address at its end."""
+    monkeypatch.setenv("OPENREWARD_API_KEY", "sk-of-the-account")
+    monkeypatch.setenv("OPENREWARD_SESSION_URL", url)
+    row = worlds.row("Gossip", namespace="General", variant="gossip")
+    _, (step,) = play("Gossip", turn(call("tell")), metadata=row, base_url=None)
+    assert "'OPENREWARD_API_KEY': '[OPENREWARD_API_KEY]'" in step.messages[0]["content"]
+    assert "sk-of-the-account" not in repr(step)
 
 
 def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):

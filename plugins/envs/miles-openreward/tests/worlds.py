@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 import uvicorn
+from fastapi import HTTPException
 from openreward.environments import (
     Environment,
     ImageBlock,
@@ -19,7 +20,7 @@ from openreward.environments import (
     terminal,
     tool,
 )
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 OPEN = set()
 """Environments that were made and not torn down: one for each session."""
@@ -72,7 +73,7 @@ class Counter(World):
 
 
 class Answer(BaseModel):
-    text: str
+    text: str = Field(max_length=100)
 
 
 class Exam(Counter):
@@ -169,7 +170,7 @@ class Huge(World):
 
     @classmethod
     def list_tasks(cls, split):
-        raise NotImplementedError
+        raise HTTPException(400, "list_tasks is not supported")
 
     @classmethod
     async def num_tasks(cls, split):
