@@ -115,10 +115,14 @@ def _gpus(resolved: Resolved) -> Iterator[Fault]:
         if placed.train_ranks <= count:
             key = "rollout.num_engines" if config.resources.rollout_num_gpus is None else "resources.rollout_num_gpus"
         section, name = key.split(".")
+        remedy = (
+            "ask for fewer, let engines share the trainer's (without --rollout-num-gpus and --rollout-num-engines), or "
+            "--executor ray for several machines"
+        )
         yield Fault(
             key, f"{placed.arithmetic}, and this machine shows {count}",
-            "ask for fewer, let engines share the trainer's (without --rollout-num-gpus and --rollout-num-engines), or "
-            "--executor ray for several machines", getattr(getattr(config, section), name), resolved.origin(key),
+            remedy if count else "--device cpu, or auto (`miles doctor` says why no GPU is found)",
+            getattr(getattr(config, section), name), resolved.origin(key),
         )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def test_more_gpus_than_the_machine_shows(refused, miles, base, monkeypatch):
     assert "rollout.num_engines = 2   (--rollout-num-engines)" in refused("--rollout-num-engines", "2")
     shown = 0
     assert miles("train", *base, *ranks, *engines, "--dry-run")[0] == 0
-    assert "and this machine shows 0" in refused(*ranks, *engines, "--device", "cuda")
+    assert "and this machine shows 0\n      fix: --device cpu, or auto" in refused(*ranks, *engines, "--device", "cuda")
     shown = 6
     assert miles("train", *base, *ranks, *engines, "--dry-run")[0] == 0
 
