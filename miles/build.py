@@ -213,6 +213,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     teachers = await make_teachers(crew, model, stack)
     gate = Gate(engines, at_once)
     producer = source if isinstance(source, Replay) else make_producer(config, registry, model, source, gate, steps)
+    on_policy = source.on_policy if isinstance(source, Replay) else config.on_policy
     stack.push_async_callback(producer.close)
     weight_sync = make_sync(crew, model)
     await weight_sync.connect(workers, engines)
@@ -228,7 +229,9 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         residency=Residency(workers, engines, crew.placement.offload_train, crew.placement.offload_rollout),
         weight_sync=weight_sync,
         producer=producer,
-        trainer=Trainer(config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config)),
+        trainer=Trainer(
+            config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config), on_policy
+        ),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
         probe=make_probe(config, registry, model, engines) if engines[0].generates else None,

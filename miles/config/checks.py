@@ -111,11 +111,6 @@ class _Checked:
             return False
 
     @property
-    def drawn_ahead(self) -> bool:
-        """Rollouts go on while a batch is trained on. Those that are replayed did."""
-        return self.config.rollout.mode != "sync" and self.config.rollout.replay is None
-
-    @property
     def all_sets(self) -> list[tuple[str, TaskSet]]:
         data, held_out = self.config.data.sets, self.config.eval.sets
         return [*(("data.sets", s) for s in data), *(("eval.sets", s) for s in held_out)]
@@ -171,7 +166,7 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
      "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
     ("teacher.engine", lambda c: c.taught and c.config.teacher.engine is not None and not c.config.teacher.urls,
      "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
-    ("rollout.mode", lambda c: c.drawn_ahead and c.config.rollout.engine.name == NONE,
+    ("rollout.mode", lambda c: c.config.rollout.mode != "sync" and c.config.rollout.engine.name == NONE,
      "nothing is generated, so there is nothing to be ahead of", "--rollout-mode sync"),
     ("rollout.partial_rollout", lambda c: c.config.rollout.partial_rollout and c.config.rollout.mode != "sync",
      "is for rollout mode sync: in {rollout.mode} no rollout is interrupted at the end of a step",
@@ -183,18 +178,17 @@ _RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
      "nothing grows old in rollout mode {rollout.mode}: batches are one weight version old at most",
      "--rollout-mode fully_async, or leave --max-weight-staleness out"),
     ("weight_sync.interval", lambda c: c.config.rollout.most_staleness is not None
-     and c.config.weight_sync.interval > c.config.rollout.most_staleness + 1 and c.config.rollout.replay is None,
+     and c.config.weight_sync.interval > c.config.rollout.most_staleness + 1,
      "engines would have weights that are older than --max-weight-staleness allows ({rollout.most_staleness}), and "
      "nothing that they draw could be trained on",
      "raise --max-weight-staleness to the interval less 1, or lower --update-weights-interval"),
-    ("run.deterministic", lambda c: c.config.rollout.partial_rollout and c.config.run.deterministic
-     and c.config.rollout.replay is None,
+    ("run.deterministic", lambda c: c.config.rollout.partial_rollout and c.config.run.deterministic,
      "cannot be promised with partial rollouts: which of them end first depends on time",
      "leave --partial-rollout out, or --no-deterministic-mode"),
     ("resources.colocate", lambda c: c.config.rollout.mode != "sync" and c.config.resources.colocate,
      "trainer and engines take turns, but rollout mode {rollout.mode!r} needs both at once",
      "--rollout-mode sync, or --no-colocate"),
-    ("run.deterministic", lambda c: c.drawn_ahead and c.config.run.deterministic,
+    ("run.deterministic", lambda c: c.config.rollout.mode != "sync" and c.config.run.deterministic,
      "cannot be promised in rollout mode {rollout.mode!r}", "--rollout-mode sync, or --no-deterministic-mode"),
     ("run.deterministic", lambda c: c.config.run.deterministic and c.config.weight_sync.interval > 1,
      "cannot be promised with weight_sync.interval={weight_sync.interval}: a run that is interrupted between two syncs "

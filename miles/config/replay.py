@@ -13,7 +13,8 @@ from miles.config.settings import Setting
 REPLAY: Path = ("rollout", "replay")
 AHEAD: tuple[Path, ...] = (("rollout", "mode"), ("rollout", "max_weight_staleness"))
 ENGINES: tuple[Path, ...] = (
-    ("rollout", "engine"), ("rollout", "num_engines"), ("resources", "rollout_num_gpus"),
+    *AHEAD, ("rollout", "partial_rollout"), ("rollout", "mask_offpolicy_in_partial_rollout"),
+    ("weight_sync", "interval"), ("rollout", "engine"), ("rollout", "num_engines"), ("resources", "rollout_num_gpus"),
     ("resources", "rollout_num_gpus_per_engine"), ("resources", "colocate"), ("resources", "offload_train"),
     ("resources", "offload_rollout"), ("weight_sync", "transport"), ("eval", "interval"),
 )  # fmt: skip
@@ -21,8 +22,8 @@ ENGINES: tuple[Path, ...] = (
 
 def without_engines(layers: Sequence[Sequence[Setting]], purpose: str) -> list[list[Setting]]:
     """Layers of settings, lowest first. For a run that replays, with engine `none` and no other word on engines, and
-    one pass over the batches where `rollout.num_rollout` does not say otherwise; the mode stays, which says of whom
-    the batches are. For rollouts alone, without a mode: it says how they go together with training."""
+    one pass over the batches where `rollout.num_rollout` does not say otherwise. For rollouts alone, without a mode:
+    it says how they go together with training."""
     if purpose == "rollout":
         return [[s for s in layer if s.path not in AHEAD] for layer in layers]
     asked = [setting for layer in layers for setting in layer if setting.path == REPLAY]

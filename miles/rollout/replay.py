@@ -24,6 +24,9 @@ class Replay(Batches):
         super().__init__()
         self.config, self.batches = config, batches_to_replay(config)
         self.source, self.groups, self.lost = self, (), ()
+        assert config.rollout.replay is not None
+        self.on_policy = _on_policy(read_about(config.rollout.replay))
+        """Whether each batch was drawn by the weights that were trained on it then, as `Config.on_policy` says."""
 
     def __len__(self) -> int:
         return self.batches * self.config.rollout.batch_size
@@ -71,6 +74,11 @@ def batches_to_replay(config: Config) -> int:
         if then != now:
             raise ConfigError(f"{name} is {now}, and the batches of {folder} were made with {then}: give the same")
     return there
+
+
+def _on_policy(about: Mapping[str, Any]) -> bool:
+    sections = {name: about["settings"][name] for name in ("rollout", "weight_sync")}
+    return about["maker"] == "miles train" and Config.model_validate(sections).on_policy
 
 
 def _temperatures(settings: Mapping[str, Any]) -> str:

@@ -48,12 +48,14 @@ class Trainer:
         shares: Sequence[DataShare],
         teachers: Teachers | None = None,
         forward_cost: ForwardCost | None = None,
+        on_policy: bool = True,
     ):
-        """`shares` of the ranks; `teachers` where a component needs one; `forward_cost` where it is known."""
+        """`shares` of the ranks; `teachers` where a component needs one; `forward_cost` where it is known; `on_policy`:
+        all samples of a batch are drawn by the very weights that are trained on them."""
         self.config, self.derived, self.workers = config, derived, workers
         self.shares = [share.part for share in shares]
         self.together = all(share.together for share in shares)
-        self.forward_cost = forward_cost
+        self.forward_cost, self.on_policy = forward_cost, on_policy
         self.stage = AdvantageStage(config, registry)
         self.needs_reference = needs_reference(config, registry)
         self.teachers = teachers
@@ -127,7 +129,7 @@ class Trainer:
         if self.config.algorithm.old_logprobs != "auto":
             return self.config.algorithm.old_logprobs
         corrected = self.config.algorithm.is_correction.name != NONE
-        if self.stage.has_advantages and not self.config.on_policy:
+        if self.stage.has_advantages and not self.on_policy:
             return "recompute" if corrected else "rollout"
         several = self.derived.optimizer_steps_per_rollout > 1
         needed = self.stage.needs_old_log_probs or (several and self.stage.has_advantages)

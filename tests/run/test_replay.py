@@ -53,6 +53,22 @@ def test_samples_of_older_weights_are_learnt_from_as_such(config, tmp_path, roll
     assert_same_end(tmp_path / "run", beside, but=("rollout/", "eval/", "data/"))
 
 
+def test_a_replay_of_what_older_weights_drew_compares_with_these(config, tmp_path):
+    config["run"]["deterministic"] = False
+    config["rollout"]["num_rollout"] = 3
+    again, beside = dumped(config, tmp_path / "dump", rollout_mode="one_step_off")
+    miles.train(again, replay=str(tmp_path / "dump"))
+    assert_same_end(
+        tmp_path / "run", beside, but=(*OF_ENGINES, "rollout/staleness", "rollout/groups/", "rollout/samples")
+    )
+    about = tmp_path / "dump" / "dump.json"
+    about.write_text(about.read_text().replace('"miles train"', '"miles rollout"').replace("one_step_off", "sync"))
+    again["run"]["dir"] = str(tmp_path / "alone")
+    run = miles.train(again, replay=str(tmp_path / "dump"))
+    assert not run.trainer.on_policy
+    assert_same_end(beside, tmp_path / "alone")
+
+
 @pytest.mark.slow
 def test_two_ranks(config, tmp_path):
     config["rollout"]["num_rollout"] = 1

@@ -85,7 +85,8 @@ def make(skip=False, algorithm=None, rollout=None, interval=1, **train):
     )
     workers = Workers(skip)
     shares = [DataShare(0, together=False)]
-    return Trainer(config, Derived.of(config), Registry(load_plugins()), workers, shares), workers
+    registry = Registry(load_plugins())
+    return Trainer(config, Derived.of(config), registry, workers, shares, on_policy=config.on_policy), workers
 
 
 def stage(**estimators):
