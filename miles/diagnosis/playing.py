@@ -83,7 +83,7 @@ async def _play(environment: GuardedEnvironment, episode: Episode, policy: Polic
         with environment.blamed("script"):
             action = _next(script, step)
         if action is None:
-            episode.end = "the script is over"
+            episode.end = "out of script"
             return
         episode.actions.append(action)
         tell(action, 0.0)
@@ -96,7 +96,7 @@ async def _play(environment: GuardedEnvironment, episode: Episode, policy: Polic
         elif step.done:
             episode.end = "done"
         elif len(episode.steps) >= max_turns:
-            episode.end = f"{max_turns} turns"
+            episode.end = f"stopped after {max_turns} turns"
 
 
 def _next(script: Script, step: StepResult | None) -> Action | None:
@@ -173,10 +173,10 @@ def by_chance(seed: int) -> Policy:
         chance = random.Random(f"{seed} {prompt.id}")
         stops, tools = getattr(environment, "stop", ()), observation.tools or tuple(prompt.tools or ())
         asked = [prompt.text or "", *_texts(prompt.messages or ()), *_texts(observation.messages)]
-        words = [*"0123456789", *" ".join(asked).split()]
+        words = [*"0123456789", *_words(asked)]
         while True:
             step = yield _anything(chance, words, tools, stops)
-            words += " ".join(_texts(step.messages)).split()[:100]
+            words += _words(_texts(step.messages))[:100]
 
     return policy
 
@@ -224,6 +224,10 @@ def fitting(schema: Mapping[str, Any], chance: random.Random, words: Sequence[st
         "null": lambda: None,
     }
     return simple.get(kind, lambda: chance.choice(words))()
+
+
+def _words(texts: Iterable[str]) -> list[str]:
+    return [word for text in texts for part in text.split() if (word := part.strip(".,:;!?()\"'"))]
 
 
 def _texts(messages: Sequence[Message]) -> Iterator[str]:

@@ -113,7 +113,7 @@ SHARED = ("right =", "Guess.tries.append(1); right =")
         ([HANGING], r"`step` took longer than 0.2 s .*\n.*\n +16 times", "--limit"),
         ([NO_TEXT], "what it said to > .*: content is text", "that a chat template can show"),
         ([SILENT], "it went on without a word after >", "say something"),
-        ([STOPPING], "its own `script` leads to no end: the script is over after 1 step", "play until `done`"),
+        ([STOPPING], "its own `script` leads to no end: out of script after 1 step", "play until `done`"),
         ([UNCLOSED], "closing failed", "make `close` safe"),
         ([PICKY], "KeyError: 'n'", "give one: --prompt"),
     ],
@@ -150,7 +150,7 @@ def test_a_script_file_and_a_prompt_file(miles, world, tmp_path):
     asked = ["env", "check", "world:Guess", "--prompt", "rows.jsonl", "--script", "moves.jsonl", "--no-contract"]
     code, out, _ = miles(*asked, "--episodes", "4")
     assert code == 0
-    assert "by script: 4 episodes (2 the script is over, 2 done); paid 0 to 1" in out
+    assert "by script: 4 episodes (2 out of script, 2 done); paid 0 to 1" in out
     assert "by script, from prompt check:1" in miles(*asked[:4], "rows.jsonl@[1:2]", *asked[5:])[1]
 
 

@@ -8,7 +8,7 @@ import pytest
 from miles.api import Action, DataError, Environments, Observation, Prompt, StepResult, ToolCall
 from miles.diagnosis.playing import MALFORMED, by_chance, fitting, following, its_own, play, read_script, wrong_messages
 
-PROMPT = Prompt("set:0", "set", text="alpha beta")
+PROMPT = Prompt("set:0", "set", text="alpha, (beta)")
 
 
 class Echo:
@@ -44,8 +44,8 @@ def scripted(*actions):
     ("actions", "max_turns", "end", "paid"),
     [
         (["a", Action("b"), "c", "d"], 16, "done", 3.0),
-        (["a"], 16, "the script is over", 1.0),
-        (["a", "b", "c"], 2, "2 turns", 2.0),
+        (["a"], 16, "out of script", 1.0),
+        (["a", "b", "c"], 2, "stopped after 2 turns", 2.0),
         (["a", Action("b", finish_reason="length"), "c"], 16, "cut off", 2.0),
         (["a", "break"], 16, "failed", 1.0),
     ],
@@ -144,7 +144,7 @@ def test_chance_repeats_itself_and_does_everything():
         {"alpha", "gamma", "7"}
         <= said
         <= {"alpha", "beta", "gamma", "you", "said", *"0123456789"}
-        | {word for action in MALFORMED for word in action.text.split()}
+        | {word.strip(",") for action in MALFORMED for word in action.text.split()}
     )
 
 
