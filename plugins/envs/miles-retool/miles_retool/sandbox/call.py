@@ -78,8 +78,8 @@ class Call:
         watched = os.pidfd_open(process)
         try:
             stopped = self._watch(watched, connection, started + self.limits.seconds, usual)
-            signal.pidfd_send_signal(watched, signal.SIGKILL)
         finally:
+            signal.pidfd_send_signal(watched, signal.SIGKILL)
             _, status, used = os.wait4(process, 0)  # with it, all of its pid namespace is gone
             self.jail.sweep()
         for pipe in self.said:
