@@ -219,6 +219,17 @@ def test_packages_are_there_with_what_they_import_and_nothing_else():
     sandbox.close()
 
 
+def test_a_package_of_one_file(tmp_path, monkeypatch):
+    (tmp_path / "lonely.py").write_text("x = 7")
+    (tmp_path / "other.py").write_text("x = 8")
+    monkeypatch.syspath_prepend(tmp_path)
+    sandbox = Sandbox(LIMITS, packages=("lonely",), require=())
+    assert asyncio.run(sandbox.run("import lonely; print(lonely.x)")).stdout == "7\n"
+    if "files" in sandbox.protected:
+        assert "Error" in asyncio.run(sandbox.run("import other")).stderr
+    sandbox.close()
+
+
 def test_a_package_that_is_not_installed():
     with pytest.raises(WorkerError, match="No module named 'no_such_thing'"):
         Sandbox(LIMITS, packages=("no_such_thing",), require=()).start()

@@ -95,17 +95,14 @@ class Jail:
         kernel.mount("tmpfs", MOUNT_POINT, "tmpfs", *small)
         writable = [MOUNT_POINT]
         for folder in self.folders:
-            target = MOUNT_POINT + folder
-            os.makedirs(target, exist_ok=True)
+            target = mount_point(MOUNT_POINT + folder, os.path.isdir(folder))
             kernel.bind_read_only(folder, target)
             for cover in (os.path.join(target, name) for name in COVERED):
                 if os.path.isdir(cover):
                     kernel.mount("tmpfs", cover, "tmpfs", *small)
                     writable.append(cover)
-        os.mkdir(MOUNT_POINT + "/dev")
         for device in DEVICES:
-            os.close(os.open(MOUNT_POINT + device, os.O_CREAT | os.O_WRONLY))
-            kernel.mount(device, MOUNT_POINT + device, flags=kernel.MS_BIND)
+            kernel.mount(device, mount_point(MOUNT_POINT + device, is_folder=False), flags=kernel.MS_BIND)
         os.mkdir(MOUNT_POINT + HOME)
         for name in ("/tmp", "/dev/shm"):  # the second for locks of multiprocessing
             if not os.path.exists(MOUNT_POINT + name):
@@ -253,6 +250,14 @@ def take_user(user: int) -> None:
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+
+
+def mount_point(path: str, is_folder: bool) -> str:
+    """An empty file or folder, for something to be mounted on."""
+    os.makedirs(path if is_folder else os.path.dirname(path), exist_ok=True)
+    if not is_folder:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    return path
 
 
 def reap() -> None:
