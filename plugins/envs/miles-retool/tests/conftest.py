@@ -47,9 +47,9 @@ def layered(request):
             as_nobody(patch)
         sandbox = Sandbox(LIMITS, layers=layers, require=())
         sandbox.start()
-        missing = {layer: why for layer, why in sandbox.missing.items() if layer != "user" or os.geteuid() == 0}
-        yield f"this machine lacks {missing}" if missing else sandbox
-        sandbox.close()
+    missing = {layer: why for layer, why in sandbox.missing.items() if layer != "user" or os.geteuid() == 0}
+    yield f"this machine lacks {missing}" if missing else sandbox
+    sandbox.close()
 
 
 def can_start_as_nobody():
