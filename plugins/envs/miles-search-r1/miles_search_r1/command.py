@@ -13,7 +13,7 @@ from miles.api import ConfigError
 from miles.cli import Call
 
 if TYPE_CHECKING:
-    from miles_search_r1.index import Index
+    from aiohttp.web import Application
 
 HELP = """usage: miles search index CORPUS --out FOLDER [--model NAME]
        miles search serve FOLDER [--port 8000]
@@ -59,7 +59,7 @@ def run(call: Call) -> int:
     if what == "index":
         _index(call, path)
     else:
-        asyncio.run(_serve(call, path))
+        _serve(call, path)
     return 0
 
 
@@ -98,33 +98,34 @@ def _index(call: Call, corpus: Path) -> None:
     print(f"{len(index)} passages of {corpus}, embedded by {model}: {how.kind} in {out}")
 
 
-async def _serve(call: Call, folder: Path) -> None:
-    from miles_search_r1.server import listening, make_app
+def _serve(call: Call, folder: Path) -> None:
+    from miles_search_r1.index import load_index
+    from miles_search_r1.server import make_app
 
     host, port = _value(call, "--host", str, "127.0.0.1"), _value(call, "--port", int, 8000)
     topk, size = _value(call, "--topk", int, 3), _value(call, "--max-batch-size", int, 256)
-    if port > LARGEST_PORT:
-        raise ConfigError(f"--port {port}: at most {LARGEST_PORT}")
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    index = _loaded(call, folder)
-    try:
-        async with listening(make_app(index, topk, size), host, port) as url:
-            print(f"miles: {len(index)} passages at {url}/retrieve", flush=True)
-            await stopped.wait()
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
-
-
-def _loaded(call: Call, folder: Path) -> Index:
-    from miles_search_r1.index import load_index
-
     corpus, device = _value(call, "--corpus", str, ""), _value(call, "--device", str, "cpu")
     memory_map, parameters = call.take("--memory-map"), _value(call, "--parameters", str, "")
     _nothing_left(call)
+    if port > LARGEST_PORT:
+        raise ConfigError(f"--port {port}: at most {LARGEST_PORT}")
     moved = Path(corpus) if corpus else None
-    return load_index(folder, corpus=moved, device=device, memory_map=memory_map, parameters=parameters)
+    index = load_index(folder, corpus=moved, device=device, memory_map=memory_map, parameters=parameters)
+    asyncio.run(_until_stopped(make_app(index, topk, size), host, port, len(index)))
+
+
+async def _until_stopped(app: Application, host: str, port: int, passages: int) -> None:
+    from miles_search_r1.server import listening
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    try:
+        async with listening(app, host, port) as url:
+            print(f"miles: {passages} passages at {url}/retrieve", flush=True)
+            await stopped.wait()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
 
 
 def _value(call: Call, flag: str, kind: Callable[[str], Value], default: Value) -> Value:
