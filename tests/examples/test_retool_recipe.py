@@ -127,7 +127,7 @@ def test_it_learns_to_use_the_interpreter(folder, make_data, monkeypatch):
         tokens, mask = sample["tokens"], sample["loss_mask"]
         assert sum(mask) == sum(turn["end"] - turn["start"] for turn in sample["turns"])
         said = tokenizer.decode([token for token, own in zip(tokens, mask, strict=True) if own])
-        programs = sample["metadata"].get("environment", {}).get("programs", 0)
+        programs = sample["reward_parts"]["retool/programs"]
         assert programs == said.count("<tool_call>") == len(sample["turns"]) - 1
         assert "Output:" not in said, "what a program said is not trained on"
         if sample["reward"] == 1:
@@ -135,6 +135,39 @@ def test_it_learns_to_use_the_interpreter(folder, make_data, monkeypatch):
             assert programs >= 1, "nobody finds these by guessing"
         else:
             assert sample["reward"] == pytest.approx(-1 + 0.05 * programs)
+
+
+def test_the_same_in_text(folder, make_data, monkeypatch):
+    """A model that was shown programs between tags writes them, and what they print is put into its turn."""
+    monkeypatch.chdir(folder)
+    (folder / "text").mkdir()
+    said = "<code>\nprint(6 * 7)\n</code>\n\n<interpreter>\nOutput:\n42\n</interpreter>\n\nAnswer: \\boxed{42}"
+    asked = [make_data.SYSTEM, {"role": "user", "content": "What is 6 times 7?"}]
+    write(folder / "text" / "sft.jsonl", [{"input": [*asked, {"role": "assistant", "content": said}]}])
+    write(folder / "text" / "train.jsonl", [{"input": asked, "label": "42"}])
+    warm, learn = (yaml.safe_load((EXAMPLE / name).read_text()) for name in ("sft.yaml", "config.yaml"))
+    warm["run"]["dir"], warm["data"]["sets"][0]["path"] = "text/sft", "text/sft.jsonl"
+    learn["run"]["dir"], learn["model"]["hf_checkpoint"] = "text/grpo", "text/sft/hf"
+    del learn["eval"]
+    environment = {"name": "retool", "protocol": "text", "require": []}
+    learn["data"]["sets"][0] |= {"path": "text/train.jsonl", "environment": environment}
+    changed = {"report": False, "num_threads": 1}
+    miles.train(warm, num_rollout=5, rollout_batch_size=64, lr_warmup_iters=5, **changed)
+    miles.train(learn, num_rollout=1, rollout_batch_size=1, n_samples_per_prompt=8, **changed)
+
+    samples = (folder / "text" / "grpo" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data" / "model")
+    right = [sample for sample in map(json.loads, samples) if sample["reward"] == 1]
+    assert len(right) > 4
+    for sample in right:
+        tokens, mask = sample["tokens"], sample["loss_mask"]
+        assert sample["reward_parts"]["retool/programs"] == 1
+        first, second = ((turn["start"], turn["end"]) for turn in sample["turns"])
+        assert tokenizer.decode(tokens[slice(*first)]).endswith("print(6 * 7)\n</code>")
+        shown = tokenizer.decode(tokens[first[1] : second[0]])
+        assert shown == "\n\n<interpreter>\nOutput:\n42\n</interpreter>\n\n"
+        assert tokenizer.decode(tokens[slice(*second)], skip_special_tokens=True) == "Answer: \\boxed{42}"
+        assert sum(mask) == sum(turn["end"] - turn["start"] for turn in sample["turns"])
 
 
 def test_the_tool_is_shown_as_in_the_demonstrations(folder, make_data):

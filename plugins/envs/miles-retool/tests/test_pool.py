@@ -1,6 +1,7 @@
 """The pool: what dies is replaced, who leaves is forgotten, and no more run at once than may."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,8 +11,8 @@ import time
 
 import psutil
 import pytest
-from miles_retool.sandbox import pool
-from miles_retool.sandbox.layers import protected
+from miles_retool.sandbox import landlock, pool
+from miles_retool.sandbox.layers import OWN_USERS, protected
 from miles_retool.sandbox.limits import Limits
 from miles_retool.sandbox.pool import Result, Sandbox, shared_sandbox
 
@@ -25,6 +26,8 @@ def sandbox():
     """As strong as this machine has it: these tests run no hostile code."""
     sandbox = Sandbox(LIMITS, require=(), concurrency=4)
     sandbox.start()
+    if os.geteuid() != 0 and "namespaces" not in sandbox.layers:
+        pytest.skip("without namespaces the kernel counts programs with all other processes of this user")
     yield sandbox
     sandbox.close()
 
@@ -210,9 +213,20 @@ def test_packages_are_there_with_what_they_import_and_nothing_else():
     sandbox = Sandbox(Limits(seconds=30), packages=("numpy", "mpmath"), require=())
     code = "import numpy as np, mpmath; print(np.linalg.norm(np.array([3.0, 4.0])), mpmath.mpf(1) / 4)"
     assert asyncio.run(sandbox.run(code)).stdout == "5.0 0.25\n"
-    if "files" in protected(sandbox.layers):
+    if "files" in sandbox.protected:
         for name in ("torch", "miles", "miles_retool.sandbox.pool"):
             assert "Error" in asyncio.run(sandbox.run(f"import {name}")).stderr, name
+    sandbox.close()
+
+
+def test_a_package_of_one_file(tmp_path, monkeypatch):
+    (tmp_path / "lonely.py").write_text("x = 7")
+    (tmp_path / "other.py").write_text("x = 8")
+    monkeypatch.syspath_prepend(tmp_path)
+    sandbox = Sandbox(LIMITS, packages=("lonely",), require=())
+    assert asyncio.run(sandbox.run("import lonely; print(lonely.x)")).stdout == "7\n"
+    if "files" in sandbox.protected:
+        assert "Error" in asyncio.run(sandbox.run("import other")).stderr
     sandbox.close()
 
 
@@ -221,11 +235,60 @@ def test_a_package_that_is_not_installed():
         Sandbox(LIMITS, packages=("no_such_thing",), require=()).start()
 
 
+CONTAINER = """
+import asyncio, json
+from miles_retool.sandbox import kernel, seccomp
+from miles_retool.sandbox.pool import Sandbox
+
+kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+seccomp.install(alone=True)
+sandbox = Sandbox()
+said = asyncio.run(sandbox.run("import os; print(os.getuid())")).stdout
+print(json.dumps([sorted(sandbox.layers), sandbox.missing, said]))
+"""
+
+
+def test_in_a_container_that_lets_nobody_make_namespaces():
+    """As Docker's default profile does: our own filter, put on the trainer, refuses the same calls."""
+    if os.geteuid() != 0:
+        pytest.skip("an ordinary user has one layer less, and is tried in test_escape.py")
+    try:
+        landlock.version()
+    except OSError as error:
+        pytest.skip(f"no landlock: {error}")
+    path = os.pathsep.join(path for path in sys.path if path)
+    command, environment = [sys.executable, "-c", CONTAINER], {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    layers, missing, said = json.loads(done.stdout)
+    assert layers == ["landlock", "seccomp", "user"]
+    assert list(missing) == ["namespaces"]
+    assert "unshare" in missing["namespaces"]
+    assert int(said) >= OWN_USERS
+
+
 def test_what_cannot_be_protected_is_said():
     with pytest.raises(WorkerError, match="files and network and processes cannot be protected"):
         Sandbox(LIMITS, layers=()).start()
     with pytest.raises(WorkerError, match="sandbox: network cannot be protected"):
         Sandbox(LIMITS, layers=("landlock",), require=("network",)).start()
+
+
+@pytest.mark.parametrize(
+    ("layers", "as_root", "said"),
+    [
+        (("namespaces",), True, {"files", "network", "processes"}),
+        (("user",), True, {"processes"}),
+        (("landlock", "seccomp"), False, {"files", "network", "processes"}),
+        (("landlock", "seccomp"), True, {"files", "network"}),
+        (("landlock",), False, {"files"}),
+        (("seccomp",), False, {"network"}),
+        ((), False, set()),
+    ],
+)
+def test_what_layers_protect(layers, as_root, said):
+    """What runs as root is not held to a number of processes."""
+    assert protected(layers, as_root) == said
 
 
 def test_without_layers_there_are_limits_all_the_same():

@@ -78,9 +78,10 @@ class Call:
         watched = os.pidfd_open(process)
         try:
             stopped = self._watch(watched, connection, started + self.limits.seconds, usual)
-            signal.pidfd_send_signal(watched, signal.SIGKILL)
         finally:
+            signal.pidfd_send_signal(watched, signal.SIGKILL)
             _, status, used = os.wait4(process, 0)  # with it, all of its pid namespace is gone
+            seconds = time.monotonic() - started
             self.jail.sweep()
         for pipe in self.said:
             self._read(pipe)
@@ -90,7 +91,6 @@ class Call:
         if stopped == "left":
             return None
         stdout, stderr = (bytes(said).decode("utf-8", "replace") for said in self.said.values())
-        seconds = time.monotonic() - started
         return {"stdout": stdout, "stderr": stderr, "exit_code": exit_code, "stopped": stopped, "seconds": seconds}
 
     def _start(self, code: str, connection: socket.socket) -> int:

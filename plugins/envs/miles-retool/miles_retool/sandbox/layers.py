@@ -41,10 +41,13 @@ COVERED = ("site-packages", "dist-packages")
 SWEEP_SECONDS = 10.0
 
 
-def protected(layers: Iterable[str]) -> frozenset[str]:
-    """What these layers protect, of `PROTECTS`."""
+def protected(layers: Iterable[str], as_root: bool = False) -> frozenset[str]:
+    """What these layers protect, of `PROTECTS`. Programs that run as root are never counted: they may fork for ever."""
     have = frozenset(layers)
-    return frozenset(what for what, enough in PROTECTS.items() if any(some <= have for some in enough))
+    found = {what for what, enough in PROTECTS.items() if any(some <= have for some in enough)}
+    if as_root and not have & {"namespaces", "user"}:
+        found.discard("processes")
+    return frozenset(found)
 
 
 class Jail:
@@ -78,31 +81,28 @@ class Jail:
             self._address_space = int(statm.read().split()[0]) * resource.getpagesize()
 
     def _take_root(self) -> None:
-        """A mount namespace in which `/` holds folders and devices alone, to be read only."""
+        """A network of nothing, and a mount namespace in which `/` holds folders and devices alone, to be read only."""
         self.users = os.geteuid() == 0
         try:
-            kernel.unshare(kernel.CLONE_NEWNS)
+            kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET)
         except PermissionError:
             if self.users:  # root in name: of this user namespace, or without the right to mount
                 take_user(OWN_USERS + os.getpid())
                 self.users = False
-            self._take_user_namespace(kernel.CLONE_NEWNS, os.geteuid())
+            self._take_user_namespace(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET, os.geteuid())
         kernel.mount("none", "/", flags=kernel.MS_REC | kernel.MS_PRIVATE)
         small = (kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
         kernel.mount("tmpfs", MOUNT_POINT, "tmpfs", *small)
         writable = [MOUNT_POINT]
         for folder in self.folders:
-            target = MOUNT_POINT + folder
-            os.makedirs(target, exist_ok=True)
+            target = mount_point(MOUNT_POINT + folder, os.path.isdir(folder))
             kernel.bind_read_only(folder, target)
             for cover in (os.path.join(target, name) for name in COVERED):
                 if os.path.isdir(cover):
                     kernel.mount("tmpfs", cover, "tmpfs", *small)
                     writable.append(cover)
-        os.mkdir(MOUNT_POINT + "/dev")
         for device in DEVICES:
-            os.close(os.open(MOUNT_POINT + device, os.O_CREAT | os.O_WRONLY))
-            kernel.mount(device, MOUNT_POINT + device, flags=kernel.MS_BIND)
+            kernel.mount(device, mount_point(MOUNT_POINT + device, is_folder=False), flags=kernel.MS_BIND)
         os.mkdir(MOUNT_POINT + HOME)
         for name in ("/tmp", "/dev/shm"):  # the second for locks of multiprocessing
             if not os.path.exists(MOUNT_POINT + name):
@@ -136,7 +136,9 @@ class Jail:
             if self.users:
                 take_user(self.user)
             new = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
-            self._take_user_namespace(new | kernel.CLONE_NEWNET, INNER_USER)
+            if "seccomp" not in self.layers:
+                new |= kernel.CLONE_NEWNET  # costs most; without sockets calls can share the zygote's, which is empty
+            self._take_user_namespace(new, INNER_USER)
             return
         self.home = tempfile.mkdtemp(prefix="call-", dir=self.base)
         if self.users:
@@ -248,6 +250,14 @@ def take_user(user: int) -> None:
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
+
+
+def mount_point(path: str, is_folder: bool) -> str:
+    """An empty file or folder, for something to be mounted on."""
+    os.makedirs(path if is_folder else os.path.dirname(path), exist_ok=True)
+    if not is_folder:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    return path
 
 
 def reap() -> None:

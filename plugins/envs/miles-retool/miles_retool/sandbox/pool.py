@@ -88,6 +88,8 @@ class Sandbox:
         self.require, self.allowed = tuple(require), tuple(layers)
         self.layers: frozenset[str] = frozenset()
         """Those that are on. Known once it has started."""
+        self.protected: frozenset[str] = frozenset()
+        """What they protect, of `PROTECTS`."""
         self.missing: dict[str, str] = {}
         """Layer -> why it is not."""
         self.starts = 0
@@ -122,7 +124,7 @@ class Sandbox:
             assert zygote is not None
             try:
                 answer = await self._ask(zygote, code)
-            except ConnectionError:
+            except (ConnectionError, TimeoutError):
                 answer = None
             if answer is not None:
                 break
@@ -170,7 +172,8 @@ class Sandbox:
             self.close()
             zygote = Zygote(asdict(self.limits), self.allowed, self.packages)
             self.layers, self.missing = frozenset(zygote.hello["layers"]), zygote.hello["missing"]
-            unprotected = [what for what in self.require if what not in protected(self.layers)]
+            self.protected = protected(self.layers, zygote.hello["as_root"])
+            unprotected = [what for what in self.require if what not in self.protected]
             if unprotected:
                 zygote.stop()
                 why = "; ".join(f"{layer}: {reason}" for layer, reason in self.missing.items())
@@ -182,7 +185,7 @@ class Sandbox:
             self._zygote = zygote
             self.starts += 1
             if self.starts == 1:
-                logger.info("sandbox: layers %s; protected: %s", *map(_listed, (self.layers, protected(self.layers))))
+                logger.info("sandbox: layers %s; protected: %s", *map(_listed, (self.layers, self.protected)))
             return zygote
 
     @property

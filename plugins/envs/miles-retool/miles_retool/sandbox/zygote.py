@@ -35,7 +35,7 @@ def main(descriptor: int, settings: dict) -> None:
     """Args:
     settings: `limits`, `layers` (which may be put on), `packages`, `paths` (where these are), `base`.
     """
-    control = socket.socket(fileno=descriptor)
+    control, as_root = socket.socket(fileno=descriptor), os.geteuid() == 0
     try:
         folders = [path for path in sys.path if os.path.isdir(path)]
         folders += import_ahead(settings["packages"], settings["paths"])
@@ -46,7 +46,8 @@ def main(descriptor: int, settings: dict) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors are nobody's zombies
     gc.collect()
     gc.freeze()
-    control.send(json.dumps({"layers": sorted(jail.layers), "missing": missing}).encode()[:HELLO_BYTES])
+    hello = {"layers": sorted(jail.layers), "missing": missing, "as_root": as_root}
+    control.send(json.dumps(hello).encode()[:HELLO_BYTES])
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not descriptors:
