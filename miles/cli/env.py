@@ -199,11 +199,14 @@ async def _played(
             f"{counted(int(load['calls_max']), 'call')}, {load['episodes_max']:.0f} open; a call took "
             f"{_time(load['call_time'])} and waited {_time(load['wait_time'])}"
         )
-        if load["blocked_max"] > BLOCKED:  # the first episode may import something
-            remedy = "call what blocks by `await miles.api.in_thread(function, ...)`, or use an asynchronous client"
-            what = f"a call kept the event loop to itself for {_time(load['blocked_max'])}: all else stood still"
-            _note(faults, what, remedy)
     print()
+    blocked = load.get("blocked_max", 0.0)  # not of the first episode, which may import something
+    if blocked > BLOCKED:  # once more: the machine may have stood still
+        await asyncio.gather(*(play(made, *pair, wish.max_turns, lambda *_: None) for pair in pairs[1:]))
+        blocked = min(blocked, made.metrics()["blocked_max"])
+    if blocked > BLOCKED:
+        remedy = "call what blocks by `await miles.api.in_thread(function, ...)`, or use an asynchronous client"
+        _note(faults, f"a call kept the event loop to itself for {_time(blocked)}: all else stood still", remedy)
     if any(load.get("close_errors") for load in loads):
         _note(faults, "closing failed or took too long, as was logged", "make `close` safe at any time, and quick")
     _judge(episodes, wish, faults)
@@ -254,18 +257,17 @@ def print_contract(
     build: Callable[[], Any], wish: Wish, played: dict[str, list[Episode]], faults: Counter[str]
 ) -> None:
     """The standard tests of environments, on the first episode that was played."""
-    failed_by = [episode.fault.facts for one in played.values() for episode in one if episode.fault is not None]
-    if any(facts["kind"] == "timeout" or facts["method"] == "reset" for facts in failed_by):
-        print("contract: left out: an environment that cannot be reset, or is too slow, keeps no promise\n")
+    policy, episodes = next(iter(played.items()))
+    if any(episode.fault is not None for episode in episodes) and (policy == "script" or not episodes[0].steps):
+        print(f"contract: left out: it would meet the faults of the episodes by {policy} again\n")
         return
     try:
         from miles.testing.environments import LEFT_OUT, EnvironmentContract, broken_promises
     except ImportError as error:
         print(f"contract: left out ({error}): pip install 'miles[testing]'\n")
         return
-    episode = next(iter(played.values()))[0]
     passed, failed, left_out = 0, 0, []
-    for name, outcome in broken_promises(build, wish.limits, episode.prompt, episode.actions).items():
+    for name, outcome in broken_promises(build, wish.limits, episodes[0].prompt, episodes[0].actions).items():
         if outcome.startswith(LEFT_OUT):
             left_out.append(f"  {name}: {outcome}")
         elif outcome:
@@ -334,7 +336,7 @@ def _tool(tool: Any) -> str:
 
 
 def _short(action: Action) -> str:
-    text = "; ".join(line.strip() for line in _action_lines(action))
+    text = "; ".join(" ".join(line.split()) for line in _action_lines(action))
     return text if len(text) <= 120 else text[:117] + "..."
 
 
