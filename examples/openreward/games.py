@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 
-os.environ.setdefault("OPENREWARD_LOG_LEVEL", "WARNING")  # the server writes a line for each request otherwise
+os.environ.setdefault("OPENREWARD_LOG_LEVEL", "ERROR")  # else the server writes a line for each request
 
 from openreward.environments import Environment, JSONObject, Server, TextBlock, ToolOutput, tool
 from pydantic import BaseModel

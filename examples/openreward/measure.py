@@ -14,6 +14,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from games import WIDTH
@@ -61,32 +63,35 @@ async def measure(url: str, episodes: int) -> None:
         print(f"{at_once:7}  {episodes / seconds:10.0f}  {1000 * used / episodes:35.1f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--episodes", type=int, default=512, help="for each line")
-    args = parser.parse_args()
+@contextmanager
+def served(seconds: float = 60) -> Iterator[str]:
+    """Address of games.py, in a process of its own, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("games.py")), "--port", str(port)])
+        address = free.getsockname()
+    server = subprocess.Popen([sys.executable, str(Path(__file__).with_name("games.py")), "--port", str(address[1])])
     try:
-        wait_for(port)
-        asyncio.run(measure(f"http://127.0.0.1:{port}", args.episodes))
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                socket.create_connection(address, 1).close()
+                break
+            except OSError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        yield f"http://{address[0]}:{address[1]}"
     finally:
         server.terminate()
         server.wait()
 
 
-def wait_for(port: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--episodes", type=int, default=512, help="for each line")
+    args = parser.parse_args()
+    with served() as url:
+        asyncio.run(measure(url, args.episodes))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from miles.api import ChatContext
 
 GAMES = 12_000
-HEEDS = 0.3
+HEEDS = 0.5
 """How often a guess is one that can still be right."""
 READS = 0.4
 """How often the note is read first."""

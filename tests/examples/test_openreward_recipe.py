@@ -76,22 +76,9 @@ def test_what_is_measured(capsys, monkeypatch, example):
 
 @pytest.fixture
 def games(example):
-    """Where the games are served."""
-    import threading
-    import time
-
-    import uvicorn
-    from openreward.environments import Server
-
-    app = Server([example["games"].HigherLower, example["games"].Coin]).app
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    """Where the games are served: in a process of their own, for the SDK's server works once in each."""
+    with example["measure"].served() as url:
+        yield url
 
 
 @pytest.mark.slow
