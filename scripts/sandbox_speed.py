@@ -70,7 +70,7 @@ def measure(name: str, layers: Sequence[str], packages: Sequence[str], calls: in
     started = time.perf_counter()
     sandbox.start()
     start = time.perf_counter() - started
-    if missing := set(layers) - sandbox.layers:
+    if missing := sandbox.missing:
         print(f"| {name} | not here: {', '.join(sorted(missing))} |")
         return
 

@@ -218,7 +218,7 @@ class Jail:
         kernel.drop_capabilities()
         kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
         os.chdir(self.home)
-        if "landlock" in self.layers and "namespaces" not in self.layers:
+        if "landlock" in self.layers:
             folder = os.open(".", os.O_PATH)
             landlock.restrict(self._readable, self._writable, folder)
         os.environ.update(HOME=self.home, TMPDIR=self.home)

@@ -92,6 +92,8 @@ def strongest(settings: dict, folders: list[str]) -> tuple[Jail, dict[str, str]]
             missing[layer] = trouble
         else:
             working.append(layer)
+    if "namespaces" in working and "landlock" in working:
+        working.remove("landlock")  # no file is left that it could keep from a program
     jail = Jail(working, limits, folders, settings["base"])
     jail.in_zygote()
     return jail, missing
