@@ -57,8 +57,7 @@ def final_state(run_dir):
     return found
 
 
-def assert_same_end(one: Path, two: Path, but: tuple[str, ...] = ()):
-    """`but`: beginnings of metrics that may differ."""
+def assert_same_weights(one: Path, two: Path):
     first, second = final_state(one), final_state(two)
     assert first.keys() == second.keys()
     assert first, "no state was found"
@@ -66,6 +65,11 @@ def assert_same_end(one: Path, two: Path, but: tuple[str, ...] = ()):
         if not torch.equal(first[name], second[name]):
             where = (first[name] != second[name]).nonzero()[0].tolist()
             raise AssertionError(f"first differing tensor: {name} at {where}")
+
+
+def assert_same_end(one: Path, two: Path, but: tuple[str, ...] = ()):
+    """`but`: beginnings of metrics that may differ."""
+    assert_same_weights(one, two)
     for steps in zip(metrics(one), metrics(two), strict=True):
         before, after = ({k: v for k, v in step.items() if not k.startswith(but)} for step in steps)
         assert before == after

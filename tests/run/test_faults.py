@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from miniature import assert_same_end, job, sums_in
+from miniature import assert_same_end, assert_same_weights, job, sums_in
 
 SABOTEUR = """
 import os, signal, time
@@ -129,6 +129,15 @@ def test_a_run_that_lost_a_rank_goes_on_by_itself(command, whole, how, first, fl
     if how == "hang":
         assert "time.sleep(1000)" in errors
     assert_same_end(whole, whole.with_name(how))
+
+
+@pytest.mark.slow
+def test_so_does_one_under_ray(command, whole):
+    """Its engines' batches are never twice the same, which rounds the log-probabilities that they tell, and no more."""
+    pytest.importorskip("ray")
+    errors = finish(command("ray", "kill", "--executor", "ray", "--max-restarts", "1"))
+    assert errors.index("train rank 1 died in train_step") < errors.index("restart 1 of 1")
+    assert_same_weights(whole, whole.with_name("ray"))
 
 
 @pytest.mark.slow
