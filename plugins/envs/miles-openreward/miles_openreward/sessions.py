@@ -9,12 +9,9 @@ quarter of an hour).
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from weakref import WeakKeyDictionary
-
-os.environ.setdefault("OPENREWARD_DISABLE_UPDATE_CHECK", "1")  # a run speaks to nobody but its environments
 
 from openreward import AsyncEnvironmentsAPI, AsyncOpenReward, AsyncSession
 from openreward.api.environments.types import Task
