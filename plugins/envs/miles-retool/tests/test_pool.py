@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 from miles_retool.sandbox import landlock, pool
-from miles_retool.sandbox.layers import OWN_USERS, protected
+from miles_retool.sandbox.layers import OWN_USERS, protected, remove
 from miles_retool.sandbox.limits import Limits
 from miles_retool.sandbox.pool import Result, Sandbox, shared_sandbox
 
@@ -164,6 +164,7 @@ def test_nothing_outlives_a_trainer_that_was_killed():
         assert len(mentioning(base)) >= 3
         trainer.kill()
     wait_until(lambda: mentioning(base) == [])
+    remove(base)  # an empty folder is all that it left
 
 
 def mentioning(word):
