@@ -270,8 +270,10 @@ async def within(seconds: float | None, call: Callable[[], Coroutine[Any, Any, A
     finally:
         if not task.done():  # too late, or whoever waited for it is being cancelled
             task.cancel()
-            await asyncio.wait({task}, timeout=UNWINDING)
-            _leave_behind(task)
+            try:
+                await asyncio.wait({task}, timeout=UNWINDING)
+            finally:  # cancelled once more, perhaps
+                _leave_behind(task)
     if late:
         raise TooLate
     if task.cancelled():
@@ -338,9 +340,16 @@ def wrong_with(method: str, answer: Any, kind: type) -> str:
     if not isinstance(info, Mapping):
         return f"`{method}` returned {kind.__name__}(info={_shown(info)}); a mapping is expected"
     reward = getattr(answer, "reward", None)
-    if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
+    if reward is not None and not _is_finite(reward):
         return f"`{method}` returned reward={_shown(reward)}; a finite number or None is expected"
     return ""
+
+
+def _is_finite(reward: Any) -> bool:
+    try:
+        return isinstance(reward, SupportsFloat) and math.isfinite(reward)
+    except (TypeError, ValueError, OverflowError):  # an array of several, or more than a float holds
+        return False
 
 
 def _shown(value: Any) -> str:

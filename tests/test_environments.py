@@ -1,6 +1,7 @@
 """Environments under their limits: places, time-outs, faults, and that none holds up what is around it."""
 
 import asyncio
+import contextlib
 import logging
 import subprocess
 import sys
@@ -244,6 +245,33 @@ def test_one_that_heeds_no_cancellation_and_hangs_in_a_thread_does_not_hold_up_t
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["no", "timeout", "no", "over"]
     assert time.perf_counter() - started < 60
+
+
+def test_a_trajectory_that_is_cancelled_twice_leaves_a_stubborn_step_behind():
+    """As by Ctrl-C, and Ctrl-C again while the step is being given its second."""
+
+    async def main():
+        freed = asyncio.Event()
+
+        class Stubborn(World):
+            async def step(self, action):
+                while not freed.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await freed.wait()
+
+        task = asyncio.ensure_future(episode(Environments(Stubborn)))
+        await asyncio.sleep(SOON)
+        before = asyncio.all_tasks()
+        task.cancel()
+        await asyncio.sleep(SOON)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        freed.set()
+        assert len(before) == 3  # this one, the trajectory, its step
+        assert not left, "the end of the loop would wait for it"
+
+    asyncio.run(main())
 
 
 def test_a_hung_environment_leaves_the_event_loop_alone():

@@ -342,6 +342,8 @@ def test_a_fault_of_the_environment_is_data(chat):
         ("step", StepResult(USER), "`step` returned StepResult(messages=dict"),
         ("step", StepResult(reward="1"), "`step` returned reward=str '1'; a finite number or None is expected"),
         ("step", StepResult(reward=float("nan")), "`step` returned reward=float nan; a finite number or None"),
+        ("step", StepResult(reward=np.array([1.0, 2.0])), "`step` returned reward=ndarray array([1., 2.]); a finite"),
+        ("step", StepResult(reward=10**400), "`step` returned reward=int 1000"),
     ],
 )
 def test_what_an_environment_returns_in_place_of_what_is_expected(chat, method, answer, message):
