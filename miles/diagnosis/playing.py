@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -209,21 +210,26 @@ def fitting(schema: Mapping[str, Any], chance: random.Random, words: Sequence[st
             return fitting(chance.choice(schema[either]), chance, words)
     kind = schema.get("type", "object" if "properties" in schema else "string")
     kind = chance.choice(kind) if isinstance(kind, list) else kind
-    low, high = schema.get("minimum", -10), schema.get("maximum", 100)
     if kind == "object":
         needed, properties = schema.get("required", ()), schema.get("properties", {})
         given = [name for name in properties if name in needed or chance.random() < 0.5]
         return {name: fitting(properties[name], chance, words) for name in given}
     if kind == "array":
-        count = chance.randint(schema.get("minItems", 0), schema.get("maxItems", 3))
+        count = chance.randint(*_bounds(schema, "minItems", "maxItems", 0, 3))
         return [fitting(schema.get("items", {}), chance, words) for _ in range(count)]
+    low, high = _bounds(schema, "minimum", "maximum", -10, 100)
     simple: dict[str, Callable[[], Any]] = {
-        "integer": lambda: chance.randint(int(low), max(int(low), int(high))),
-        "number": lambda: round(chance.uniform(low, max(low, high)), 3),
+        "integer": lambda: chance.randint(math.ceil(low), max(math.ceil(low), math.floor(high))),
+        "number": lambda: min(max(round(chance.uniform(low, high), 3), low), high),
         "boolean": lambda: chance.random() < 0.5,
         "null": lambda: None,
     }
     return simple.get(kind, lambda: chance.choice(words))()
+
+
+def _bounds(schema: Mapping[str, Any], least: str, most: str, low: Any, high: Any) -> tuple[Any, Any]:
+    """Those of a schema. Of one that has a single bound the other one is ours, moved out of its way."""
+    return schema.get(least, min(low, schema.get(most, low))), schema.get(most, max(high, schema.get(least, high)))
 
 
 def _words(texts: Iterable[str]) -> list[str]:

@@ -129,6 +129,24 @@ def test_what_is_made_up_fits_its_schema():
     assert seen == set(SCHEMA["properties"])
 
 
+@pytest.mark.parametrize(
+    ("schema", "low", "high"),
+    [
+        ({"type": "integer", "maximum": -50}, -50, -50),
+        ({"type": "integer", "minimum": 1000}, 1000, 1000),
+        ({"type": "integer", "minimum": 0.5, "maximum": 2.5}, 1, 2),
+        ({"type": "number", "maximum": -50}, -50, -50),
+        ({"type": "number", "minimum": 0.00011, "maximum": 0.00012}, 0.00011, 0.00012),
+        ({"type": "array", "minItems": 5}, 5, 5),
+        ({"type": "array", "minItems": 2, "maxItems": 2}, 2, 2),
+    ],
+)
+def test_one_bound_is_enough(schema, low, high):
+    made = [fitting(schema, random.Random(seed), ["w"]) for seed in range(30)]
+    sizes = [len(value) if schema["type"] == "array" else value for value in made]
+    assert low <= min(sizes) <= max(sizes) <= high
+
+
 def test_chance_repeats_itself_and_does_everything():
     tools = ({"type": "function", "function": {"name": "go", "parameters": SCHEMA}},)
 
