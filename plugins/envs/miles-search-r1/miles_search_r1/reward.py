@@ -42,7 +42,7 @@ class SearchR1Reward:
         options = self.options
         targets = [normalized(target) for target in targets_in(sample.prompt)]
         said, found = conversation_of(sample)
-        answers = ANSWER.findall(said)
+        answers = [answer for turn in said for answer in ANSWER.findall(turn)]
         right = bool(answers) and normalized(answers[-1]) in targets
         blocks = [normalized(block) for block in INFORMATION.findall(found)]
         retrieved = any(f" {target} " in f" {block} " for target in targets if target for block in blocks)
@@ -59,8 +59,14 @@ class SearchR1Reward:
 
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation, articles and surplus blanks (SQuAD's rule, Rajpurkar et al., 2016)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
+    """Lower case, without punctuation, articles and surplus blanks (SQuAD's rule, Rajpurkar et al., 2016).
+
+    Where that would leave nothing (the grade A, The The), articles stay, and then punctuation: else no answer at all
+    would be the right one.
+    """
+    bare = text.lower().translate(_NO_PUNCTUATION)
+    kept = _ARTICLES.sub(" ", bare)
+    return next((" ".join(words) for words in (kept.split(), bare.split(), text.split()) if words), "")
 
 
 def targets_in(prompt: Prompt) -> list[str]:
@@ -82,15 +88,16 @@ def targets_in(prompt: Prompt) -> list[str]:
     return [str(target) for target in targets]
 
 
-def conversation_of(sample: Sample) -> tuple[str, str]:
-    """`(what the model said, what it was told)` after the prompt. A response without messages is all the model's."""
+def conversation_of(sample: Sample) -> tuple[list[str], str]:
+    """`(what the model said in each turn, what it was told)` after the prompt: no tag of one turn is closed by another.
+    A response without messages is all the model's."""
     messages: Sequence[Message] = sample.messages[len(sample.prompt.messages or []) :]
     if not messages:
-        return sample.text, ""
-    said = (
+        return [sample.text], ""
+    said = [
         f"{message.get('reasoning_content', '')}{message['content']}"
         for message in messages
         if message["role"] == "assistant"
-    )
+    ]
     told = (str(message["content"]) for message in messages if message["role"] != "assistant")
-    return "".join(said), "".join(told)
+    return said, "".join(told)

@@ -118,7 +118,9 @@ def test_a_response_to_a_prompt_that_is_text():
         ("an apple a day", "apple day"),
         ("theatre", "theatre"),
         ("It's", "its"),
-        ("The", ""),
+        ("The", "the"),
+        ("The The", "the the"),
+        (" ?! ", "?!"),
         ("  ", ""),
         ("Ärger", "ärger"),
     ],
@@ -149,5 +151,16 @@ def test_a_label_without_an_answer_says_what_is_expected(label):
         score(sample_of("x", label=label))
 
 
-def test_a_target_of_articles_alone_is_found_nowhere():
-    assert score(sample_of(LOOK, FOUND, SAY.format("x"), label="The"))["retrieved"] == 0
+@pytest.mark.parametrize("label", ["A", "?"])
+def test_no_answer_is_not_the_one_of_which_the_rule_would_leave_nothing(label):
+    assert score(sample_of(SAY.format(f" {label} "), label=label))["exact_match"] == 1
+    for wrong in ("", "the", "!"):
+        assert score(sample_of(SAY.format(wrong), label=label))["exact_match"] == 0
+
+
+def test_an_answer_is_said_in_one_turn():
+    """In two, the environment heard none and told it so."""
+    pieces = ("<answer>Dunmore", REMINDER, "</answer>", REMINDER)
+    assert score(sample_of(*pieces)) == {
+        "reward": 0.0, "exact_match": 0, "answered": 0, "valid_format": 0, "retrieved": 0,
+    }  # fmt: skip
