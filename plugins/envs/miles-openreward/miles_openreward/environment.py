@@ -54,7 +54,8 @@ class OpenReward:
     def __init__(self, options: OpenRewardOptions):
         self.options = options
         self.secrets = options.confidential()
-        self._struck_out = {**self.secrets, API_KEY: os.environ.get(API_KEY, "")}
+        hidden = {**self.secrets, API_KEY: os.environ.get(API_KEY, "")}
+        self._struck_out = sorted(hidden.items(), key=lambda item: -len(item[1]))  # one may begin with another
         self.session: Session | None = None
         self.transcript: Transcript | None = None
         self.counts = {"tool_calls": 0, "tool_errors": 0}
@@ -97,10 +98,12 @@ class OpenReward:
     async def close(self) -> None:
         session, self.session = self.session, None
         transcript, self.transcript = self.transcript, None
-        if transcript is not None and transcript.turns:
-            uploader().put(transcript)
-        if session is not None:
-            await session.close()
+        try:
+            if session is not None:
+                await session.close()
+        finally:
+            if transcript is not None and transcript.turns:
+                uploader().put(transcript)
 
     # ------------------------------------------------------------------------------------------------------- speaking
 
@@ -162,7 +165,7 @@ class OpenReward:
         return self._hide(joined(getattr(block, "text", None) for block in output.blocks))
 
     def _hide(self, text: str) -> str:
-        for name, value in self._struck_out.items():
+        for name, value in self._struck_out:
             text = text.replace(value, f"[{name}]") if len(value) >= STRUCK_OUT else text
         return text
 

@@ -79,7 +79,7 @@ def system_prompt(template: str, tools: str) -> str:
         raise ConfigError(
             f"openreward: system_prompt_template: {error!r}: besides {{tools}}, braces are written twice: {{{{ and }}}}"
         ) from error
-    if "{tools" not in template:
+    if prompt == template.format(tools=f"{tools}?"):
         raise ConfigError("openreward: system_prompt_template has no {tools}: nothing tells the model of its tools")
     return prompt
 

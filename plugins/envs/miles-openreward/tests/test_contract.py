@@ -26,6 +26,7 @@ class TestOpenReward(EnvironmentContract):
     bad_options = [
         {"base_url": "127.0.0.1:8080"},
         {"system_prompt_template": "no place for them"},
+        {"system_prompt_template": "{{tools}}"},
         {"system_prompt_template": '{tools} {"name": 1}'},
     ]
 

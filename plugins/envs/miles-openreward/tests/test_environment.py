@@ -176,6 +176,13 @@ def test_secrets_reach_the_environment_and_nothing_that_it_says_of_them_comes_ba
     assert floor_key not in repr(step)
 
 
+def test_a_secret_that_begins_with_another_is_struck_out_as_a_whole(play, floor_key, monkeypatch):
+    monkeypatch.setenv("CELLAR_KEY", f"{floor_key}-and-more")
+    _, (step,) = play("Gossip", turn(call("tell")), secrets=("floor_key", "cellar_key"))
+    assert "[cellar_key]" in step.messages[0]["content"]
+    assert "and-more" not in repr(step)
+
+
 def test_errors_do_not_spell_secrets(play, floor_key):
     with pytest.raises(SessionError, match=r"the key was \[floor_key\]") as caught:
         play("Failing", turn(call("move", by=1)), secrets=("floor_key",))

@@ -124,6 +124,21 @@ def test_more_than_can_be_uploaded_is_left_out_and_nobody_waits(uploading, caplo
         idle._queue.unfinished_tasks = 0
 
 
+def test_an_uploader_that_cannot_begin_leaves_no_session_open(url, worlds, monkeypatch, nobody_left):
+    monkeypatch.setenv("OPENREWARD_API_KEY", KEY)
+    monkeypatch.setattr("miles_openreward.environment.uploader", lambda: 1 / 0)
+
+    async def main():
+        environment = OpenReward(OpenRewardOptions(base_url=url, run_name="mine"))
+        await environment.reset(Prompt("s:0", "s", metadata=worlds.row("Counter", 4)))
+        await environment.step(move(4))
+        with pytest.raises(ZeroDivisionError):
+            await environment.close()
+        assert not worlds.OPEN
+
+    asyncio.run(main())
+
+
 def test_nothing_is_uploaded_unless_asked(url, worlds, monkeypatch, nobody_left):
     monkeypatch.setattr("miles_openreward.environment.uploader", lambda: pytest.fail("it is"))
 
