@@ -24,7 +24,7 @@ from miles.api import (
     ToolCall,
     parse_hermes,
 )
-from miles_openreward.plugin import API_KEY, OpenRewardOptions, system_prompt
+from miles_openreward.plugin import API_KEY, PAID, OpenRewardOptions, system_prompt
 from miles_openreward.sessions import Session, connection
 from miles_openreward.upload import Transcript, uploader
 
@@ -43,10 +43,10 @@ class OpenReward:
     """Plays the task that the row's metadata names, as `miles_openreward.prepare_tasks` writes it.
 
     The environment pays, and ends the episode, through its tools. Calls of a turn are made one after the other, up to
-    one that ends the episode, and pay together. A call that does not fit (no such tool, wrong arguments, no JSON) is
-    answered with what is wrong. A tool that breaks fails the sample: its session is gone. A turn without a call is the
-    answer where the environment takes one (its `@terminal` tool); elsewhere the model is told to call. A turn that was
-    cut off is not played.
+    one that ends the episode. A call that does not fit (no such tool, wrong arguments, no JSON) is answered with what
+    is wrong. A tool that breaks fails the sample: its session is gone. A turn without a call is the answer where the
+    environment takes one (its `@terminal` tool); elsewhere the model is told to call. A turn that was cut off is not
+    played.
     """
 
     limits = EnvironmentLimits(reset_timeout=900)  # a hosted one may have to start a machine first
@@ -59,6 +59,7 @@ class OpenReward:
         self.session: Session | None = None
         self.transcript: Transcript | None = None
         self.counts = {"tool_calls": 0, "tool_errors": 0}
+        self.paid: list[float] = []
 
     async def reset(self, prompt: Prompt) -> Observation:
         """Raises DataError when the row names no task, or the environment shows an image."""
@@ -79,7 +80,7 @@ class OpenReward:
         if self.transcript is not None:
             self.transcript.said(action)
         if action.finish_reason == "length":
-            return StepResult(done=True, info=dict(self.counts))
+            return StepResult(done=True, info=self._info())
         calls = action.tool_calls or parse_hermes(action.text).tool_calls  # a system prompt may have asked for this
         if not calls:
             return await self._answer(action.text)
@@ -93,7 +94,8 @@ class OpenReward:
             self._note(messages[-1], reward, finished)
             if finished:
                 break
-        return StepResult(tuple(messages), sum(paid) if paid else None, finished, dict(self.counts))
+        self.paid += paid
+        return StepResult(tuple(messages), sum(paid) if paid else None, finished, self._info())
 
     async def close(self) -> None:
         session, self.session = self.session, None
@@ -123,7 +125,8 @@ class OpenReward:
         """What the model hears of a turn that called nothing."""
         message: Message = {"role": "user", "content": text}
         self._note(message, reward, done)
-        return StepResult((message,), reward, done, dict(self.counts))
+        self.paid += [] if reward is None else [reward]
+        return StepResult((message,), reward, done, self._info())
 
     async def _call(self, call: ToolCall) -> tuple[str, float | None, bool]:
         """What the tool said, what it paid, and whether it ended the episode."""
@@ -155,6 +158,10 @@ class OpenReward:
         return self.session
 
     # -------------------------------------------------------------------------------------------------- what was said
+
+    def _info(self) -> dict[str, Any]:
+        """Counts, and what each call of the trajectory was paid: the reward reduces these, not the sums of turns."""
+        return {**self.counts, PAID: list(self.paid)}
 
     def _shown(self, message: dict[str, Any]) -> Message:
         content = message.get("content")

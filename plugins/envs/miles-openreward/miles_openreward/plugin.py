@@ -13,6 +13,8 @@ MILES_API = 1
 NAME = "openreward"
 API_KEY = "OPENREWARD_API_KEY"
 """Environment variable with the key of an account on openreward.ai."""
+PAID = "paid"
+"""Among what the environment notes on a sample: what each call was paid that was."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class OpenRewardRewardOptions:
     nonterminal_reward: float | None = None
     """Paid once more, at the end, to a trajectory that its environment did not finish."""
     reward_reduction: Literal["sum", "mean", "max", "min"] = "sum"
-    """Over all turns that were paid; 0 where none was."""
+    """Over all calls that were paid (all turns, of another environment); 0 where none was."""
     min_reward: float | None = None
     """Lower bound of the result."""
     max_reward: float | None = None

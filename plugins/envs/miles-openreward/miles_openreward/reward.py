@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from miles.api import Sample, Status
-from miles_openreward.plugin import OpenRewardRewardOptions
+from miles_openreward.plugin import PAID, OpenRewardRewardOptions
 
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "sum": math.fsum,
@@ -19,7 +19,8 @@ REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
 class OpenRewardReward:
     """As OpenReward's own recipes reckon: `nonterminal_reward` joins what was paid, then the reduction, then bounds.
 
-    That is how it differs from the reward `environment`, where it takes the place of all that was paid.
+    That is how it differs from the reward `environment`, where it takes the place of all that was paid. Calls of one
+    turn count one by one: many of them together are no greater `max` than the best of them.
     """
 
     def __init__(self, options: OpenRewardRewardOptions):
@@ -27,7 +28,8 @@ class OpenRewardReward:
 
     async def score(self, sample: Sample) -> float:
         options = self.options
-        paid = [turn.reward for turn in sample.turns if turn.reward is not None]
+        of_turns = [turn.reward for turn in sample.turns if turn.reward is not None]
+        paid = list(sample.metadata.get("environment", {}).get(PAID, of_turns))
         if options.nonterminal_reward is not None and sample.status is not Status.COMPLETED:
             paid.append(options.nonterminal_reward)
         reward = REDUCTIONS[options.reward_reduction](paid) if paid else 0.0

@@ -55,7 +55,7 @@ def test_calls_of_a_turn_are_made_in_order_up_to_the_end_and_pay_together(play):
     _, (step,) = play("Counter", turn(*calls))
     assert [m["content"] for m in step.messages] == ["at 1", "at 1\nof many", "at 4"]
     assert (step.reward, step.done) == (1.25, True)
-    assert step.info == {"tool_calls": 3, "tool_errors": 0}
+    assert step.info == {"tool_calls": 3, "tool_errors": 0, "paid": [0.25, 1.0]}
 
 
 @pytest.mark.parametrize(
@@ -73,14 +73,14 @@ def test_a_call_that_does_not_fit_is_answered_and_the_game_goes_on(play, wrong, 
     (message,) = step.messages
     assert message["content"].startswith("Error: ")
     assert said in message["content"]
-    assert (step.reward, step.done, step.info) == (None, False, {"tool_calls": 1, "tool_errors": 1})
+    assert (step.reward, step.done, step.info) == (None, False, {"tool_calls": 1, "tool_errors": 1, "paid": []})
     assert after.done
 
 
 def test_a_turn_without_a_call_is_the_answer_where_there_is_a_terminal_tool(play):
     observation, (step,) = play("Exam", Action("4"))
     assert "submit" not in {tool["function"]["name"] for tool in observation.tools}
-    assert (step.reward, step.done) == (1.0, True)
+    assert (step.reward, step.done, step.info["paid"]) == (1.0, True, [1.0])
     assert play("Exam", Action("five \ud800"))[1][0].reward == 0.0
 
 

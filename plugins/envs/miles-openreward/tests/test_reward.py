@@ -28,6 +28,17 @@ def test_turns_that_were_paid_are_reduced_and_an_end_that_was_not_reached_joins_
     assert cut == pytest.approx(unfinished)
 
 
+@pytest.mark.parametrize(("reduction", "expected"), [("sum", 2.0), ("mean", 0.5), ("max", 1.0), ("min", 0.25)])
+def test_calls_of_one_turn_are_reduced_one_by_one(reduction, expected):
+    """A policy that calls often in a turn gains nothing by it where the best call counts."""
+    sample = Sample.begin(Prompt("set:0", "set", text="?", tokens=[1]), id=0, group_id=0)
+    sample.turns = [Turn(0, 1, "stop", reward=1.0), Turn(1, 2, "stop", reward=1.0)]
+    sample.metadata["environment"] = {"paid": [0.25, 0.5, 0.25, 1.0]}
+    sample.status = Status.COMPLETED
+    reward = OpenRewardReward(OpenRewardRewardOptions(reward_reduction=reduction))
+    assert asyncio.run(reward.score(sample)) == expected
+
+
 def test_nothing_paid_is_worth_nothing():
     assert score([]) == score([None], reward_reduction="min") == 0.0
     assert score([], Status.TRUNCATED, nonterminal_reward=-1.0, reward_reduction="max") == -1.0
