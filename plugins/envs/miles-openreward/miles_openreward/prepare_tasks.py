@@ -102,7 +102,8 @@ def names_only(secrets: Any) -> Any:
 def read_config(path: Path) -> TrainConfig:
     """Raises ConfigError: no such file, no YAML, or something in it that cannot be."""
     try:
-        return TrainConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        with path.open("rb") as file:  # not its text: of a file, errors of YAML name the place and quote nothing
+            return TrainConfig.model_validate(yaml.safe_load(file))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     except ValidationError as error:

@@ -93,6 +93,10 @@ def test_values_of_secrets_are_refused_and_not_repeated(prepare, url, tmp_path):
         assert "openai_api_key has a value" in said
         assert "OPENAI_API_KEY" in said
         assert "sk-live" not in said
+    code, said = prepare('secrets: {openai_api_key: "sk-live}\nenvironments: [')
+    assert code == 2
+    assert "line 2" in said
+    assert "sk-live" not in said
     assert not (tmp_path / "tasks").exists()
 
 
