@@ -16,7 +16,7 @@
 #   --train-backend NAME
 #   --actor-gpus N            GPUs that train
 #   --rollout-gpus N          GPUs that engines have to themselves; without it they share those that train
-#   --tp N                    GPUs of one engine
+#   --tp N                    GPUs of one engine; more than one with -- --rollout-engine sglang
 #
 # Run again, it goes on where it stopped.
 set -euo pipefail

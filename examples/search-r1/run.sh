@@ -14,6 +14,7 @@ cd "$here/../../runs/search-r1"
 echo "--- warm-up: imitating a pupil who can search and mostly guesses"
 miles train "$here/sft.yaml"
 
+true >server.log  # that of an earlier run says that it is there, too
 miles search serve index --port "$port" >server.log 2>&1 &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; wait "$server" || true' EXIT
