@@ -15,7 +15,7 @@ from typing import Any
 
 from miles.api import Action, EnvironmentLimits, Environments, Observation, Prompt, StepResult, ToolCall, defined_at
 from miles.cli import Call
-from miles.config import Spec, TaskSet
+from miles.config import Keys, Spec, TaskSet
 from miles.config.values import from_text
 from miles.data.prompts import read_prompt
 from miles.data.readers import open_rows
@@ -27,7 +27,8 @@ from miles.plugins import load_plugins
 from miles.registry import Entry, Registry
 
 HELP = """usage: miles env check NAME [--option KEY=VALUE ...] [--limit KEY=VALUE ...] [--prompt FILE|JSON]
-                      [--script FILE] [--episodes N] [--max-turns N] [--seed N] [--no-contract]
+                      [--input-key KEY] [--label-key KEY] [--metadata-key KEY] [--tool-key KEY] [--script FILE]
+                      [--episodes N] [--max-turns N] [--seed N] [--no-contract]
 
 Plays an environment without any model: by its script, if there is one, and by chance (calls that fit the schemas, words
 it said, malformed calls). Prints the first episode of each, says how fast the others were, and runs the contract of
@@ -36,6 +37,7 @@ environments. NAME is that of a component, or module:Class.
   --limit KEY=VALUE    calls, episodes, reset_timeout, step_timeout, close_timeout: data.sets[].environment_limits
   --prompt FILE|JSON   rows that episodes start from, one after the other: a prompt file (FILE@[3:4] is its fourth
                        row), or one row as JSON. Without it the prompt is a question mark
+  --input-key KEY ...  what its columns are called, where it is not input, label, metadata, tools: as of miles train
   --script FILE        what to do, as JSON lines: texts, or {"tool_calls": [{"name": ..., "arguments": {...}}]}. Without
                        it, what the environment's own `script(prompt)` says, if it has one
   --episodes N         by script, and as many by chance (8); all but the first at once
@@ -46,6 +48,7 @@ Exit code 1 when something is wrong, with what, where and how to mend it; docs/e
 
 BLOCKED = 0.25
 """Seconds; a call that keeps the event loop to itself for longer is a fault."""
+KEY_FLAGS = {"input": "--input-key", "label": "--label-key", "metadata": "--metadata-key", "tools": "--tool-key"}
 SHOWN = 300
 """Characters of a message."""
 
@@ -58,6 +61,7 @@ class Wish:
     options: dict[str, str]
     limits: EnvironmentLimits
     prompt: str | None
+    keys: Keys
     script: Path | None
     episodes: int
     max_turns: int
@@ -101,6 +105,7 @@ def read_wish(call: Call) -> Wish:
             raise ConfigError(f"--limit {name}: there is no such limit; limits: {', '.join(known)}")
     numbers = {flag: _count(call, flag, default) for flag, default in (("--episodes", 8), ("--max-turns", 16))}
     prompt, script, seed = (call.take_value(flag) for flag in ("--prompt", "--script", "--seed"))
+    named = {name: call.take_value(flag) for name, flag in KEY_FLAGS.items()}
     contract = not call.take("--no-contract")
     if len(call.words) != 2 or call.words[0] != "check":
         said = " ".join(call.words) or "nothing"
@@ -111,8 +116,8 @@ def read_wish(call: Call) -> Wish:
     except ValueError as error:
         raise ConfigError(f"--limit and --seed take numbers: {error}") from error
     return Wish(
-        call.words[1], options, most, prompt, Path(script) if script else None, numbers["--episodes"],
-        numbers["--max-turns"], drawn, contract,
+        call.words[1], options, most, prompt, Keys(**{name: key for name, key in named.items() if key is not None}),
+        Path(script) if script else None, numbers["--episodes"], numbers["--max-turns"], drawn, contract,
     )  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def read_prompts(wish: Wish, spec: Spec) -> list[Prompt]:
     Raises:
         DataError: a row is malformed, or there is none.
     """
-    task_set, text = TaskSet(name="check", environment=spec), wish.prompt
+    task_set, text = TaskSet(name="check", environment=spec, keys=wish.keys), wish.prompt
     if text is None:
         return [Prompt("check:0", "check", text="?")]
     if text.lstrip().startswith("{"):

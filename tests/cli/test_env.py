@@ -155,6 +155,16 @@ def test_a_script_file_and_a_prompt_file(miles, world, tmp_path):
     assert "by script, from prompt check:1" in miles(*asked[:4], "rows.jsonl@[1:2]", *asked[5:])[1]
 
 
+def test_columns_of_a_prompt_file_that_are_called_otherwise(miles, world):
+    world(('f"A number', 'f"{prompt.text} A number'), ("prompt.label or 7", "prompt.metadata['n'] + prompt.label"))
+    row = '{"prompt": "Guess!", "answer": 1, "extra": {"n": 2}}'
+    keys = ["--input-key", "prompt", "--label-key=answer", "--metadata-key", "extra"]
+    code, out, err = miles("env", "check", "world:Guess", "--prompt", row, *keys, "--no-contract")
+    assert (code, err) == (0, "")
+    assert "  user       Guess! A number from 1 to 9." in out
+    assert "  >          '3'\n  user       yes" in out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -170,6 +180,7 @@ def test_a_script_file_and_a_prompt_file(miles, world, tmp_path):
         (["check", "world:Guess", "--episodes", "0"], "--episodes 0: a whole number"),
         (["check", "world:Guess", "--prompt", "{label"], "--prompt: "),
         (["check", "world:Guess", "--prompt", "no.jsonl"], "no such file"),
+        (["check", "world:Guess", "--prompt", '{"label": 3}', "--label-key", "answer"], "no key 'answer'"),
         (["check", "world:Guess", "--script", "no.jsonl"], "no such file"),
         (["check", "world:Guess", "--sript", "no.jsonl"], "--sript"),
     ],
