@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import miles
+from miles.api import Observation, StepResult
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -90,9 +91,22 @@ def mixed(sample):
     return float(sample.id % 2)
 
 
+class Echo:
+    """Says once what the model said."""
+
+    async def reset(self, prompt):
+        return Observation(())
+
+    async def step(self, action):
+        return StepResult(({"role": "user", "content": action.text},), done=True)
+
+    async def close(self):
+        pass
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Names of every metric that a small run with evaluation, entropy and failures writes."""
+    """Names of every metric that a small run with evaluation, entropy, an environment and failures writes."""
     folder = tmp_path_factory.mktemp("run")
     spec = importlib.util.spec_from_file_location("stand_in", ROOT / "examples/qwen3-0.6b-grpo/stand_in.py")
     stand_in = importlib.util.module_from_spec(spec)
@@ -104,7 +118,7 @@ def written(tmp_path_factory):
     config = {
         "run": {"dir": str(folder / "run"), "num_threads": 1},
         "model": {"hf_checkpoint": str(folder / "model")},
-        "data": {"sets": [{"name": "default", **task}]},
+        "data": {"sets": [{"name": "default", **task}, {"name": "SET", "environment": Echo, **task}]},
         "rollout": {"num_rollout": 2, "batch_size": 4, "n_samples_per_prompt": 4},
         "train": {"num_steps_per_rollout": 2},
         "eval": {"sets": [{"name": "heldout", **task}], "interval": 2},

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-os.environ.setdefault("OPENREWARD_LOG_LEVEL", "WARNING")  # before the SDK is imported
-
 import miles
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "openreward"

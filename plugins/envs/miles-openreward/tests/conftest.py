@@ -3,7 +3,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENREWARD_LOG_LEVEL", "CRITICAL")  # before the SDK is imported: it breaks on purpose here
+os.environ["OPENREWARD_LOG_LEVEL"] = "CRITICAL"  # before the SDK is imported: it breaks on purpose here
 
 import pytest
 
