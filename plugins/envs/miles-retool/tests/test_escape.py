@@ -4,6 +4,8 @@ Every test runs in each combination of layers; those that ask for what its layer
 say so. The `sandbox` fixture looks afterwards whether the sandbox still works and a process or file was left.
 """
 
+import asyncio
+import contextlib
 import os
 import pickle
 import socket
@@ -121,10 +123,35 @@ time.sleep(100)
     assert run(code).stopped == "memory"
 
 
-def test_memory_without_an_address(run, sandbox):
-    code = "import os\nfor _ in range(8): os.write(os.memfd_create('m'), b'x' * 2**20)\nprint('done')"
-    result = run(code)
-    assert ("seccomp" in sandbox.layers) == result.failed  # elsewhere: files of it are limited in size and number
+def test_memory_of_a_process_without_its_first_thread(run):
+    """Which the kernel says nothing about under the process's own name."""
+    code = """
+import ctypes, os, threading, time
+def hold():
+    held = b"x" * (80 * 2**20)
+    time.sleep(100)
+threading.stack_size(2**16)
+for _ in range(3):
+    if os.fork() == 0:
+        threading.Thread(target=hold).start()
+        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
+time.sleep(100)
+"""
+    assert run(code).stopped == "memory"
+
+
+WITHOUT_ADDRESS = {
+    "memfd": "import os\nfor _ in range(8): os.write(os.memfd_create('m'), b'x' * 2**20)",
+    "a page of a shared mapping": "import ctypes\nmap = ctypes.CDLL(None).mmap\nmap.restype = ctypes.c_ssize_t\n"
+    "map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]\n"
+    "if map(None, 4096, 3, 0x21, -1, 0) == -1: raise MemoryError",
+}
+
+
+@pytest.mark.parametrize("code", WITHOUT_ADDRESS.values(), ids=list(WITHOUT_ADDRESS))
+def test_memory_without_an_address(run, sandbox, code):
+    """Is there without `seccomp` alone, as the README says."""
+    assert run(code).failed == ("seccomp" in sandbox.layers)
 
 
 def test_a_huge_file(run):
@@ -197,6 +224,19 @@ def test_other_files_cannot_be_written(run, secret):
     assert os.listdir(secret.parent) == ["weights"]
 
 
+@pytest.mark.needs("files")
+@pytest.mark.parametrize(
+    "change", ["chmod(path, 0)", "utime(path, (1, 1))", "truncate(path, 0)", "setxattr(path, 'user.x', b'1')"]
+)
+def test_files_of_the_same_user_stay_as_they_are(run, secret, change, sandbox):
+    """Landlock lets an owner do the most of this."""
+    owner = os.stat(sandbox.base).st_uid
+    os.chown(secret, owner, owner)
+    before = os.stat(secret)
+    assert run(f"import os; path = {str(secret)!r}; os.{change}").failed
+    assert os.stat(secret) == before
+
+
 def test_the_trainers_environment_is_not_there(run, monkeypatch):
     monkeypatch.setenv("HUB_TOKEN", "the-secret")
     result = run("import os; print(dict(os.environ)); print(open('/proc/self/environ').read())")
@@ -250,6 +290,23 @@ def test_the_trainer_cannot_be_killed(run, sandbox):
     assert bystander.poll() is None
     bystander.communicate(b"\n")
     assert bystander.returncode == 0
+
+
+@pytest.mark.needs("processes")
+def test_files_send_no_signals_to_the_trainer(run, sandbox):
+    """From Linux 6.12 landlock is in the way as well, so that its victim lives does not say all."""
+    owner = os.stat(sandbox.base).st_uid
+    with subprocess.Popen(["sleep", "100"], user=owner) as bystander:
+        code = (
+            "import fcntl, os, socket\nours, theirs = socket.socketpair()\nfcntl.fcntl(ours, 10, 9)\n"
+            f"fcntl.fcntl(ours, fcntl.F_SETOWN, {bystander.pid})\n"
+            "fcntl.fcntl(ours, fcntl.F_SETFL, os.O_ASYNC)\ntheirs.send(b'x')"
+        )
+        result = run(code)
+        time.sleep(0.1)
+        assert bystander.poll() is None
+        assert result.failed or "user" in sandbox.layers
+        bystander.kill()
 
 
 @pytest.mark.needs("processes")
@@ -324,6 +381,9 @@ CLIENTS = {
     "abstract": "s = socket.socket(socket.AF_UNIX); s.connect({abstract!r}); s.send(b'out')",
     "path": "s = socket.socket(socket.AF_UNIX); s.connect({path!r}); s.send(b'out')",
     "netlink": "s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW); s.bind((0, 0)); assert 0, 'nothing to reach'",
+    "datagram to a path": "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'out', {path_udp!r})",
+    "abstract datagram": "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'out', {abstract_udp!r})",
+    "raw datagram": "socket.socketpair(type=socket.SOCK_RAW)[0].sendto(b'out', {abstract_udp!r})",
     "name": "socket.create_connection(('localhost', {port})).send(b'out')",
 }
 
@@ -331,28 +391,50 @@ CLIENTS = {
 @pytest.mark.needs("network")
 @pytest.mark.parametrize("client", CLIENTS.values(), ids=list(CLIENTS))
 def test_nothing_leaves_by_the_network(run, client, tmp_path):
-    name = f"\0miles-retool-{os.getpid()}"
-    heard = []
-    tcp, udp = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    abstract, path = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-    with tcp, udp, abstract, path:
-        for server, address in ((tcp, ("127.0.0.1", 0)), (udp, ("127.0.0.1", 0)), (abstract, name)):
-            server.bind(address)
-        path.bind(str(tmp_path / "s"))
-        os.chmod(tmp_path / "s", 0o777)
-        for server in (tcp, abstract, path):
-            server.listen()
-        for server in (tcp, udp, abstract, path):
-            server.settimeout(0.01)
-        ports = {"port": tcp.getsockname()[1], "udp": udp.getsockname()[1]}
-        result = run("import socket\n" + client.format(**ports, abstract=name, path=str(tmp_path / "s")))
-        for server in (tcp, udp, abstract, path):
-            try:
-                heard.append(server.recv(10) if server is udp else server.accept())
-            except TimeoutError:
-                continue
+    stream, datagram = socket.SOCK_STREAM, socket.SOCK_DGRAM
+    places = {
+        "port": (socket.AF_INET, stream, ("127.0.0.1", 0)),
+        "udp": (socket.AF_INET, datagram, ("127.0.0.1", 0)),
+        "abstract": (socket.AF_UNIX, stream, f"\0miles-retool-{os.getpid()}"),
+        "abstract_udp": (socket.AF_UNIX, datagram, f"\0miles-retool-udp-{os.getpid()}"),
+        "path": (socket.AF_UNIX, stream, str(tmp_path / "s")),
+        "path_udp": (socket.AF_UNIX, datagram, str(tmp_path / "d")),
+    }
+    heard, addresses = [], {}
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        folder.chmod(folder.stat().st_mode | 0o5)
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(socket.socket(*kind)) for name, (*kind, _) in places.items()}
+        for name, (family, kind, address) in places.items():
+            servers[name].bind(address)
+            servers[name].settimeout(0.01)
+            addresses[name] = address if family == socket.AF_UNIX else servers[name].getsockname()[1]
+            if kind == stream:
+                servers[name].listen()
+        for path in tmp_path.iterdir():
+            path.chmod(0o777)
+        result = run("import socket\n" + client.format(**addresses))
+        for server in servers.values():
+            with contextlib.suppress(TimeoutError):
+                heard.append(server.recv(10) if server.type == datagram else server.accept())
     assert heard == []
     assert result.failed
+
+
+@pytest.mark.needs("network")
+def test_calls_do_not_meet_in_the_network(sandbox):
+    """They have one of nothing in common where there are no sockets."""
+    listens = "import socket; a, _ = socket.socketpair(type=socket.SOCK_DGRAM); a.bind('\\0meet'); a.settimeout(1)"
+
+    async def both():
+        first = asyncio.create_task(sandbox.run(f"{listens}; print(a.recv(9))"))
+        await asyncio.sleep(0.4)
+        await sandbox.run(
+            "import socket; a, _ = socket.socketpair(type=socket.SOCK_DGRAM); a.sendto(b'psst', '\\0meet')"
+        )
+        return await first
+
+    assert asyncio.run(both()).stdout == ""
 
 
 # ---------------------------------------------------------------------------------------------- what comes back to us
@@ -419,8 +501,6 @@ def test_calls_share_nothing(run):
 
 def test_calls_at_the_same_time_do_not_meet(sandbox):
     """Neither by files, nor by process ids, nor by shared memory of System V (where there are namespaces)."""
-    import asyncio
-
     writer = "import os, time; open('mine', 'w').write('x'); print(os.getcwd(), os.getpid(), flush=True); time.sleep(1)"
 
     async def both():

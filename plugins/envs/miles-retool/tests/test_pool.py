@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 from miles_retool.sandbox import landlock, pool
-from miles_retool.sandbox.layers import OWN_USERS, protected, remove
+from miles_retool.sandbox.layers import OWN_USERS, Jail, protected, remove
 from miles_retool.sandbox.limits import Limits
 from miles_retool.sandbox.pool import Result, Sandbox, shared_sandbox
 
@@ -282,7 +282,8 @@ def test_what_cannot_be_protected_is_said():
         (("user",), True, {"processes"}),
         (("landlock", "seccomp"), False, {"files", "network", "processes"}),
         (("landlock", "seccomp"), True, {"files", "network"}),
-        (("landlock",), False, {"files"}),
+        (("landlock",), False, set()),
+        (("landlock", "user"), True, {"files", "processes"}),
         (("seccomp",), False, {"network"}),
         ((), False, set()),
     ],
@@ -290,6 +291,16 @@ def test_what_cannot_be_protected_is_said():
 def test_what_layers_protect(layers, as_root, said):
     """What runs as root is not held to a number of processes."""
     assert protected(layers, as_root) == said
+
+
+def test_landlock_that_lets_an_owner_empty_files_is_for_other_users(monkeypatch):
+    monkeypatch.setattr(landlock, "version", lambda: 2)
+    jail = Jail(["landlock"], LIMITS, [], "")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    jail.in_zygote()
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(OSError, match="Linux 6.2"):
+        jail.in_zygote()
 
 
 def test_without_layers_there_are_limits_all_the_same():

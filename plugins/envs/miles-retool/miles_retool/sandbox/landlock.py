@@ -16,6 +16,8 @@ WRITE_FILE, READ_FILE, READ_DIR = 1 << 1, 1 << 2, 1 << 3
 TRUNCATE = 1 << 14
 _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 """Kernel's version of landlock -> how many rights over files it knows; later ones know 16."""
+TRUNCATES = 3
+"""The version that knows `TRUNCATE`."""
 
 
 def version() -> int:

@@ -25,8 +25,8 @@ from miles_retool.sandbox.kernel import (
 )
 
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-REFUSED = {  # name: (x86_64, aarch64)
-    "socket": (41, 198),  # socketpair, which asyncio needs, reaches nobody
+REFUSED: dict[str, tuple[int, int | None]] = {  # name: (x86_64, aarch64, None where it has no such call)
+    "socket": (41, 198),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
@@ -56,7 +56,7 @@ REFUSED = {  # name: (x86_64, aarch64)
     "msgget": (68, 186),
     "mq_open": (240, 180),
 }
-TOUCHING_OTHERS = {  # refused where the program shares user id and process ids with the trainer
+TOUCHING_OTHERS: dict[str, tuple[int, int | None]] = {  # refused where programs have the trainer's user id and see it
     "kill": (62, 129),
     "tkill": (200, 130),
     "tgkill": (234, 131),
@@ -71,18 +71,62 @@ TOUCHING_OTHERS = {  # refused where the program shares user id and process ids 
     "sched_setaffinity": (203, 122),
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
+    "chmod": (90, None),  # from here on: what landlock lets an owner do to any file
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    "truncate": (76, 45),
 }
 CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
+SOCKETPAIR, MMAP, FCNTL, IOCTL = (53, 199), (9, 222), (72, 25), (16, 29)
+AF_UNIX, NOT_STREAM = 1, 0b1110  # the second: bits of a socket's type that SOCK_STREAM does not have
+MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
+F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
 
 LOAD, IS, HAS, AT_LEAST, RETURN = 0x20, 0x15, 0x45, 0x35, 0x06
-NUMBER, ARCH, ARGUMENT_0 = 0, 4, 16  # offsets in struct seccomp_data
+NUMBER, ARCH, ARGUMENTS = 0, 4, (16, 24, 32, 40)  # offsets in struct seccomp_data
 ALLOW, KILL, ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 X32 = 0x40000000
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 Instruction = tuple[int, int, int, int]
 """What to do, how many instructions to leave out if so and if not, and an operand."""
+REFUSE, UNKNOWN = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ERRNO | errno.ENOSYS)
+BY_ARGUMENT: dict[tuple[int, int], list[Instruction]] = {
+    CLONE: [(LOAD, 0, 0, ARGUMENTS[0]), (HAS, 0, 1, NAMESPACES), REFUSE],
+    PRLIMIT: [(LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, 0), REFUSE],
+    SOCKETPAIR: [  # asyncio needs pairs of streams; datagrams can be sent to others from a pair, too
+        *((LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, AF_UNIX), REFUSE),
+        *((LOAD, 0, 0, ARGUMENTS[1]), (HAS, 0, 1, NOT_STREAM), REFUSE),
+    ],
+    MMAP: [  # such memory stays when all but a page of it is unmapped, and then no limit of the process counts it
+        *((LOAD, 0, 0, ARGUMENTS[3]), (HAS, 0, 2, MAP_SHARED), (HAS, 0, 1, MAP_ANONYMOUS), REFUSE),
+    ],
+}
+"""System call -> what refuses it for some of its arguments."""
+OWNERS: dict[tuple[int, int], list[Instruction]] = {
+    FCNTL: [(LOAD, 0, 0, ARGUMENTS[1]), (IS, 0, 1, F_SETOWN), REFUSE, (IS, 0, 1, F_SETOWN_EX), REFUSE],
+    IOCTL: [(LOAD, 0, 0, ARGUMENTS[1]), (IS, 0, 1, FIOSETOWN), REFUSE, (IS, 0, 1, SIOCSPGRP), REFUSE],
+}
+"""The same, of `TOUCHING_OTHERS`: a file can send any signal to its owner."""
 
 
 def program(machine: str, alone: bool) -> list[Instruction]:
@@ -94,16 +138,21 @@ def program(machine: str, alone: bool) -> list[Instruction]:
     """
     which = list(AUDIT_ARCH).index(machine)
     refused = REFUSED if alone else REFUSED | TOUCHING_OTHERS
-    refuse, unknown = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ERRNO | errno.ENOSYS)
     filters = [(LOAD, 0, 0, ARCH), (IS, 1, 0, AUDIT_ARCH[machine]), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
     if machine == "x86_64":
-        filters += [(AT_LEAST, 0, 1, X32), refuse]
-    filters += [(IS, 0, 1, CLONE3[which]), unknown]  # its flags cannot be seen; the C library then takes `clone`
+        filters += [(AT_LEAST, 0, 1, X32), REFUSE]
+    filters += _when(CLONE3[which], UNKNOWN)  # its flags cannot be seen; the C library then takes `clone`
     for numbers in refused.values():
-        filters += [(IS, 0, 1, numbers[which]), refuse]
-    filters += [(IS, 0, 3, CLONE[which]), (LOAD, 0, 0, ARGUMENT_0), (HAS, 0, 1, NAMESPACES), refuse]
-    filters += [(LOAD, 0, 0, NUMBER), (IS, 0, 3, PRLIMIT[which]), (LOAD, 0, 0, ARGUMENT_0), (IS, 1, 0, 0), refuse]
+        if (number := numbers[which]) is not None:
+            filters += _when(number, REFUSE)
+    for calls, lines in (BY_ARGUMENT if alone else BY_ARGUMENT | OWNERS).items():
+        filters += _when(calls[which], *lines)
     return [*filters, (RETURN, 0, 0, ALLOW)]
+
+
+def _when(number: int, *lines: Instruction) -> list[Instruction]:
+    """Lines for one system call. Those behind them find its number loaded again."""
+    return [(IS, 0, len(lines) + 1, number), *lines, (LOAD, 0, 0, NUMBER)]
 
 
 def install(alone: bool) -> None:
