@@ -69,6 +69,24 @@ def test_the_standard_library_is_there_and_a_program_is_main(sandbox):
     assert result.stdout == "A(x=1)\n3\n", result.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "stdout", "exit_code"),
+    [
+        ("import sys; print(sys.argv)", "['-c']\n", 0),
+        ("import argparse; print(argparse.ArgumentParser().parse_args())", "Namespace()\n", 0),
+        ("print(1); exit()", "1\n", 0),
+        ("quit(3)", "", 3),
+        ("import sys; print(1, file=sys.__stdout__)", "1\n", 0),
+        ("import io, sys; print(1, end=''); sys.stdout = io.StringIO(); print(2)", "1", 0),
+        ("import sys; sys.stdout.close(); sys.stderr = None", "", 0),
+        ("import time; print(time.tzname)", "('UTC', 'UTC')\n", 0),
+    ],
+)
+def test_a_program_is_run_as_python_runs_it(sandbox, code, stdout, exit_code):
+    result = asyncio.run(sandbox.run(code))
+    assert (result.stdout, result.stderr, result.exit_code) == (stdout, "", exit_code)
+
+
 def test_processes_of_its_own(sandbox):
     if "namespaces" not in sandbox.layers:
         pytest.skip("locks of multiprocessing need /dev/shm, which programs have with namespaces only")

@@ -32,8 +32,15 @@ BOOT = (
     "import json, sys; sys.path.insert(0, sys.argv[1]); from miles_retool.sandbox.zygote import main; "
     "del sys.path[0]; main(int(sys.argv[2]), json.loads(sys.argv[3]))"
 )
-ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-"""All that programs see of ours; HOME and TMPDIR are added. Libraries with threads of their own cannot be forked."""
+ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+"""All that programs see of ours; HOME and TMPDIR are added. The same on every machine, so that a program prints the
+same; libraries with threads of their own cannot be forked."""
 logger = logging.getLogger("miles")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import builtins
+import contextlib
 import linecache
 import os
 import random
@@ -10,7 +12,8 @@ import sys
 import threading
 import traceback
 import types
-from typing import TextIO, cast
+from io import TextIOWrapper
+from typing import cast
 
 FILE = "<code>"
 
@@ -19,20 +22,24 @@ def run(code: str) -> None:
     """Run it to its end, and end this process. The exit code is that of `python -c`."""
     status = 1
     try:
-        sys.stdin, sys.stdout, sys.stderr = _stream(0, "r"), _stream(1, "w"), _stream(2, "w")
+        streams = _stream(0, "r"), _stream(1, "w"), _stream(2, "w")
+        sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__ = streams  # type: ignore[misc]
+        sys.argv = ["-c"]
+        vars(builtins).update(exit=sys.exit, quit=sys.exit)  # those of `site`, which was not loaded
         random.seed(0)  # the same code prints the same
         status = _execute(code)
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at the end of a program
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr, *streams[1:]):  # it may have put others in their place, or closed some
+            with contextlib.suppress(AttributeError, ValueError):
+                stream.flush()
     except BaseException:
         os._exit(status or 1)
     os._exit(status)
 
 
-def _stream(descriptor: int, mode: str) -> TextIO:
-    return cast(TextIO, open(descriptor, mode, 1, encoding="utf-8", errors="backslashreplace", closefd=False))
+def _stream(descriptor: int, mode: str) -> TextIOWrapper:
+    return cast(TextIOWrapper, open(descriptor, mode, 1, encoding="utf-8", errors="backslashreplace", closefd=False))
 
 
 def _execute(code: str) -> int:
