@@ -249,6 +249,23 @@ def test_a_package_of_one_file(tmp_path, monkeypatch):
     sandbox.close()
 
 
+def test_a_package_in_an_environment_in_a_projects_folder(tmp_path, monkeypatch):
+    """All three are on the path of `python train.py`; programs see the package alone."""
+    packages = tmp_path / "venv" / "lib" / "packages"
+    (packages / "lonely").mkdir(parents=True)
+    (packages / "lonely" / "__init__.py").write_text("x = 7")
+    (packages / "other.py").write_text("x = 8")
+    (tmp_path / "venv" / "token").write_text("secret")
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.syspath_prepend(tmp_path)
+    sandbox = Sandbox(LIMITS, packages=("lonely",), require=())
+    assert asyncio.run(sandbox.run("import lonely; print(lonely.x)")).stdout == "7\n"
+    if "files" in sandbox.protected:
+        for code in ("import other", f"open({str(tmp_path / 'venv' / 'token')!r})"):
+            assert "Error" in asyncio.run(sandbox.run(code)).stderr
+    sandbox.close()
+
+
 def test_a_package_that_is_not_installed():
     with pytest.raises(WorkerError, match="No module named 'no_such_thing'"):
         Sandbox(LIMITS, packages=("no_such_thing",), require=()).start()

@@ -72,10 +72,11 @@ def import_ahead(packages: list[str], paths: list[str]) -> list[str]:
     places = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
-        for path in paths:
-            if file.startswith(f"{path}/") and not name.startswith("miles_retool"):
-                top = file[len(path) + 1 :].split("/")[0]
-                places |= {f"{path}/{top}", *(f"{path}/{top}.libs" for _ in "1" if os.path.isdir(f"{path}/{top}.libs"))}
+        above = [path for path in sys.path if file.startswith(f"{path}/")]
+        if above and not name.startswith("miles_retool"):
+            path = max(above, key=len)  # a project's folder may hold an environment's, and that the package
+            top = file[len(path) + 1 :].split("/")[0]
+            places |= {f"{path}/{top}", *(f"{path}/{top}.libs" for _ in "1" if os.path.isdir(f"{path}/{top}.libs"))}
     return sorted(places)
 
 
