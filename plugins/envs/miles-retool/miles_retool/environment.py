@@ -41,7 +41,6 @@ STOPPED = {
     "output": "Error: More than {0.output_kb} KiB of output",
     "lost": "Error: The sandbox was lost",
 }
-CODE = re.compile(r"<code>(.*?)</code>", re.DOTALL)
 FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 ANSWER = re.compile(r"Answer:\s*\\boxed\s*\{")
 
@@ -144,10 +143,12 @@ def program_in(said: str) -> str | None:
 
     A block of ```python counts where no answer follows it: people also show code that they do not want to run.
     """
-    tagged = CODE.findall(said)
-    if tagged:
-        fenced = FENCE.search(tagged[-1])
-        return fenced[1] if fenced else tagged[-1]
+    before, closed, _ = said.rpartition("</code>")
+    _, opened, tagged = before.rpartition("<code>")  # in one pass: a model may repeat a tag for ever
+    if opened and closed:
+        code = tagged.split("</code>")[0]
+        fenced = FENCE.search(code)
+        return fenced[1] if fenced else code
     blocks = list(FENCE.finditer(said))
     return blocks[-1][1] if blocks and not ANSWER.search(said, blocks[-1].end()) else None
 

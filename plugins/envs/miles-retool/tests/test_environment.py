@@ -1,6 +1,7 @@
 """The environment: both protocols, what is counted, and what is the sandbox's fault."""
 
 import asyncio
+import time
 
 import pytest
 from miles_retool.environment import Retool, program_in
@@ -145,6 +146,9 @@ def test_what_is_wrong_with_the_sandbox_is_no_result(monkeypatch):
         ("<code>a</code> <code>b</code>", "b"),
         ("```python\nprint(1)\n```\nAnswer: \\boxed{1}", None),
         ("Answer: \\boxed{1}, and <code>print(1)</code>", "print(1)"),
+        ("I write it between <code> and its end: <code>print(1)</code>", "print(1)"),
+        ("<code>a</code>, which ends at </code>", "a"),
+        ("a </code> b", None),
         ("<code>print(1)", None),
         ("nothing", None),
         ("", None),
@@ -152,6 +156,15 @@ def test_what_is_wrong_with_the_sandbox_is_no_result(monkeypatch):
 )
 def test_programs_in_text(said, code):
     assert program_in(said) == code
+
+
+def test_tags_without_end_take_no_time():
+    """The trainer reads this in its event loop."""
+    started = time.monotonic()
+    assert program_in("<code>" * 50_000) is None
+    assert program_in("<code>" * 50_000 + "1</code>") == "1"
+    assert program_in("```python\n" * 50_000) is not None
+    assert time.monotonic() - started < 1
 
 
 def test_an_episode_in_text():
