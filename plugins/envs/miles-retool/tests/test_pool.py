@@ -1,6 +1,7 @@
 """The pool: what dies is replaced, who leaves is forgotten, and no more run at once than may."""
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -154,6 +155,61 @@ def test_a_call_that_is_cancelled_ends_its_program(sandbox, processes):
     asyncio.run(main())
     wait_until(lambda: len(processes(sandbox)) == 1)
     assert sandbox.running == 0
+
+
+def test_a_call_that_is_cancelled_ends_its_program_though_a_fork_of_the_trainer_holds_its_socket(
+    sandbox, processes, monkeypatch
+):
+    pairs, socketpair = [], pool.socket.socketpair
+    monkeypatch.setattr(pool.socket, "socketpair", lambda: pairs.extend(pair := socketpair()) or pair)
+
+    async def main():
+        call = asyncio.create_task(sandbox.run("import time; time.sleep(100)"))
+        await asyncio.sleep(0.3)
+        held = [os.dup(end.fileno()) for end in pairs if end.fileno() >= 0]
+        assert held
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        return held
+
+    held = asyncio.run(main())
+    wait_until(lambda: len(processes(sandbox)) == 1)
+    for descriptor in held:
+        os.close(descriptor)
+
+
+def test_what_the_trainer_lacks_is_no_result(sandbox, monkeypatch):
+    def none_left(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(pool.socket, "send_fds", none_left)
+    with pytest.raises(WorkerError, match="Too many open files"):
+        asyncio.run(sandbox.run("print(1)"))
+    monkeypatch.setattr(pool, "Zygote", none_left)
+    with pytest.raises(WorkerError, match="did not start: .*Too many open files"):
+        Sandbox(LIMITS).start()
+
+
+def test_a_zygote_that_another_thread_closes_is_replaced(sandbox, monkeypatch):
+    """Between the look whether it lives and the call."""
+    zygote = sandbox._zygote
+    ask = sandbox._ask
+
+    async def late(zygote, code):
+        if sandbox.starts == 1:
+            sandbox.close()
+        return await ask(zygote, code)
+
+    monkeypatch.setattr(sandbox, "_ask", late)
+    assert asyncio.run(sandbox.run("print(1)")).stdout == "1\n"
+    assert zygote.process.poll() is not None
+
+
+def test_other_systems_are_told(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(WorkerError, match="Linux"):
+        Sandbox(LIMITS).start()
 
 
 TRAINER = """

@@ -127,12 +127,17 @@ class Sandbox:
         if len(code) > LONGEST_CODE:
             return Result(stderr=f"the program has more than {LONGEST_CODE} bytes", exit_code=1)
         for _ in "12":
-            zygote = self._zygote if self._alive() else await asyncio.to_thread(self.start)
-            assert zygote is not None
+            zygote = self._living()
+            if zygote is None:
+                zygote = await asyncio.to_thread(self.start)
             try:
                 answer = await self._ask(zygote, code)
             except (ConnectionError, TimeoutError):
                 answer = None
+            except OSError as error:
+                if zygote.process.poll() is None:  # too many open files, for one: nothing that the program did
+                    raise WorkerError(f"sandbox: no call can be made: {error}") from error
+                answer = None  # its socket was closed by who starts another
             if answer is not None:
                 break
             await asyncio.sleep(0.1)  # sockets of a process that dies are closed before its parent can see it
@@ -158,14 +163,14 @@ class Sandbox:
                         break
                     except BlockingIOError:  # many have called at once
                         await asyncio.sleep(0.001)
-            async with asyncio.timeout(self.limits.seconds + GRACE_SECONDS):
-                await loop.sock_sendall(ours, HEADER.pack(len(code)) + code)
-                answer = bytearray()
-                while piece := await loop.sock_recv(ours, 65536):
-                    answer += piece
-        if len(answer) < HEADER.size or len(answer) - HEADER.size != HEADER.unpack_from(answer)[0]:
-            return None
-        return json.loads(answer[HEADER.size :])
+            try:
+                async with asyncio.timeout(self.limits.seconds + GRACE_SECONDS):
+                    await loop.sock_sendall(ours, HEADER.pack(len(code)) + code)
+                    head = await _exactly(ours, HEADER.size)
+                    body = head and await _exactly(ours, HEADER.unpack(head)[0])
+            finally:
+                ours.shutdown(socket.SHUT_RDWR)  # closing is not enough where a fork of the trainer holds it as well
+        return json.loads(body) if body else None
 
     def start(self) -> Zygote:
         """Start the zygote, unless it runs. Blocks for some tenths of a second.
@@ -173,11 +178,18 @@ class Sandbox:
         Raises:
             WorkerError: it did not start, or this machine cannot protect what `require` names.
         """
+        if sys.platform != "linux":
+            raise WorkerError(
+                f"sandbox: it is made of what Linux has, and this is {sys.platform}; use a container there"
+            )
         with self._lock:
-            if self._zygote is not None and self._alive():
-                return self._zygote
+            if zygote := self._living():
+                return zygote
             self.close()
-            zygote = Zygote(asdict(self.limits), self.allowed, self.packages)
+            try:
+                zygote = Zygote(asdict(self.limits), self.allowed, self.packages)
+            except OSError as error:
+                raise WorkerError(f"sandbox: its zygote did not start: {error}") from error
             self.layers, self.missing = frozenset(zygote.hello["layers"]), zygote.hello["missing"]
             self.protected = protected(self.layers, zygote.hello["as_root"])
             unprotected = [what for what in self.require if what not in self.protected]
@@ -205,8 +217,9 @@ class Sandbox:
         """The folder that holds those of running calls, where there are no namespaces."""
         return "" if self._zygote is None else self._zygote.base
 
-    def _alive(self) -> bool:
-        return self._zygote is not None and self._zygote.process.poll() is None
+    def _living(self) -> Zygote | None:
+        zygote = self._zygote  # another thread may close it in between
+        return zygote if zygote is not None and zygote.process.poll() is None else None
 
     def close(self) -> None:
         """End the zygote. Calls that run are answered to their end."""
@@ -247,6 +260,17 @@ class Zygote:
             self.stop()
             raise WorkerError(f"sandbox: its zygote did not start:\n{self.hello['error']}")
         self.control.setblocking(False)
+
+
+async def _exactly(connection: socket.socket, size: int) -> bytes | None:
+    """So many bytes; None when the other side has left before."""
+    got, loop = bytearray(), asyncio.get_running_loop()
+    while len(got) < size:
+        piece = await loop.sock_recv(connection, size - len(got))
+        if not piece:
+            return None
+        got += piece
+    return bytes(got)
 
 
 def _stop(process: subprocess.Popen, control: socket.socket, base: str) -> None:

@@ -96,7 +96,7 @@ TOUCHING_OTHERS: dict[str, tuple[int, int | None]] = {  # refused where programs
 }
 CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
 SOCKETPAIR, MMAP, FCNTL, IOCTL = (53, 199), (9, 222), (72, 25), (16, 29)
-AF_UNIX, NOT_STREAM = 1, 0b1110  # the second: bits of a socket's type that SOCK_STREAM does not have
+AF_UNIX, UNCONNECTED = 1, 0b1010  # the second: bits of a socket's type that neither STREAM nor SEQPACKET has
 MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
 NAMESPACES = CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNET
@@ -113,9 +113,9 @@ REFUSE, UNKNOWN = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ERRNO | er
 BY_ARGUMENT: dict[tuple[int, int], list[Instruction]] = {
     CLONE: [(LOAD, 0, 0, ARGUMENTS[0]), (HAS, 0, 1, NAMESPACES), REFUSE],
     PRLIMIT: [(LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, 0), REFUSE],
-    SOCKETPAIR: [  # asyncio needs pairs of streams; datagrams can be sent to others from a pair, too
+    SOCKETPAIR: [  # asyncio needs pairs of streams; pairs of datagrams may also send to others
         *((LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, AF_UNIX), REFUSE),
-        *((LOAD, 0, 0, ARGUMENTS[1]), (HAS, 0, 1, NOT_STREAM), REFUSE),
+        *((LOAD, 0, 0, ARGUMENTS[1]), (HAS, 0, 1, UNCONNECTED), REFUSE),
     ],
     MMAP: [  # such memory stays when all but a page of it is unmapped, and then no limit of the process counts it
         *((LOAD, 0, 0, ARGUMENTS[3]), (HAS, 0, 2, MAP_SHARED), (HAS, 0, 1, MAP_ANONYMOUS), REFUSE),
