@@ -142,6 +142,8 @@ time.sleep(100)
 
 WITHOUT_ADDRESS = {
     "memfd": "import os\nfor _ in range(8): os.write(os.memfd_create('m'), b'x' * 2**20)",
+    "a socket that holds more": "import socket\n"
+    "socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**24)",
     "a page of a shared mapping": "import ctypes\nmap = ctypes.CDLL(None).mmap\nmap.restype = ctypes.c_ssize_t\n"
     "map.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]\n"
     "if map(None, 4096, 3, 0x21, -1, 0) == -1: raise MemoryError",

@@ -27,6 +27,7 @@ from miles_retool.sandbox.kernel import (
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 REFUSED: dict[str, tuple[int, int | None]] = {  # name: (x86_64, aarch64, None where it has no such call)
     "socket": (41, 198),
+    "setsockopt": (54, 208),  # how much a socket holds, which no limit of the process counts
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
     "process_vm_writev": (311, 271),
