@@ -77,6 +77,15 @@ def as_nobody(patch):
 
 
 @pytest.fixture
+def ordinary_user(monkeypatch):
+    """Sandboxes of this test are those of a trainer who is not root."""
+    if os.geteuid() == 0:
+        if not can_start_as_nobody():
+            pytest.skip(f"{SYSTEM_PYTHON} is not there for everybody, or older than 3.11")
+        as_nobody(monkeypatch)
+
+
+@pytest.fixture
 def sandbox(layered, request):
     """The same, on a machine that has its layers; afterwards it must work, and nothing may be left."""
     if isinstance(layered, str):

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -320,6 +322,21 @@ def test_a_package_in_an_environment_in_a_projects_folder(tmp_path, monkeypatch)
         for code in ("import other", f"open({str(tmp_path / 'venv' / 'token')!r})"):
             assert "Error" in asyncio.run(sandbox.run(code)).stderr
     sandbox.close()
+
+
+def test_a_package_with_a_thread_of_its_own(ordinary_user, monkeypatch):
+    """An ordinary user's trainer makes user namespaces, which a process with threads may not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "threaded.py").write_text(
+            "import threading, time\nthreading.Thread(target=time.sleep, args=(1e6,), daemon=True).start()\nx = 7"
+        )
+        monkeypatch.syspath_prepend(folder)
+        sandbox = Sandbox(LIMITS, packages=("threaded",), require=())
+        assert asyncio.run(sandbox.run("import threaded; print(threaded.x)")).stdout == "7\n"
+        base = sandbox.base
+        sandbox.close()
+        wait_until(lambda: mentioning(base) == [])
 
 
 def test_a_package_that_is_not_installed():

@@ -39,6 +39,7 @@ def main(descriptor: int, settings: dict) -> None:
     try:
         folders = [path for path in sys.path if os.path.isdir(path)]
         folders += import_ahead(settings["packages"], settings["paths"])
+        leave_threads()
         jail, missing = strongest(settings, folders)
     except BaseException:
         control.send(json.dumps({"error": traceback.format_exc()}).encode()[:HELLO_BYTES])
@@ -78,6 +79,12 @@ def import_ahead(packages: list[str], paths: list[str]) -> list[str]:
             top = file[len(path) + 1 :].split("/")[0]
             places |= {f"{path}/{top}", *(f"{path}/{top}.libs" for _ in "1" if os.path.isdir(f"{path}/{top}.libs"))}
     return sorted(places)
+
+
+def leave_threads() -> None:
+    """Go on in a fork when a package has started threads: a process with threads may not make a user namespace."""
+    if len(os.listdir("/proc/self/task")) > 1 and (child := os.fork()):
+        os._exit(os.waitpid(child, 0)[1] and 1)
 
 
 def strongest(settings: dict, folders: list[str]) -> tuple[Jail, dict[str, str]]:
