@@ -360,6 +360,11 @@ for call in (lambda: os.setuid(0), lambda: os.setresuid(0, 0, 0), lambda: os.chr
     assert (result.stdout, result.exit_code) == ("", 0), result
 
 
+def test_it_ends_with_its_supervisor_whether_it_wants_to_or_not(run, sandbox):
+    code = "import ctypes; print(ctypes.CDLL(None).prctl(1, 0))"
+    assert run(code).stdout == ("-1\n" if "seccomp" in sandbox.layers else "0\n")
+
+
 def test_no_namespaces_of_its_own(run, sandbox):
     if "seccomp" not in sandbox.layers:
         pytest.skip("the kernel's own rules say who may make namespaces")

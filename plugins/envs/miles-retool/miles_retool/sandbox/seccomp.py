@@ -20,6 +20,7 @@ from miles_retool.sandbox.kernel import (
     CLONE_NEWPID,
     CLONE_NEWUSER,
     CLONE_NEWUTS,
+    PR_SET_PDEATHSIG,
     check,
     libc,
 )
@@ -96,7 +97,7 @@ TOUCHING_OTHERS: dict[str, tuple[int, int | None]] = {  # refused where programs
     "truncate": (76, 45),
 }
 CLONE, CLONE3, PRLIMIT = (56, 220), (435, 435), (302, 261)
-SOCKETPAIR, MMAP, FCNTL, IOCTL = (53, 199), (9, 222), (72, 25), (16, 29)
+SOCKETPAIR, MMAP, PRCTL, FCNTL, IOCTL = (53, 199), (9, 222), (157, 167), (72, 25), (16, 29)
 AF_UNIX, UNCONNECTED = 1, 0b1010  # the second: bits of a socket's type that neither STREAM nor SEQPACKET has
 MAP_SHARED, MAP_ANONYMOUS = 0x01, 0x20
 F_SETOWN, F_SETOWN_EX, FIOSETOWN, SIOCSPGRP = 8, 15, 0x8901, 0x8902
@@ -114,6 +115,7 @@ REFUSE, UNKNOWN = (RETURN, 0, 0, ERRNO | errno.EPERM), (RETURN, 0, 0, ERRNO | er
 BY_ARGUMENT: dict[tuple[int, int], list[Instruction]] = {
     CLONE: [(LOAD, 0, 0, ARGUMENTS[0]), (HAS, 0, 1, NAMESPACES), REFUSE],
     PRLIMIT: [(LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, 0), REFUSE],
+    PRCTL: [(LOAD, 0, 0, ARGUMENTS[0]), (IS, 0, 1, PR_SET_PDEATHSIG), REFUSE],  # so that it ends with its supervisor
     SOCKETPAIR: [  # asyncio needs pairs of streams; pairs of datagrams may also send to others
         *((LOAD, 0, 0, ARGUMENTS[0]), (IS, 1, 0, AF_UNIX), REFUSE),
         *((LOAD, 0, 0, ARGUMENTS[1]), (HAS, 0, 1, UNCONNECTED), REFUSE),
