@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import signal
@@ -118,6 +119,29 @@ def test_calls_outlive_their_zygote(sandbox):
     assert result.stdout == "1\n"
     assert [other.stdout for other in others] == ["2\n"] * 6
     assert sandbox.starts == 2
+
+
+def test_files_of_calls_outlive_their_zygote():
+    """Its folder goes with the last of its calls."""
+    if os.geteuid() != 0:
+        pytest.skip("without namespaces the kernel counts programs with all other processes of this user")
+    sandbox = Sandbox(LIMITS, layers=("user", "seccomp"), require=())
+    sandbox.start()
+    base = sandbox.base
+
+    async def main():
+        code = "import time; time.sleep(1); open('f', 'w').write('kept'); print(open('f').read())"
+        call = asyncio.create_task(sandbox.run(code))
+        await asyncio.sleep(0.3)
+        os.kill(sandbox.zygote_id, signal.SIGKILL)
+        await sandbox.run("print(2)")
+        return await call
+
+    assert asyncio.run(main()).stdout == "kept\n"
+    assert sandbox.starts == 2
+    gc.collect()
+    assert not os.path.exists(base)
+    sandbox.close()
 
 
 def test_a_zygote_that_dies_at_once_is_an_error(sandbox, monkeypatch):

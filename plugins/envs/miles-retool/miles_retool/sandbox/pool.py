@@ -185,8 +185,7 @@ class Sandbox:
         with self._lock:
             if zygote := self._living():
                 return zygote
-            self.close()
-            try:
+            try:  # one that has died is forgotten; its folder goes with the last of its calls
                 zygote = Zygote(asdict(self.limits), self.allowed, self.packages)
             except OSError as error:
                 raise WorkerError(f"sandbox: its zygote did not start: {error}") from error
