@@ -216,6 +216,13 @@ def test_other_folders_cannot_be_listed(run, secret):
     assert run(code).stdout.replace("\n", "").replace(".pyenv", "") == ""
 
 
+def test_other_folders_cannot_be_watched(run, sandbox):
+    if "seccomp" not in sandbox.layers:
+        pytest.skip("with namespaces there is but its own; else what everybody may read is not protected")
+    code = "import ctypes; libc = ctypes.CDLL(None); print(libc.inotify_add_watch(libc.inotify_init(), b'/tmp', 0xfff))"
+    assert run(code).stdout == "-1\n"
+
+
 @pytest.mark.needs("files")
 def test_other_files_cannot_be_written(run, secret):
     secret.chmod(0o666)

@@ -44,6 +44,9 @@ REFUSED: dict[str, tuple[int, int | None]] = {  # name: (x86_64, aarch64, None w
     "fsopen": (430, 430),
     "fsmount": (432, 432),
     "mount_setattr": (442, 442),
+    "inotify_init": (253, None),  # tells the names of files in folders that landlock lets nobody list
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
     "userfaultfd": (323, 282),
