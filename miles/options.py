@@ -97,4 +97,5 @@ def _adapter(kind: type) -> TypeAdapter:
 
 
 def _message(item: Any) -> str:
-    return item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").replace("Input should", "must")
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return message.replace("Input should", "must").replace("a valid tuple", "a list")  # as YAML and flags write it

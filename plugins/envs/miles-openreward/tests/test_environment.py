@@ -8,6 +8,7 @@ from miles_openreward.plugin import OpenRewardOptions, miles_configure
 
 from miles.api import Action, ConfigError, DataError, Prompt, ToolCall
 from miles.config import Config
+from miles.options import read_options
 
 
 def call(name, id="call_0", **arguments):
@@ -204,6 +205,11 @@ def test_a_hosted_environment_is_told_the_key_and_does_not_give_it_away(play, ur
     _, (step,) = play("Gossip", turn(call("tell")), metadata=row, base_url=None)
     assert "'OPENREWARD_API_KEY': '[OPENREWARD_API_KEY]'" in step.messages[0]["content"]
     assert "sk-of-the-account" not in repr(step)
+
+
+def test_secrets_of_a_task_set_are_a_list_of_names():
+    _, (fault,) = read_options(OpenRewardOptions, {"secrets": {"floor_key": None}})
+    assert str(fault) == "secrets={'floor_key': None}: must be a list"
 
 
 def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):
