@@ -59,56 +59,71 @@ def test_right_ones_pass(passes):
     passes(EnvironmentContract, but(script=lambda self, prompt: ["3", Action("7")]), **SCRIPT)
 
 
+async def a_string(self, prompt):
+    return Observation(("Guess.",))
+
+
+async def a_list(self, prompt):
+    return [{"role": "user", "content": "Guess."}]
+
+
+async def bare_tool(self, prompt):
+    return Observation(({"role": "user", "content": "Guess."},), ({"name": "f"},))
+
+
+async def endless(self, action):
+    return StepResult(({"role": "user", "content": "again"},), 0.0)
+
+
+async def infinite(self, action):
+    return StepResult((), float("inf"), True)
+
+
+async def a_tuple(self, action):
+    return "again", 0.0, True
+
+
+async def silent(self, action):
+    return StepResult((), 0.0, action.text == "7")
+
+
+async def parsing(self, action):
+    return StepResult(({"role": "user", "content": "no"},), 0.0, int(action.text) == self.secret)
+
+
+async def first_call(self, action):
+    return StepResult(({"role": "user", "content": "no"},), 0.0, action.tool_calls[0].arguments["n"] == 7)
+
+
+async def shared(self, action):
+    Guess.count = getattr(Guess, "count", 0) + 1
+    return StepResult(({"role": "user", "content": f"{Guess.count} tries"},), 0.0, action.text == "7")
+
+
+async def noisy(self, action):
+    return StepResult(({"role": "user", "content": "?"},), random.random(), action.text == "7")
+
+
+async def first_result(self, action):
+    step = await ToolEnvironment.step(self, action)
+    return replace(step, messages=step.messages[:1])
+
+
+async def last_first(self, action):
+    step = await ToolEnvironment.step(self, action)
+    return replace(step, messages=step.messages[::-1])
+
+
+async def blocking(self, action):
+    time.sleep(0.6)
+    return await Guess.step(self, action)
+
+
+async def close_once(self):
+    del self.secret
+
+
 def test_wrong_ones_are_caught(catches):
-    async def a_string(self, prompt):
-        return Observation(("Guess.",))
-
-    async def a_list(self, prompt):
-        return [{"role": "user", "content": "Guess."}]
-
-    async def bare_tool(self, prompt):
-        return Observation(({"role": "user", "content": "Guess."},), ({"name": "f"},))
-
-    async def endless(self, action):
-        return StepResult(({"role": "user", "content": "again"},), 0.0)
-
-    async def infinite(self, action):
-        return StepResult((), float("inf"), True)
-
-    async def a_tuple(self, action):
-        return "again", 0.0, True
-
-    async def silent(self, action):
-        return StepResult((), 0.0, action.text == "7")
-
-    async def parsing(self, action):
-        return StepResult(({"role": "user", "content": "no"},), 0.0, int(action.text) == self.secret)
-
-    async def first_call(self, action):
-        return StepResult(({"role": "user", "content": "no"},), 0.0, action.tool_calls[0].arguments["n"] == 7)
-
-    async def shared(self, action):
-        Guess.count = getattr(Guess, "count", 0) + 1
-        return StepResult(({"role": "user", "content": f"{Guess.count} tries"},), 0.0, action.text == "7")
-
-    async def noisy(self, action):
-        return StepResult(({"role": "user", "content": "?"},), random.random(), action.text == "7")
-
-    async def first_result(self, action):
-        step = await ToolEnvironment.step(self, action)
-        return replace(step, messages=step.messages[:1])
-
-    async def last_first(self, action):
-        step = await ToolEnvironment.step(self, action)
-        return replace(step, messages=step.messages[::-1])
-
-    async def blocking(self, action):
-        time.sleep(0.6)
-        return await Guess.step(self, action)
-
-    async def close_once(self):
-        del self.secret
-
     catches(
         EnvironmentContract,
         {
