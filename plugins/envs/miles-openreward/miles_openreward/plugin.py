@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from miles.api import Component, ConfigError, hookimpl
 
@@ -37,6 +37,10 @@ class OpenRewardOptions:
             raise ConfigError(f"openreward: base_url={self.base_url!r} is no address: http://HOST:PORT")
         if self.system_prompt_template is not None:
             system_prompt(self.system_prompt_template, "")
+
+    def preflight(self) -> None:
+        """Secrets that are missing are noticed before anything is built."""
+        self.confidential()
 
     def confidential(self) -> dict[str, str]:
         """Secret -> its value.
@@ -107,12 +111,3 @@ def miles_register_rewards() -> Mapping[str, Component]:
             summary="What an environment paid: sum, mean, max or min, within bounds",
         )
     }
-
-
-@hookimpl
-def miles_configure(config: Any) -> None:
-    """Secrets that are missing are noticed before anything is built."""
-    for task_set in (*config.data.sets, *config.eval.sets):
-        spec = task_set.environment
-        if spec is not None and spec.name.rpartition("/")[2] == NAME:
-            OpenRewardOptions(**spec.options).confidential()

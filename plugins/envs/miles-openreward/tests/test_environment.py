@@ -4,10 +4,9 @@ import asyncio
 
 import pytest
 from miles_openreward.environment import NO_CALL, OpenReward, SessionError
-from miles_openreward.plugin import OpenRewardOptions, miles_configure
+from miles_openreward.plugin import OpenRewardOptions
 
 from miles.api import Action, ConfigError, DataError, Prompt, ToolCall
-from miles.config import Config
 from miles.options import read_options
 
 
@@ -213,20 +212,20 @@ def test_secrets_of_a_task_set_are_a_list_of_names():
 
 
 def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):
-    def config(base_url="http://127.0.0.1:9", **options):
-        world = {"name": "openreward", "base_url": base_url, **options}
-        return Config.model_validate({"data": {"sets": [{"path": "x.jsonl", "environment": world}]}})
+    def check(base_url="http://127.0.0.1:9", **options):
+        read, _ = read_options(OpenRewardOptions, {"base_url": base_url, **options})
+        read.preflight()
 
-    miles_configure(config())
+    check()
     with pytest.raises(ConfigError, match="set floor_key"):
-        miles_configure(config(secrets=["floor_key"]))
+        check(secrets=["floor_key"])
     monkeypatch.setenv("FLOOR_KEY", "x")
-    miles_configure(config(secrets=["floor_key"]))
+    check(secrets=["floor_key"])
     with pytest.raises(
         ConfigError, match=r"is to get the trajectories \(run_name\), and OPENREWARD_API_KEY is not set"
     ):
-        miles_configure(config(run_name="mine"))
+        check(run_name="mine")
     with pytest.raises(ConfigError, match="hosts the environments .* OPENREWARD_API_KEY is not set"):
-        miles_configure(config(base_url=None))
+        check(base_url=None)
     monkeypatch.setenv("OPENREWARD_API_KEY", "sk-of-the-account")
-    miles_configure(config(base_url=None, run_name="mine"))
+    check(base_url=None, run_name="mine")
