@@ -95,12 +95,19 @@ class EngineFront:
     def _leave(self) -> None:
         self._in_flight -= 1
         if not self._in_flight:
-            self.traffic.seconds += time.perf_counter() - self._busy_since
+            self._count_seconds()
+
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.traffic.seconds += now - self._busy_since
+        self._busy_since = now
 
     async def abort(self) -> None:
         await asyncio.gather(*(engine.abort() for engine in self.engines))
 
     def take_traffic(self) -> Traffic:
+        if self._in_flight:  # where they never stop, no end comes at which their time would be counted
+            self._count_seconds()
         taken, self.traffic = self.traffic, Traffic()
         return taken
 

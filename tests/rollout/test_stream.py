@@ -1,6 +1,7 @@
 """Groups that come and go one by one: how many are under way, what is kept of them, and an account of all."""
 
 import asyncio
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,6 +219,29 @@ def test_evaluation_neither_queues_behind_training_nor_counts_as_it():
 
     drawn = asyncio.run(main())
     assert (gate.take_traffic().generated_tokens, front.take_traffic().generated_tokens) == (drawn, 4)
+
+
+def test_the_time_of_an_engine_that_never_stops_is_counted_when_it_is_asked_for():
+    gate = Gate([Engine(lambda request: 10_000)], 2)
+
+    async def main():
+        start = time.perf_counter()
+        request = GenerateRequest("train", [1], SamplingParams(max_new_tokens=100_000))
+        task = asyncio.ensure_future(gate.generate(request))
+        taken = []
+        for _ in range(3):
+            await asyncio.sleep(0.02)
+            taken.append(gate.take_traffic().seconds)
+        await gate.close()
+        await task
+        taken.append(gate.take_traffic().seconds)
+        await asyncio.sleep(0.02)
+        return taken, time.perf_counter() - start, gate.take_traffic().seconds
+
+    taken, elapsed, idle = asyncio.run(main())
+    assert min(taken[:3]) >= 0.015
+    assert sum(taken) <= elapsed - 0.015
+    assert idle == 0
 
 
 def test_too_many_failures_end_it_but_one_at_the_beginning_does_not():
