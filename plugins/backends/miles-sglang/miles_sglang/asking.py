@@ -30,6 +30,8 @@ class Abilities:
     """While it sleeps."""
     streams: bool = False
     """In chunks that do not repeat what came before."""
+    graphs: int | None = None
+    """Sequences that its largest CUDA graph decodes at once; None where it has no graphs, or does not say."""
 
     @classmethod
     def of(cls, info: Mapping[str, Any], hf_config: Any) -> Abilities:
@@ -45,6 +47,7 @@ class Abilities:
             sleeps=bool(info.get("enable_memory_saver")),
             keeps_weights=bool(info.get("enable_weights_cpu_backup")),
             streams=bool(info.get("incremental_streaming_output")),
+            graphs=_graphs(info),
         )
 
     @classmethod
@@ -54,6 +57,11 @@ class Abilities:
         if any(replace(can, max_len=shared.max_len) != shared for can in each):
             raise EngineError(f"the servers of one engine were started differently: {each}")
         return shared
+
+
+def _graphs(info: Mapping[str, Any]) -> int | None:
+    decoding = (info.get("cuda_graph_config") or {}).get("decode") or {}
+    return None if decoding.get("backend") == "disabled" else decoding.get("max_bs")
 
 
 def refuse(request: GenerateRequest, can: Abilities, vocabulary: int, routing: Routing | None) -> None:

@@ -15,6 +15,7 @@ What is particular to SGLang, and therefore stands here and not in the protocol:
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -56,6 +57,8 @@ SCORING = "score"
 """As the id of a request that scores."""
 NO_WEIGHTS = "no weights have arrived since it started: sync them first"
 
+logger = logging.getLogger("miles")
+
 
 class SGLangEngine:
     """Servers that it starts (`sglang`), or that run already (`sglang_external`)."""
@@ -69,6 +72,8 @@ class SGLangEngine:
         self._routing = Routing.of(context.hf_config)
         self._flights, self._standing, self._affinity = Flights(), Standing(), Affinity()
         self._can: Abilities | None = None
+        self._crowded = False
+        """Somebody was told that servers have more requests than graphs."""
         self._sender: Sender | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -192,6 +197,7 @@ class SGLangEngine:
                 listener(piece)
 
         with self._flights.one(request.id, self._affinity.key(request.id, request.tokens)) as flight:
+            self._look_at_crowd(sender, can)
             while not answer.finish_reason:
                 reason = await sender.send(flight, body, take)
                 if reason == "abort" and len(answer.tokens) >= most:
@@ -199,6 +205,18 @@ class SGLangEngine:
                 if reason != "abort" or flight.aborted or not flight.retracted:
                     answer.finish_reason = reason
         return answer.result()
+
+    def _look_at_crowd(self, sender: Sender, can: Abilities) -> None:
+        """Nothing else tells that a server decodes without CUDA graphs: it is right, and slow."""
+        if can.graphs is None or self._crowded or len(self._flights.all) <= can.graphs * len(sender.fleet.servers):
+            return
+        self._crowded = True
+        logger.warning(
+            "SGLang engine: more than %d requests at once for a server, and its CUDA graphs end there: a step of more "
+            "may take several times as long, of a small model. Lower --rollout-concurrency, or raise %s",
+            can.graphs,
+            f"--{'' if self._external else 'sglang-'}cuda-graph-max-bs-decode",
+        )
 
     async def score(self, tokens: Sequence[int], temperature: float = 1.0) -> np.ndarray:
         """SGLang scores given tokens at temperature 1. At another one it is asked about each of them as the next token:

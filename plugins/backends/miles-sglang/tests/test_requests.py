@@ -65,6 +65,29 @@ def test_what_a_server_does_not_know_is_not_sent():
     assert "sampling_seed" not in body["sampling_params"]
 
 
+GRAPHS = {"decode": {"backend": "full", "max_bs": 2, "bs": [1, 2]}, "prefill": {"backend": "disabled"}}
+
+
+@pytest.mark.parametrize(
+    ("requests", "servers", "config", "told"),
+    [
+        (2, 1, GRAPHS, 0),
+        (5, 1, GRAPHS, 1),
+        (4, 2, GRAPHS, 0),
+        (5, 2, GRAPHS, 1),
+        (5, 1, {"decode": {"backend": "disabled", "max_bs": 2}}, 0),
+        (5, 1, None, 0),
+    ],
+)
+def test_more_requests_than_graphs_are_told_once(requests, servers, config, told, caplog):
+    async def story(engine):
+        await asyncio.gather(*(engine.generate(ask(str(number))) for number in range(requests)))
+
+    run(story, *(FakeSGLang(cuda_graph_config=config) for _ in range(servers)))
+    assert caplog.text.count("more than 2 requests at once") == told
+    assert caplog.text.count("--cuda-graph-max-bs-decode") == told
+
+
 def test_a_server_where_low_priorities_go_first_gets_the_contrary():
     upside_down = FakeSGLang(schedule_low_priority_values_first=True)
     run(lambda engine: engine.generate(ask(priority=1)), upside_down)
