@@ -1,11 +1,12 @@
 """Asynchronous against synchronous training on the same two GPUs, with SGLang: steps an hour, and what is learned.
 
-    python scripts/gpu/sglang_modes.py [sync async-2 ...] [--steps 20] [--lr 2e-5]
+    python scripts/gpu/sglang_modes.py [sync async-2 ...] [--steps 17] [--lr 3e-6]
     python scripts/gpu/sglang_modes.py sync async-2 agent --small --device cpu --engine torch      # no GPU
 
 The recipe examples/qwen3-0.6b-grpo at the shape of Qwen3-0.6B with random weights, on made-up problems, rewarded for
-even token ids. Each sample has a length of its own, log-normal and the same in every case, so that batches have a tail
-that somebody waits for. Cases, each a `miles train` with a limit of `--limit` seconds:
+even token ids, which the embeddings tell from odd ones. Each sample has a length of its own, log-normal and the same in
+every case, so that batches have a tail that somebody waits for. Cases, each a `miles train` with a limit of `--limit`
+seconds:
 
     sync         two train ranks, a server beside each, taking turns
     apart        one GPU trains, one generates, in turns
@@ -15,9 +16,14 @@ that somebody waits for. Cases, each a `miles train` with a limit of `--limit` s
                  session gateway; no long tail
     agent-async  `async-1` with it
 
-Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint. `idle` is 1 -
-utilisation.gpu of NVML in that time, over all GPUs. `abs_diff` is how far the log-probabilities of trainer and engine
-are apart, as in every run; under `fully_async` tokens of older weights count in it.
+A server that generates for a trainer on another GPU gets 256 requests at a time: SGLang's CUDA graphs reach no further
+there by default, and without them a step of such a small model takes several times as long.
+
+Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint; so are the seconds of a
+step and of its phases, on average, of which `rollout` is how long the trainer waits for a batch. In `async-N` batches
+come in bursts of N + 1: count a multiple of that. `idle` is 1 - utilisation.gpu of NVML in that time, over all GPUs;
+`tok/s` is of engines while they generate. `abs_diff` is how far the log-probabilities of trainer and engine are apart,
+as in every run; under `fully_async` tokens of older weights count in it.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from cases import Book, GpuWatch, keep_logs, out_folder, run_process, tail
@@ -43,7 +49,7 @@ from shapes import make_checkpoint
 from miles.api import GenerateContext, Sample
 from miles.builtins.generate import single_turn
 
-APART = ("--rollout-num-gpus", "1", "--no-colocate")
+APART = ("--rollout-num-gpus", "1", "--no-colocate", "--rollout-concurrency", "256")
 ASYNC = (*APART, "--rollout-mode", "fully_async", "--max-weight-staleness")
 CASES: dict[str, tuple[str, ...]] = {
     "sync": ("--actor-num-gpus-per-node", "2", "--colocate"),
@@ -54,6 +60,9 @@ CASES: dict[str, tuple[str, ...]] = {
     "agent-async": (*ASYNC, "1"),
 }
 SMALL = {"batch_size": 4, "n_samples_per_prompt": 4}
+PARITY = 0.4
+"""Of `make_checkpoint`; other parts of an embedding have a length of 1.6."""
+PHASES = ("step", "rollout", "generate", "workers", "move", "sync")
 LEARNED = 3
 """Steps over which the reward at the end is averaged."""
 
@@ -127,38 +136,47 @@ def run_case(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     if first in ended and last > first:
         figures["steps_per_hour"] = 3600 * (last - first) / (ended[last] - ended[first])
         figures["idle"] = watch.idle([(ended[first], ended[last])])
-    lines = (folder / case / "metrics.jsonl").read_text().splitlines() if ended else []
-    steps = [step for step in map(json.loads, lines) if step["step"]]
+    text = (folder / case / "metrics.jsonl").read_text() if ended else ""
+    (out_folder() / f"modes_{case}_metrics.jsonl").write_text(text)
+    steps = [step for step in map(json.loads, text.splitlines()) if step["step"]]
     return figures | told(steps, [step for step in steps if first < step["step"] <= last])
 
 
 def told(steps: list[dict[str, float]], counted: list[dict[str, float]]) -> dict[str, Any]:
     """Of what every step learned, and of what those that count took."""
 
-    def middle(name: str) -> float | None:
-        found = [step[name] for step in counted if step.get(name) is not None]
-        return median(found) if found else None
+    def of_each(name: str) -> list[float]:
+        return [step[name] for step in counted if step.get(name) is not None]
+
+    def average(name: str) -> float | None:
+        found = of_each(name)
+        return mean(found) if found else None
+
+    tokens, seconds = sum(of_each("rollout/generated_tokens")), sum(of_each("perf/generate_time"))
 
     figures: dict[str, Any] = {
         "rewards": [step["rollout/reward"] for step in steps],
         "reward_last": mean(step["rollout/reward"] for step in steps[-LEARNED:]) if steps else None,
-        "generated_tokens": mean(step["rollout/generated_tokens"] for step in counted) if counted else None,
-        "staleness": middle("rollout/staleness/mean"),
-        "abs_diff": middle("train/train_rollout_logprob_abs_diff"),
+        "generated_tokens": average("rollout/generated_tokens"),
+        "tok/s": tokens / seconds if seconds else None,
+        "staleness": average("rollout/staleness/mean"),
+        "abs_diff": average("train/train_rollout_logprob_abs_diff"),
+        "longest": max(of_each("perf/step_time"), default=None),
         "failed": max((step["rollout/failed_ratio"] for step in steps), default=None),
     }
-    return figures | {phase: middle(f"perf/{phase}_time") for phase in ("step", "generate", "workers", "move", "sync")}
+    return figures | {phase: average(f"perf/{phase}_time") for phase in PHASES}
 
 
 def table(book: Book) -> list[list[Any]]:
-    names = "steps_per_hour step generate workers move sync idle generated_tokens staleness abs_diff failed reward_last"
-    rows: list[list[Any]] = [["case", "of sync", *names.split(), "peak GiB", ""]]
+    names = ["steps_per_hour", *PHASES, "longest", "idle", "generated_tokens", "tok/s", "staleness", "abs_diff"]
+    names += ["failed", "reward_last"]
+    rows: list[list[Any]] = [["case", "of sync", *names, "peak GiB", ""]]
     base = book.figures.get("sync", {}).get("steps_per_hour")
     for case, figures in book.figures.items():
         if case != "versions":
             speed, peak = figures.get("steps_per_hour"), max(figures.get("gpu_peak_mib") or [0]) / 1024
             ratio = speed / base if speed and base else None
-            shown = [figures.get(name) for name in names.split()]
+            shown = [figures.get(name) for name in names]
             rows.append([case, ratio, *shown, peak, str(figures.get("error", ""))[:200]])
     return rows
 
@@ -170,13 +188,13 @@ def main() -> None:
     parser.add_argument("--flags", default="--sglang-attention-backend triton", help="of SGLang, in one string")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="a tiny model and batches")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=17)
     parser.add_argument("--warm", type=int, default=4, help="steps that are not counted")
     parser.add_argument("--median", type=int, default=256, help="tokens of a response")
     parser.add_argument("--sigma", type=float, default=0.8, help="of its logarithm; 0: all are equally long")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of a response")
     parser.add_argument("--tokens", type=int, default=16_384, help="in a micro-batch")
-    parser.add_argument("--lr", type=float, default=2e-5)
+    parser.add_argument("--lr", type=float, default=3e-6)
     parser.add_argument("--limit", type=float, default=300, help="seconds after which a case is killed")
     arguments, arguments.rest = parser.parse_known_args()
     if unknown := set(arguments.cases) - set(CASES):
@@ -185,7 +203,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="modes-") as name:
         folder = Path(name)
         device = "cuda" if arguments.device.startswith("cuda") else "cpu"
-        make_checkpoint(folder / "model", "tiny" if arguments.small else "0.6B", device)
+        make_checkpoint(folder / "model", "tiny" if arguments.small else "0.6B", device, parity=PARITY)
         make_problems(folder)
         for case in arguments.cases:
             book.case(case, lambda case=case: run_case(case, arguments, folder))

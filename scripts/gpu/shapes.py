@@ -67,7 +67,14 @@ def model_config(shape: str, **changes: Any) -> Any:
 
 
 def make_checkpoint(
-    folder: Path, shape: str, device: str = "cpu", *, weights: bool = True, ends: bool = True, deviation: float = 0.05
+    folder: Path,
+    shape: str,
+    device: str = "cpu",
+    *,
+    weights: bool = True,
+    ends: bool = True,
+    deviation: float = 0.05,
+    parity: float = 0.0,
 ) -> Any:
     """A checkpoint in bf16 with a tokenizer that knows bytes and the marks of ChatML.
 
@@ -75,6 +82,8 @@ def make_checkpoint(
         device: on which weights are drawn, with this `deviation`.
         weights: False for a folder that says what the model is and holds none of it.
         ends: False for a model without a token that ends a response: all have the length that was asked for.
+        parity: embeddings of even and of odd token ids are moved apart by twice this length. Random ones have nothing
+            in common, and what is rewarded for all even ids would have to be learned for each by itself.
 
     Returns:
         Its transformers config.
@@ -90,6 +99,8 @@ def make_checkpoint(
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config)
+            if parity:
+                _part(model.get_input_embeddings().weight.data, parity)
         model.to(torch.bfloat16).save_pretrained(folder)
         del model
         torch.cuda.empty_cache()
@@ -98,3 +109,12 @@ def make_checkpoint(
         config.dtype = torch.bfloat16
         config.save_pretrained(folder)
     return config
+
+
+def _part(rows: Any, length: float) -> None:
+    """Move even rows of a matrix this far along a direction, and odd ones against it."""
+    import torch
+
+    direction = length * torch.nn.functional.normalize(torch.randn(rows.shape[1]), dim=0)
+    rows[0::2] += direction
+    rows[1::2] -= direction
