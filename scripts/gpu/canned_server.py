@@ -67,9 +67,10 @@ class Canned:
         return web.Response(text=reply, content_type="application/json")
 
     async def _forward(self, request: web.BaseRequest) -> web.Response:
+        url, headers = f"{self.upstream}{request.path_qs}", {"Content-Type": request.content_type}
         async with (
             ClientSession() as session,
-            session.request(request.method, f"{self.upstream}{request.path_qs}", data=await request.read()) as answer,
+            session.request(request.method, url, data=await request.read(), headers=headers) as answer,
         ):
             body = await answer.read()
             if request.path == "/model_info":

@@ -20,8 +20,8 @@ measurement() { LIMIT[$1]=$2 COMMAND[$1]=$3; }
 measurement cramped 200 "several.py cramped --steps 3 --limit 180" # two GPUs
 for job in dense moe torch torch-moe; do measurement $job 260 "sglang_job.py $job --limit 240"; done
 measurement killed 345 "sglang_job.py killed --limit 330"
-measurement quickstart 330 "sglang_job.py quickstart --limit 180"
-measurement quickstart-64 330 "sglang_job.py quickstart --limit 180 --seed 2 --head-dim 64" # where heads of 32 are too small
+measurement quickstart 420 "sglang_job.py quickstart --limit 280"
+measurement quickstart-64 420 "sglang_job.py quickstart --limit 280 --seed 2 --head-dim 64" # where heads of 32 are too small
 measurement throughput 440 "sglang_throughput.py --rounds 3 --limit 200"
 for shape in 0.6B 4B 8B; do measurement sync-$shape 320 "sglang_sync.py $shape --limit 300"; done
 for model in dense moe; do measurement wire-$model 260 "sglang_conformance.py --models $model"; done
