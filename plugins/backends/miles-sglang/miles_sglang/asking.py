@@ -78,6 +78,9 @@ def refuse(request: GenerateRequest, can: Abilities, vocabulary: int, routing: R
         "has min_new_tokens, which need a server with a tokenizer: start it without --skip-tokenizer-init": (
             sampling.min_new_tokens and not can.has_tokenizer
         ),
+        f"has min_p {sampling.min_p}, which ends a server that runs with --enable-deterministic-inference": (
+            sampling.min_p and can.deterministic
+        ),
         f"has max_new_tokens {sampling.max_new_tokens}, which must be at least 1": sampling.max_new_tokens < 1,
         f"has temperature {sampling.temperature}, which must not be negative": sampling.temperature < 0,
     }

@@ -8,8 +8,8 @@ What is particular to SGLang, and therefore stands here and not in the protocol:
   token that was under way when they paused gets the new version although old weights made it.
 - Draws go by seed and position, so the second piece of an answer goes on as the first would have; but only where the
   server runs with `--enable-deterministic-inference`, and otherwise a seed means nothing.
-- Several calls end the server's process: a token outside the vocabulary; memory that is released while requests run.
-  They are refused here.
+- Several calls end the server's process: a token outside the vocabulary; `min_p` with deterministic inference; memory
+  that is released while requests run. They are refused here.
 """
 
 from __future__ import annotations

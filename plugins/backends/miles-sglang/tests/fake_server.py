@@ -107,6 +107,8 @@ class FakeSGLang:
 
     async def generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         rid, most = body["rid"], body["sampling_params"]["max_new_tokens"]
+        seeded = self.info["enable_deterministic_inference"]
+        assert not (seeded and body["sampling_params"].get("min_p")), "multinomial_with_seed, and the scheduler ends"
         self.aborted[rid] = False
         stream = web.StreamResponse()
         if body.get("stream"):

@@ -59,10 +59,11 @@ def test_without_stop_tokens_the_checkpoints_own_do_not_count(server):
 
 def test_what_a_server_does_not_know_is_not_sent():
     plain = FakeSGLang(enable_deterministic_inference=False, enable_priority_scheduling=False)
-    run(lambda engine: engine.generate(ask(seed=5, priority=1)), plain)
+    run(lambda engine: engine.generate(ask(seed=5, priority=1, sampling={"min_p": 0.1})), plain)
     (body,) = plain.called("/generate")
     assert "priority" not in body
     assert "sampling_seed" not in body["sampling_params"]
+    assert body["sampling_params"]["min_p"] == 0.1
 
 
 GRAPHS = {"decode": {"backend": "full", "max_bs": 2, "bs": [1, 2]}, "prefill": {"backend": "disabled"}}
@@ -136,6 +137,7 @@ def test_the_context_limits_what_is_generated():
         (ask(sampling={"min_new_tokens": 2}), "--skip-tokenizer-init"),
         (ask(sampling={"temperature": -1.0}), "temperature -1.0"),
         (ask(length=0), "max_new_tokens 0"),
+        (ask(sampling={"min_p": 0.1}), "min_p 0.1, which ends a server"),
     ],
 )
 def test_requests_that_would_end_the_server_or_lose_something_are_refused(server, request_, message):

@@ -39,6 +39,8 @@ class Server:
         self.context = self.info.get("context_length") or config["max_position_embeddings"]
         self.ours = self.info.get("server") == "miles serve"
         self.text = not self.info["skip_tokenizer_init"]
+        self.one_seed = self.info["enable_deterministic_inference"] and not self.ours
+        """What has no seed is drawn with one and the same."""
         self.tolerance = 1e-3 if self.ours else 0.15
         """Of log-probs that two kernels computed: another server computes in bf16."""
 
@@ -58,6 +60,11 @@ class Server:
     def score(self, tokens: list[int], start: int = 0) -> list[Any]:
         """`input_token_logprobs` of the given tokens."""
         return self.generate(tokens, 0, logprob_start_len=start)["meta_info"]["input_token_logprobs"]
+
+    def come_to_rest(self) -> None:
+        """SGLang answers a request a moment before it has ended, and dies when its memory is released, or weights of
+        another checkpoint flush its cache, in that moment. A flush that may take its time waits for it."""
+        assert self.client.post("/flush_cache?timeout=30").status == 200
 
     def prompt(self, number: int = 0, length: int = 6) -> list[int]:
         """Tokens that no other number has; never the last one of the vocabulary, which SGLang calls 0 in scores."""

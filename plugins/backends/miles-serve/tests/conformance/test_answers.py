@@ -154,7 +154,8 @@ def test_n_answers_to_one_prompt(server):
     replies = server.generate(server.prompt(7), 12, n=3, temperature=1.0)
     assert len(replies) == 3
     assert len({reply["meta_info"]["id"] for reply in replies}) == 3
-    assert len({tuple(reply["output_ids"]) for reply in replies}) > 1
+    different = len({tuple(reply["output_ids"]) for reply in replies})
+    assert different == 1 if server.one_seed else different > 1
 
 
 def test_a_seed_decides(server):
@@ -168,6 +169,8 @@ def test_a_seed_decides(server):
 
 @pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}])
 def test_nothing_but_the_likeliest_is_greedy(server, cut):
+    if "min_p" in cut and server.one_seed:
+        pytest.skip("min_p ends SGLang where --enable-deterministic-inference gives every request a seed")
     greedy = server.generate(server.prompt(9), 10)["output_ids"]
     assert server.generate(server.prompt(9), 10, temperature=1.0, **cut)["output_ids"] == greedy
 

@@ -51,7 +51,7 @@ def test_a_batch_is_told_apart_by_its_index(server):
         assert own[-1]["meta_info"]["finish_reason"] is not None
 
 
-def test_a_stop_string_is_in_no_piece(server):
+def test_no_piece_holds_a_whole_stop_string(server):
     if not server.text:
         pytest.skip("needs a server with a tokenizer")
     prompt = server.prompt(25)
@@ -59,7 +59,8 @@ def test_a_stop_string_is_in_no_piece(server):
     start = next(i for i in range(3, len(whole)) if whole[i : i + 2].isalnum() and len(whole[i : i + 2]) == 2)
     stop = whole[start : start + 2]
     pieces = stream(server, prompt, 40, stop=[stop])
-    assert joined(server, pieces, "text") == whole[: whole.index(stop)]
+    said, until = joined(server, pieces, "text"), whole[: whole.index(stop)]
+    assert said == until or (not server.ours and said == until + stop[0]), "SGLang has told the first of two tokens"
     assert pieces[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
