@@ -21,6 +21,7 @@ and the least and most memory that each GPU held while the run was at it, in the
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cases import keep_logs
 from main_job import RECIPE, make_inputs, overlay
 
 from miles.builtins.losses import ppo_clip
@@ -42,6 +44,7 @@ from miles.report.compare import compare
 
 PHASES = ("step", "generate", "workers", "move", "sync", "rollout", "train")
 PEAKS: list[int] = []
+CALLS: list[float] = []
 SHOWN = (
     "rollout/reward",
     "train/grad_norm",
@@ -52,6 +55,8 @@ TWO = ("--actor-num-gpus-per-node", "2", "--colocate")
 APART = ("--rollout-num-gpus", "1", "--no-colocate")
 EXACT = ("--reproducible-ranks", "2", "--train-dtype", "fp32", "--dump-samples", "256", "--save-hf", "hf")
 ROOMY = ("--no-gradient-checkpointing", "--max-tokens-per-gpu", "16384")  # what is computed is most of what is held
+TRACED = {"TORCH_FR_BUFFER_SIZE": "2000"}
+"""Collectives that torch remembers, for `tell_collectives`."""
 CASES: dict[str, tuple[str, ...]] = {
     "one": ("--executor", "inprocess"),
     "colocated": TWO,
@@ -59,7 +64,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "apart": APART,
     "delta": (*APART, "--weight-sync", "disk", "--update-weight-mode", "delta"),
     "context": (*TWO, "--context-parallel-size", "2"),
-    "cramped": (*TWO, "--policy-loss", "several:cramped", *ROOMY, "--num-rollout", "1"),
+    "cramped": (*TWO, "--policy-loss", "several:cramped", *ROOMY, "--num-rollout", "1", "--worker-timeout", "100"),
     "exact-1": ("--executor", "inprocess", *EXACT),
     "exact-2": (*TWO, *EXACT),
     "killed": (*TWO, "--max-restarts", "1", "--save-interval", "1"),
@@ -67,7 +72,16 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def cramped(inputs: Any) -> Any:
-    """The recipe's policy loss; at its second call rank 1 gets three quarters of what the first micro-batch took."""
+    """The recipe's policy loss; at its second call rank 1 gets three quarters of what the first micro-batch took.
+    Without a GPU memory runs out in that call. Where each rank stands is in its log, from a minute on."""
+    CALLS.append(time.perf_counter())
+    if len(CALLS) == 1:
+        faulthandler.dump_traceback_later(60, repeat=True)
+        tell = threading.Timer(70, tell_collectives)
+        tell.daemon = True
+        tell.start()
+    if not torch.cuda.is_available() and os.environ.get("RANK") == "1" and len(CALLS) == 2:
+        raise torch.OutOfMemoryError("made up")
     if torch.cuda.is_available() and os.environ.get("RANK") == "1" and len(PEAKS) < 2:
         PEAKS.append(torch.cuda.max_memory_reserved())
         torch.cuda.empty_cache()
@@ -78,6 +92,17 @@ def cramped(inputs: Any) -> Any:
             held = torch.cuda.memory_allocated()
             Path("capped.json").write_text(json.dumps({"first_micro_batch": PEAKS[1], "held_now": held}))
     return ppo_clip(inputs, options=PpoClipOptions(eps=0.2, eps_high=0.28))
+
+
+def tell_collectives() -> None:
+    """In the worker's log: the last of what this rank has asked NCCL for, and what of it is done."""
+    now = time.perf_counter()
+    print(f"calls of the loss, seconds ago: {[round(now - call, 1) for call in CALLS]}", flush=True)
+    if torch.cuda.is_available():
+        told = torch._C._distributed_c10d._dump_nccl_trace_json(includeCollectives=True, onlyActive=False)
+        for entry in json.loads(told).get("entries", [])[-60:]:
+            shown = ("collective_seq_id", "profiling_name", "input_sizes", "state")
+            print(*(entry.get(name) for name in shown), flush=True)
 
 
 class Memory:
@@ -125,7 +150,9 @@ def run(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     start = time.perf_counter()
     with Memory() as memory:
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths})
+        process = subprocess.Popen(
+            words, stderr=subprocess.PIPE, text=True, env={**os.environ, **TRACED, "PYTHONPATH": paths}
+        )
         assert process.stderr is not None
         limit = threading.Timer(arguments.limit, process.kill)
         limit.start()
@@ -140,6 +167,7 @@ def run(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     figures: dict[str, Any] = {"code": code, "seconds": time.perf_counter() - start, "gpu_mib": memory.most()}
     time.sleep(1)  # the kernel takes its time to end the workers of a driver that was killed
     figures["left_behind"] = workers_of(process.pid)
+    keep_logs(run_dir, case)
     if (capped := Path("capped.json")).exists():
         figures["capped"] = json.loads(capped.read_text())
         capped.unlink()

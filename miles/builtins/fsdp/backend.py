@@ -155,20 +155,25 @@ class FsdpBackend:
         return self.context_group.slice_of(*self._computed(batch), self.device) if self.context_group else None
 
     def _computed(self, batch: MicroBatch) -> tuple[Sequence[int], Sequence[int]]:
-        """Bounds of the samples, and what they share. An empty micro-batch becomes a token of padding, so that ranks
-        keep step."""
+        """Bounds of the samples, and what they share. An empty micro-batch becomes padding, so that ranks keep step."""
         tokens = batch.bounds[-1]
         # On CUDA the mask that some kernels need for a continued prompt rules the fastest out: it must be worth it.
         masks = self.device.type == "cuda" and self.built.attention not in WITHOUT_MASK
         worth = not masks or 2 * sum(batch.shared) > tokens
-        return (batch.bounds if tokens else [0, 1], batch.shared if self.shares_prompts and worth else ())
+        return (batch.bounds if tokens else [0, self._padding], batch.shared if self.shares_prompts and worth else ())
+
+    @property
+    def _padding(self) -> int:
+        """Tokens. For one alone torch.compile would compile a layer anew, while others wait, on a rank that perhaps has
+        no memory left. Of ranks that share a micro-batch only one token asks for nothing of another's."""
+        return 2 if self.context_group is None else 1
 
     def _score(self, ready: Ready, want: frozenset[Want], share: float = 0.0) -> Outputs:
         """One micro-batch through the model."""
         batch, layout = ready.batch, ready.layout
         tokens = batch.bounds[-1]
-        padding = [torch.zeros(1, dtype=torch.int64, device=self.device)] * 2
-        tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else padding
+        places = torch.arange(self._padding, device=self.device)
+        tokens_T, positions_T = (batch.tokens_T, batch.positions_T) if tokens else (places, places)
         with self.context.precision.autocast() if self.context.precision else nullcontext():
             found = self.scorer(tokens_T, positions_T, layout, want, ready.part)
         before_UH = found.pop("before")
@@ -181,7 +186,7 @@ class FsdpBackend:
         return outputs
 
     def _accompany(self, ready: Ready, want: frozenset[Want]) -> None:
-        """A token of padding in the place of a micro-batch that does not fit: see `keeping_step`."""
+        """Padding in the place of a micro-batch that does not fit: see `keeping_step`."""
         batch = take_samples(ready.batch, 0, 0)
         part = self._slice(batch)
         if part is not None:

@@ -2,7 +2,7 @@
 
 What FSDP2 communicates in the course of a micro-batch is a fixed sequence, the same on all ranks whatever their samples
 are. A rank that fell out in the middle of it would leave the others waiting for ever. Instead it lets go of all that it
-holds and accompanies them with one token of padding, as it does where its share has an empty micro-batch: that runs
+holds and accompanies them with a token or two of padding, as it does for an empty micro-batch of its share: that runs
 through the same sequence, of which it leaves out what it had taken part in already. What it adds is worth nothing, and
 neither is what it accompanied: when the last micro-batch is over the ranks tell each other, and all of them raise.
 Where the others keep the whole model until the end of the step it does not: two units at a time are all that it needs.
@@ -201,7 +201,7 @@ class Ranks:
 
         Raises:
             torch.OutOfMemoryError: on some rank a micro-batch did not fit; on all ranks alike. The module can be used.
-            TrainError: what is left of the memory does not even do for one token.
+            TrainError: what is left of the memory does not even do for padding.
         """
         if not self.several:
             with one_out_of_memory_error():
