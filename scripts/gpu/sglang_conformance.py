@@ -5,7 +5,8 @@
 
 For each model a server is started on a checkpoint with random weights and a chat template, and
 `plugins/backends/miles-serve/tests/conformance` runs against it, with a second checkpoint for updates from disk.
-Counts what passed, failed and was left out; names and messages of failures are in `$OUT`.
+Counts what passed, failed and was left out, and says whether the server is still there: one that ends fails all tests
+after. Names and messages of failures are in `$OUT`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientSession, ClientTimeout
 from cases import Book, out_folder, run_process, tail
-from servers import serving
+from servers import healthy, serving
 from shapes import ROOT, imported, model_config
 
 SUITE = ROOT / "plugins/backends/miles-serve/tests/conformance"
@@ -72,10 +74,13 @@ async def ask(arguments: argparse.Namespace, model: str) -> dict[str, Any]:
             words += ["-o", "addopts=--import-mode=importlib", *arguments.pytest.split()]
             run = partial(run_process, words, log, arguments.limit, **told)
             code, seconds = await asyncio.to_thread(run)
+            async with ClientSession(timeout=ClientTimeout(total=30)) as session:
+                alive = await healthy(session, url)
     text = log.read_text()
     counts = {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
     failed = re.findall(r"(?:FAILED|ERROR) \S*::(.*)", text)
-    return {"code": code, "seconds": seconds, **counts, "which": failed, "said": "" if counts else tail(log)}
+    said = "" if counts else tail(log)
+    return {"code": code, "seconds": seconds, "alive": alive, **counts, "which": failed, "said": said}
 
 
 def main() -> None:
@@ -89,10 +94,10 @@ def main() -> None:
     book = Book(f"conformance_{arguments.server}")
     for model in arguments.models:
         book.case(model, lambda model=model: asyncio.run(ask(arguments, model)))
-    rows: list[list[Any]] = [["model", "passed", "failed", "skipped", "seconds", "which"]]
+    rows: list[list[Any]] = [["model", "passed", "failed", "skipped", "alive", "seconds", "which"]]
     for model in arguments.models:
         found = book.figures[model]
-        shown = [found.get(key, 0) for key in ("passed", "failed", "skipped", "case_seconds")]
+        shown = [found.get(key, 0) for key in ("passed", "failed", "skipped", "alive", "case_seconds")]
         rows.append(
             [model, *shown, "; ".join(found.get("which", []))[:1500] or found.get("error") or found.get("said")]
         )
