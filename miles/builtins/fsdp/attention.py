@@ -67,18 +67,21 @@ class PackedLayout:
 
     Args:
         shared: as in `MicroBatch.shared`; empty to compute every sample whole.
+        gathers: as in `Spans.of`.
 
     Attributes:
         tree: which tokens are computed. From here on `T` counts these.
         blocks: the padded layout, in which they have `slots` places.
     """
 
-    def __init__(self, bounds: Sequence[int], device: torch.device | str, shared: Sequence[int] = ()):
+    def __init__(
+        self, bounds: Sequence[int], device: torch.device | str, shared: Sequence[int] = (), gathers: bool = False
+    ):
         self.device = device
         self.tree = TokenTree.of(bounds, shared, device)
         stretches = self.tree.stretches
         self.lengths = [stretch.length for stretch in stretches]
-        self.spans = Spans.of(stretches, device)
+        self.spans = Spans.of(stretches, device, gathers)
         self.blocks: list[Block] = []
         self.slots = 0
         self._first_slot = [0] * len(stretches)

@@ -74,6 +74,8 @@ class FsdpBackend:
         self.data_rank, self.data_size = context.rank // together, context.world_size // together
         self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
         self.loss_total = torch.zeros((), device=self.device)
+        self._gathers = False
+        """What the last micro-batch had, padding has too: a layer that is compiled for the one is for the other."""
         check_context(context.config, context.world_size, context.hf_config)
         with one_out_of_memory_error():
             self.built = build(context, _mesh(context))
@@ -149,7 +151,9 @@ class FsdpBackend:
 
     def _layout(self, batch: MicroBatch) -> PackedLayout:
         bounds, shared = self._computed(batch)
-        return PackedLayout(bounds, self.device, shared)
+        layout = PackedLayout(bounds, self.device, shared, gathers=self._gathers and not batch.bounds[-1])
+        self._gathers = layout.spans.key_places is not None
+        return layout
 
     def _slice(self, batch: MicroBatch) -> TokenSlice | None:
         return self.context_group.slice_of(*self._computed(batch), self.device) if self.context_group else None

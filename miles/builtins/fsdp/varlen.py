@@ -47,12 +47,13 @@ class Spans(NamedTuple):
     """Which tokens' keys these are; None: those of all tokens, in their order."""
 
     @classmethod
-    def of(cls, stretches: Sequence[Stretch], device: torch.device | str) -> Spans:
+    def of(cls, stretches: Sequence[Stretch], device: torch.device | str, gathers: bool = False) -> Spans:
+        """`gathers`: with `key_places` in any case, as the compiler has seen others."""
         lengths = [stretch.length for stretch in stretches]
         runs = [[stretch.context, stretch] if stretch.context else [stretch] for stretch in stretches]
         reach = [sum(part.length for part in run) for run in runs]
         places = None
-        if reach != lengths:
+        if reach != lengths or gathers:
             tokens = [torch.arange(part.start, part.start + part.length) for run in runs for part in run]
             places = torch.cat(tokens).to(device)
         query_bounds, key_bounds = (

@@ -176,11 +176,27 @@ def test_fifty_packings_are_a_few_compilations(make_varlen, make_backend, gradie
         close(gradient, expected[name])
     for a, b in zip(fast.forward(batches, LOG_PROBS), plainly.forward(batches, LOG_PROBS), strict=True):
         torch.testing.assert_close(a.log_probs_T, b.log_probs_T, atol=1e-5, rtol=0)
-    nothing = take_samples(batches[0], 0, 0)  # padding: a rank that ran out of memory works on it while others wait
-    fast.forward_backward([nothing], masked)
-    fast.forward([nothing], LOG_PROBS)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 6
+
+
+def test_padding_is_compiled_as_what_came_before_it(make_varlen, monkeypatch):
+    """A rank that ran out of memory works on it while others wait."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    backend = make_varlen(train={"compile": True})
+    generator = np.random.default_rng(0)
+    drawn = [draw_batch(generator) for _ in range(20)]
+    shared = [batch for batch in drawn if backend._layout(batch).spans.key_places is not None]
+    backend.forward_backward(shared, masked)
+    backend.forward(shared, LOG_PROBS)
+    compiled_so_far = counters["stats"]["unique_graphs"]
+    backend.forward_backward([take_samples(shared[0], 0, 0)] * 2, masked)
+    backend.forward([take_samples(shared[0], 0, 0)], LOG_PROBS)
+    assert counters["stats"]["unique_graphs"] == compiled_so_far > 0
 
 
 @pytest.mark.slow
