@@ -10,6 +10,7 @@ from miles.component import (
 )
 from miles.environments import (
     ENVIRONMENT_FAULT,
+    ENVIRONMENT_INFO,
     EnvironmentFault,
     EnvironmentLimits,
     Environments,
@@ -125,6 +126,7 @@ API_VERSION = 1
 __all__ = [
     "API_VERSION",
     "ENVIRONMENT_FAULT",
+    "ENVIRONMENT_INFO",
     "HERMES",
     "LOSS_MASK",
     "RESTARTED",

@@ -32,6 +32,8 @@ from miles.types import Action, Metrics, Observation, Prompt, StepResult
 
 ENVIRONMENT_FAULT = "environment_fault"
 """Key of `Sample.metadata`: `method`, `kind` (`error` or `timeout`) and `seconds` of what made the sample FAILED."""
+ENVIRONMENT_INFO = "environment"
+"""Key of `Sample.metadata`: the `info` of all steps, later ones over earlier ones. Rows of `rollouts/` have it, too."""
 COUNTS = ("calls", "errors", "timeouts", "close_errors")
 """Of the names in `Environments.metrics`, those that say what happened; the others say how long it took, and how many
 there were at once."""
@@ -79,6 +81,11 @@ class EnvironmentFault(Exception):
         self.facts = {"method": method, "kind": kind, "seconds": round(seconds, 3)}
 
 
+class RolloutHalted(Exception):
+    """A trajectory waited for its first call, and meanwhile the rollout ended: nothing was begun. The rollout takes the
+    sample back as it is; a generate function has nothing to do but close the environment, as it always does."""
+
+
 class Places:
     """At most so many at once; remembers the most there were."""
 
@@ -109,8 +116,14 @@ class Environments:
     `UNSAID`; all of one task set are built alike, so the first one speaks for all.
     """
 
-    def __init__(self, build: Callable[[], Environment], limits: EnvironmentLimits | None = None):
-        self._build, self._given = build, limits or EnvironmentLimits()
+    def __init__(
+        self,
+        build: Callable[[], Environment],
+        limits: EnvironmentLimits | None = None,
+        halted: Callable[[], bool] = lambda: False,
+    ):
+        """`halted`: whether engines answer nobody any more, so that a reset would lead to nothing."""
+        self._build, self._given, self.halted = build, limits or EnvironmentLimits(), halted
         self.limits: EnvironmentLimits | None = None
         """Those that hold; None until the first environment is made."""
         self.calls, self.episodes = Places(None), Places(None)
@@ -168,7 +181,7 @@ class GuardedEnvironment:
         return getattr(self.environment, name)
 
     async def reset(self, prompt: Prompt) -> Observation:
-        """Raises EnvironmentFault."""
+        """Raises EnvironmentFault, RolloutHalted."""
         await self._enter()
         reset = partial(self.environment.reset, prompt)
         return await self._call("reset", reset, self._limits.reset_timeout, Observation)
@@ -222,6 +235,9 @@ class GuardedEnvironment:
     ) -> Answer:
         home = self._home
         await home.calls.take()
+        if method == "reset" and home.halted():  # while it waited here, or for its place of the open ones
+            home.calls.give_back()
+            raise RolloutHalted
         home.counts["calls"] += 1
         started = time.perf_counter()
         try:

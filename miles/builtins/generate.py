@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from miles.api import (
     ENVIRONMENT_FAULT,
+    ENVIRONMENT_INFO,
     LOSS_MASK,
     RESTARTED,
     Action,
@@ -39,8 +40,6 @@ from miles.api import (
 
 ENVIRONMENT_STATE = "environment_state"
 """Key of `Sample.metadata` under which a half-finished trajectory keeps its environment's state."""
-ENVIRONMENT_INFO = "environment"
-"""Key of `Sample.metadata`: the `info` of all steps, later ones over earlier ones."""
 OPENING = 8
 """Most tokens at the end of a prompt among which the tag is looked for that opens the model's reasoning."""
 KEPT_PROMPTS = 1024
@@ -96,12 +95,11 @@ class MultiTurn:
         if state is not None:
             await environment.resume(state)
             return
-        if sample.turns:
-            sample.metadata[RESTARTED] = sample.metadata.get(RESTARTED, 0) + 1
-            sample.messages = list(sample.prompt.messages or [])
-            sample.metadata.pop(ENVIRONMENT_INFO, None)
         prompt = sample.prompt
         observation = await environment.reset(prompt)
+        if sample.turns:
+            sample.metadata[RESTARTED] = sample.metadata.get(RESTARTED, 0) + 1
+            sample.metadata.pop(ENVIRONMENT_INFO, None)
         messages = list(observation.messages) or list(prompt.messages or [])
         tools = list(observation.tools) or prompt.tools or []
         if messages == (prompt.messages or []) and tools == (prompt.tools or []):

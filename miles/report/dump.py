@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from miles.environments import ENVIRONMENT_INFO
 from miles.types import Sample
 
 FOLDER = "rollouts"
@@ -25,12 +26,13 @@ def dump_samples(
     with (directory / f"step_{step:06d}.jsonl").open("w", encoding="utf-8", errors="replace") as file:
         for sample in samples:
             record = sample_record(sample, learned.get(sample.id, {}))
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=str, skipkeys=True) + "\n")
 
 
 def sample_record(sample: Sample, learned: Mapping[str, Any]) -> dict[str, Any]:
     """What a person needs to understand a sample; wide columns are left out."""
     prompt = sample.prompt
+    info = sample.metadata.get(ENVIRONMENT_INFO)
     columns = {name: values for name, values in sample.columns.items() if values.ndim == 1}
     if "advantages" in learned:
         columns["advantages"] = learned["advantages"]
@@ -48,6 +50,7 @@ def sample_record(sample: Sample, learned: Mapping[str, Any]) -> dict[str, Any]:
         "reward_parts": sample.reward_parts,
         "loss": _number(learned.get("loss")),
         "error": sample.error,
+        **({} if info is None else {"environment": info}),
         "tokens": sample.tokens,
         "prompt_length": sample.prompt_length,
         "turns": [{k: v for k, v in vars(turn).items() if not k.endswith("seconds")} for turn in sample.turns],

@@ -12,7 +12,7 @@ from typing import Any
 
 from miles.config import Config, TaskSet
 from miles.conformance import judgement
-from miles.environments import EnvironmentLimits, Environments
+from miles.environments import EnvironmentLimits, Environments, RolloutHalted
 from miles.errors import EngineLostError, HookError, WeightSyncError, WorkerError
 from miles.log import logger
 from miles.modeling import generate_function_for
@@ -61,7 +61,7 @@ class Task:
         stop_ids = tuple(dict.fromkeys((*sampling.stop_token_ids, *chat.stop_token_ids)))
         environment, most = task_set.environment, EnvironmentLimits(**task_set.environment_limits.model_dump())
         build = partial(registry.build, "environments", environment)
-        self.environments = Environments(build, most) if environment else None
+        self.environments = Environments(build, most, lambda: front.closed) if environment else None
         self.context = GenerateContext(
             generate=front.generate,
             chat=chat,
@@ -141,6 +141,9 @@ class Task:
             sample.error = "its generate function returned no sample"
         except HOPELESS:
             raise
+        except RolloutHalted:
+            sample.status = Status.ABORTED
+            return [sample]
         except (Exception, asyncio.CancelledError) as error:
             if isinstance(error, asyncio.CancelledError) and _being_cancelled():
                 raise

@@ -141,6 +141,7 @@ def test_the_fields_of_a_dumped_sample(capsys):
     sample = Sample.begin(Prompt("sums:0", "sums", text="12 + 7 =", tokens=[1, 2]), id=3, group_id=1)
     sample.append([4, 5], {LOSS_MASK: 1, ROLLOUT_LOG_PROBS: [-0.1234567, -0.5], WEIGHT_VERSION: 2})
     sample.turns.append(Turn(2, 4, "stop"))
+    sample.metadata["environment"] = {"tool_errors": 1}
     record = sample_record(sample, {"advantages": np.array([0, 0, 1.0, 1.0]), "loss": 0.5})
     assert set(record) == fields
     per_token = ("loss_mask", "rollout_log_probs", "weight_version", "advantages")

@@ -28,6 +28,15 @@ def test_a_failed_sample_is_dumped_with_its_reason(tmp_path):
     assert "advantages" not in record
 
 
+def test_what_an_environment_said_of_a_trajectory_is_in_its_row_and_nothing_else_of_its_metadata(tmp_path):
+    told, plain = sample(3), sample(4)
+    told.metadata |= {"environment": {"searches": 2, ("no", "key"): 3, "who": {4}}, "seconds": 0.1}
+    one, other = written(tmp_path, [told, plain], {})
+    assert one["environment"] == {"searches": 2, "who": "{4}"}
+    assert "metadata" not in one
+    assert "environment" not in other
+
+
 def test_what_training_made_of_a_sample_goes_with_it(tmp_path):
     learned = {3: {"advantages": np.array([0.0, 0.123456789], np.float32), "loss": -0.1234567}}
     trained, left_out = written(tmp_path, [sample(3), sample(4)], learned)

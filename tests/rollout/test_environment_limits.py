@@ -149,6 +149,69 @@ class Counting:
         self.steps = state["steps"]
 
 
+@pytest.mark.parametrize("limit", ["episodes", "calls"])
+def test_who_still_waits_when_the_rollout_ends_begins_nothing(limit):
+    """A reset may start a machine: nobody would speak to it."""
+    resets = []
+
+    class Starting(Counting):
+        async def reset(self, prompt):
+            resets.append(task.front.closed)
+            await asyncio.sleep(0.01)
+            return await super().reset(prompt)
+
+    task = make(Starting, **{limit: 2})
+    gate, group = task.front, group_of(8)
+
+    async def main():
+        running = asyncio.ensure_future(task.run_group(group, 1, lambda s, a: 0))
+        await asyncio.sleep(0.005)
+        await gate.close()
+        half = await running
+        begun, statuses = list(resets), [sample.status for sample in half.samples]
+        gate.open()
+        return begun, statuses, await task.run_group(half, 1, lambda s, a: 0)
+
+    begun, statuses, whole = asyncio.run(main())
+    assert begun == [False, False]
+    assert statuses == [Status.PENDING] * 8
+    assert {s.reward for s in whole.samples} == {2.0}
+    assert len(resets) == 2 + 6  # those that were begun are put back
+
+
+def test_a_sample_that_waits_in_vain_to_begin_again_is_as_it_was():
+    """It had a turn, and its environment no state: it begins again once, when it can."""
+
+    class Stateless:
+        steps = 0
+
+        async def reset(self, prompt):
+            return Observation(())
+
+        async def step(self, action):
+            self.steps += 1
+            if not gate.closings:
+                await gate.close()
+            return StepResult(({"role": "user", "content": "on"},), 1.0, done=self.steps == 2)
+
+        async def close(self):
+            pass
+
+    task = make(Stateless)
+    gate = task.front
+
+    async def main(group):
+        half = await task.run_group(group, 1, lambda s, a: 0)
+        assert [len(s.turns) for s in half.samples] == [2]  # the second was cut off before its first token
+        in_vain = await task.run_group(half, 1, lambda s, a: 0)
+        assert in_vain.samples[0].metadata == {}
+        gate.open()
+        return await task.run_group(in_vain, 1, lambda s, a: 0)
+
+    (sample,) = asyncio.run(main(group_of(1))).samples
+    assert (sample.error, sample.reward, sample.metadata["restarted"]) == (None, 2.0, 1)
+
+
 def test_who_waits_for_an_environment_is_interrupted_and_goes_on_like_others():
     """Places of open environments are given back by those that are parked, and taken again when they go on."""
     task = make(Counting, episodes=2)
