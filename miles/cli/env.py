@@ -83,8 +83,8 @@ def run(call: Call) -> int:
     build = partial(registry.build, "environments", spec)
     faults: Counter[str] = Counter()
     prompts = read_prompts(wish, spec)
-    print_head(entry, build(), wish.limits)
-    played = asyncio.run(play_all(wish, build, prompts, faults))
+    has_script = asyncio.run(show(entry, build, wish.limits))
+    played = asyncio.run(play_all(wish, build, has_script, prompts, faults))
     if wish.contract:
         print_contract(build, wish, played, faults)
     for fault, count in faults.items():
@@ -162,13 +162,22 @@ def read_prompts(wish: Wish, spec: Spec) -> list[Prompt]:
 # -------------------------------------------------------------------------------------------------------------- playing
 
 
+async def show(entry: Entry, build: Callable[[], Any], limits: EnvironmentLimits) -> bool:
+    """Print what is going to be played; returns whether it has a script of its own."""
+    made = Environments(build, limits)
+    environment = made()
+    print_head(entry, environment.environment, made.limits or limits)
+    await environment.close()
+    return hasattr(environment, "script")
+
+
 async def play_all(
-    wish: Wish, build: Callable[[], Any], prompts: Sequence[Prompt], faults: Counter[str]
+    wish: Wish, build: Callable[[], Any], has_script: bool, prompts: Sequence[Prompt], faults: Counter[str]
 ) -> dict[str, list[Episode]]:
     """By script and by chance: the first episode of each is printed as it goes, the others are played at once."""
     played = {}
     actions = read_script(wish.script) if wish.script else None
-    if actions is not None or hasattr(build(), "script"):
+    if actions is not None or has_script:
         own: Policy = its_own if actions is None else lambda *_: following(actions or ())
         played["script"] = await _played("script", [own] * wish.episodes, wish, build, prompts, faults)
         if actions is None:
@@ -288,10 +297,8 @@ def print_contract(
 
 
 def print_head(entry: Entry, environment: Any, limits: EnvironmentLimits) -> None:
-    """What is played."""
-    made = Environments(lambda: environment, limits)
-    made()
-    holding = {name: value for name, value in asdict(made.limits or limits).items() if value is not None}
+    """What is played, and the limits that hold."""
+    holding = {name: value for name, value in asdict(limits).items() if value is not None}
     print(f"{entry}: {type(environment).__qualname__}{defined_at(environment)}")
     print(f"limits: {', '.join(f'{name} {value:g}' for name, value in holding.items())}\n")
 

@@ -121,11 +121,24 @@ SHARED = ("right =", "Guess.tries.append(1); right =")
 def test_what_is_wrong_is_said_with_a_remedy(miles, world, changes, what, remedy):
     world(*changes)
     limit = "step_timeout=0.2" if HANGING in changes else "step_timeout=20"
-    code, out, _ = miles("env", "check", "world:Guess", "--no-contract", "--limit", limit)
+    few = ("--episodes", "2", "--max-turns", "3") if BLOCKING in changes else ()
+    code, out, _ = miles("env", "check", "world:Guess", "--no-contract", "--limit", limit, *few)
     assert code == 1
     faults = out.partition("\nFAULT ")[2]
     assert re.search(what, faults), out
     assert remedy in faults
+
+
+def test_every_environment_that_is_made_is_closed(miles, world):
+    world(
+        ("limits =", "made, closed = [], set()\n    limits ="),
+        ("        self.highest =", "        Guess.made.append(self)\n        self.highest ="),
+        ("        pass", "        Guess.closed.add(id(self))"),
+    )
+    assert miles("env", "check", "world:Guess")[0] == 0
+    guess = sys.modules["world"].Guess
+    assert len(guess.made) > 2 * 8
+    assert [made for made in guess.made if id(made) not in guess.closed] == []
 
 
 def test_a_broken_promise_is_a_fault(miles, world):
