@@ -13,6 +13,13 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from miles.errors import HookError
 
 
+class Hidden:
+    """In place of a value that nobody shall read in an error, a log or a file of a run."""
+
+    def __repr__(self) -> str:
+        return "(not shown)"
+
+
 @dataclass(frozen=True)
 class OptionFault:
     """One thing that is wrong with a component's options."""
@@ -34,6 +41,8 @@ class Option:
     annotation: Any
     default: Any
     """`MISSING` (of dataclasses) when it must be given."""
+    shown: bool = True
+    """Whether errors repeat what was given: not of a field that has `repr=False`."""
 
 
 @cache
@@ -48,6 +57,7 @@ def options_of(kind: type | None) -> dict[str, Option]:
                 field.name,
                 hints[field.name],
                 field.default if field.default_factory is MISSING else field.default_factory(),
+                field.repr,
             )
             for field in fields(kind)
             if field.init
@@ -55,7 +65,10 @@ def options_of(kind: type | None) -> dict[str, Option]:
     if issubclass(kind, BaseModel):
         return {
             name: Option(
-                name, field.annotation, MISSING if field.is_required() else field.get_default(call_default_factory=True)
+                name,
+                field.annotation,
+                MISSING if field.is_required() else field.get_default(call_default_factory=True),
+                field.repr,
             )
             for name, field in kind.model_fields.items()
         }
@@ -77,7 +90,8 @@ def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, li
         close = get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         accepted = f"options: {', '.join(known)}" if known else "it takes no options"
-        faults.append(OptionFault(key, value, f"unknown option; {hint}{accepted}"))
+        shown = all(known[name].shown for name in close)
+        faults.append(OptionFault(key, value if shown else Hidden(), f"unknown option; {hint}{accepted}"))
     if kind is None:
         return None, faults
     given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
@@ -86,8 +100,10 @@ def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, li
     except ValidationError as error:
         for item in error.errors(include_url=False):
             loc = ".".join(map(str, item["loc"]))
-            value = given.get(str(item["loc"][0])) if item["loc"] else dict(given)
-            faults.append(OptionFault(loc, value, _message(item)))
+            name = str(item["loc"][0]) if item["loc"] else ""
+            value = given.get(name) if name else dict(given)
+            shown = known[name].shown if name in known else True
+            faults.append(OptionFault(loc, value if shown else Hidden(), _message(item)))
     return (None if faults else read), faults
 
 

@@ -1,13 +1,16 @@
 """Names to components, options, and objects held against their protocols."""
 
 import functools
+from dataclasses import dataclass, field
 
 import pytest
+from pydantic import BaseModel, Field
 
 from miles.api import AdvantageInputs
 from miles.config import Spec
 from miles.errors import ConfigError, HookError, PluginConflictError, PluginLoadError, UnknownNameError
 from miles.kinds import KINDS
+from miles.options import read_options
 from miles.plugins import load_plugins
 from miles.registry import Registry
 
@@ -116,6 +119,29 @@ def test_bad_options_are_all_reported_without_importing_the_target(registry):
     with pytest.raises(ConfigError, match="takes no options"):
         registry.build("rewards", Spec(name="lost", options={"size": 1}))  # its module does not exist
     assert registry.check("rewards", "lost", {}) == []
+
+
+@dataclass(frozen=True)
+class Confident:
+    words: tuple[str, ...] = field(default=(), repr=False)
+    size: int = 3
+
+
+class ConfidentModel(BaseModel):
+    words: tuple[str, ...] = Field((), repr=False)
+    size: int = 3
+
+
+@pytest.mark.parametrize("kind", [Confident, ConfidentModel])
+def test_what_a_field_does_not_show_no_error_repeats(kind):
+    given = {"words": {"a": "sesame"}, "word": "sesame", "size": "many"}
+    _, faults = read_options(kind, given)
+    assert "sesame" not in f"{faults} {' '.join(map(str, faults))}"
+    assert [str(fault).partition(":")[0] for fault in faults] == [
+        "word=(not shown)",
+        "words=(not shown)",
+        "size='many'",
+    ]
 
 
 @pytest.mark.parametrize(("name", "word"), [("gone", "no attribute 'Gone'"), ("lost", "no_such_module_at_all")])

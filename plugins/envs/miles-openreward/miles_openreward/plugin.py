@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from miles.api import Component, ConfigError, hookimpl
@@ -23,7 +23,7 @@ class OpenRewardOptions:
 
     base_url: str | None = None
     """Server of your own, such as `http://127.0.0.1:8080`; openreward.ai when not given."""
-    secrets: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = field(default=(), repr=False)  # errors do not repeat values that were put there
     """Names of what the environments may be told in confidence. Each is the value of the environment variable of that
     name, or of the name in capitals."""
     system_prompt_template: str | None = None
