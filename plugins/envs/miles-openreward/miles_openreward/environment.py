@@ -69,7 +69,7 @@ class OpenReward:
         sdk = self.session.sdk
         asked, specs = await self._ask(asyncio.gather(sdk.get_messages(), sdk.list_tools()))
         messages = [self._shown(message) for message in convert_messages(asked, "openai")]
-        tools = tuple(map(tool_schema, specs))
+        tools = tuple(self._hide_in(tool_schema(spec)) for spec in specs)
         if (template := self.options.system_prompt_template) is not None:
             messages = with_system(system_prompt(template, listed(tools)), messages)
             tools = ()
@@ -102,7 +102,7 @@ class OpenReward:
         transcript, self.transcript = self.transcript, None
         try:
             if session is not None:
-                await session.close()
+                await self._ask(session.close())
         finally:
             if transcript is not None and transcript.turns:
                 uploader().put(transcript)
@@ -166,7 +166,8 @@ class OpenReward:
     def _shown(self, message: dict[str, Any]) -> Message:
         content = message.get("content")
         text = content if isinstance(content, str) else joined(part.get("text") for part in content or ())
-        return {**message, "content": self._hide(text)}  # type: ignore[typeddict-item]
+        shown: Message = self._hide_in({**message, "content": text})  # reasoning and calls, too
+        return shown
 
     def _text(self, output: ToolOutput) -> str:
         return self._hide(joined(getattr(block, "text", None) for block in output.blocks))
@@ -175,6 +176,14 @@ class OpenReward:
         for name, value in self._struck_out:
             text = text.replace(value, f"[{name}]") if len(value) >= STRUCK_OUT else text
         return text
+
+    def _hide_in(self, value: Any) -> Any:
+        """Something that was JSON, with all its texts and keys as `_hide` leaves them."""
+        if isinstance(value, dict):
+            return {self._hide(key): self._hide_in(held) for key, held in value.items()}
+        if isinstance(value, list):
+            return [self._hide_in(held) for held in value]
+        return self._hide(value) if isinstance(value, str) else value
 
     def _note(self, message: Message, reward: float | None, finished: bool) -> None:
         if self.transcript is not None:

@@ -10,21 +10,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
+from http import HTTPStatus
 from weakref import WeakKeyDictionary
 
 from openreward import AsyncEnvironmentsAPI, AsyncOpenReward, AsyncSession
 from openreward.api.environments.types import Task
 from openreward.api.sandboxes.secrets import WELL_KNOWN_SECRETS
 
+GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+"""What a server answers that has no such session any more."""
 PATIENCE = 10.0
 """Seconds that one who closes a session waits for its opening, and then for the server."""
+
+
+class Closing(AsyncSession):
+    """The SDK's session, which remembers why its server did not end it: the SDK says nothing of that."""
+
+    failure: Exception | None = None
+
+    async def _pre_delete(self) -> None:
+        self.failure = None
+        try:
+            await super()._pre_delete()
+        except Exception as error:
+            if getattr(error, "status", None) not in GONE:
+                self.failure = error
+            raise
 
 
 class Session:
     """One task of an environment, from its opening to its end."""
 
-    def __init__(self, sdk: AsyncSession, open_sessions: set[Session]):
+    def __init__(self, sdk: Closing, open_sessions: set[Session]):
         self.sdk, self._open = sdk, open_sessions
         self._opening: asyncio.Task | None = None
 
@@ -35,17 +52,25 @@ class Session:
         await asyncio.shield(self._opening)
 
     async def close(self) -> None:
-        """End the session, or its opening when that takes too long. What cannot be closed is left to the server."""
+        """End the session, or its opening when that takes too long. What cannot be closed is left to the server.
+
+        Raises:
+            Exception: the server did not end it, with what the SDK swallowed; TimeoutError after `PATIENCE`.
+        """
         if self not in self._open:
             return
         if self._opening is not None:
             await asyncio.wait([self._opening], timeout=PATIENCE)
             self._opening.cancel()
             await asyncio.wait([self._opening])
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(PATIENCE):
                 await self.sdk.__aexit__(None, None, None)
-        self._open.discard(self)
+        except TimeoutError:
+            self.sdk.failure = TimeoutError(f"the server did not end its session within {PATIENCE:g} s")
+        self._open.discard(self)  # not when this was cancelled: the keeper closes it then
+        if self.sdk.failure is not None:
+            raise self.sdk.failure
 
 
 class Connection:
@@ -66,7 +91,8 @@ class Connection:
         """
         environment = self.api.get(task.deployment_name, variant=variant)
         told = {name: (value, WELL_KNOWN_SECRETS.get(name, [])) for name, value in secrets.items()}
-        return Session(environment.session(task=task, secrets=told or None), self._open)
+        sdk = Closing(environment, task=task, secrets=told or None, api_key=environment.api_key)
+        return Session(sdk, self._open)
 
     async def _keep(self, base_url: str | None) -> None:
         """Until the event loop ends: it cancels its tasks then, and waits for what they have to do."""
@@ -75,7 +101,7 @@ class Connection:
             await loop.create_future()
         finally:
             _connections[loop].pop(base_url, None)
-            await asyncio.gather(*(session.close() for session in self._open))
+            await asyncio.gather(*(session.close() for session in self._open), return_exceptions=True)
             await self.api.aclose()
 
 

@@ -1,6 +1,7 @@
 """Episodes against environments that the SDK's own server serves on loopback."""
 
 import asyncio
+import re
 
 import pytest
 from miles_openreward.environment import NO_CALL, OpenReward, SessionError
@@ -176,6 +177,15 @@ def test_secrets_reach_the_environment_and_nothing_that_it_says_of_them_comes_ba
     assert floor_key not in repr(step)
 
 
+def test_tools_and_their_descriptions_hold_no_secret(play, floor_key):
+    (tool,) = play("Labelled", secrets=("floor_key",))[0].tools
+    assert tool["function"]["description"] == "Ask with [floor_key]."
+    assert tool["function"]["parameters"]["properties"]["key"]["description"] == "Such as [floor_key]."
+    listed, _ = play("Labelled", secrets=("floor_key",), system_prompt_template="{tools}")
+    assert "Ask with [floor_key]." in listed.messages[0]["content"]
+    assert floor_key not in f"{tool}{listed}"
+
+
 def test_a_secret_that_begins_with_another_is_struck_out_as_a_whole(play, floor_key, monkeypatch):
     monkeypatch.setenv("CELLAR_KEY", f"{floor_key}-and-more")
     _, (step,) = play("Gossip", turn(call("tell")), secrets=("floor_key", "cellar_key"))
@@ -206,9 +216,10 @@ def test_a_hosted_environment_is_told_the_key_and_does_not_give_it_away(play, ur
     assert "sk-of-the-account" not in repr(step)
 
 
-def test_secrets_of_a_task_set_are_a_list_of_names():
-    _, (fault,) = read_options(OpenRewardOptions, {"secrets": {"floor_key": None}})
-    assert str(fault) == "secrets={'floor_key': None}: must be a list"
+@pytest.mark.parametrize("option", ["secrets", "secret"])
+def test_secrets_of_a_task_set_are_names_and_values_are_not_repeated(option):
+    _, (fault,) = read_options(OpenRewardOptions, {option: {"floor_key": "open-sesame-17"}})
+    assert re.match(f"{option}=\\(not shown\\): (must be a list|unknown option; did you mean 'secrets')", str(fault))
 
 
 def test_a_run_whose_secrets_are_missing_is_refused_before_it_begins(monkeypatch):

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import pytest
-from miles_openreward.environment import OpenReward
+from miles_openreward.environment import OpenReward, SessionError
 from miles_openreward.plugin import OpenRewardOptions
 
-from miles.api import Action, Prompt, ToolCall
+from miles.api import Action, Environments, Prompt, ToolCall
 
 STEP = Action("", tool_calls=(ToolCall("move", {"by": 30}, "call_0"),))
 
@@ -67,6 +68,39 @@ def test_a_trajectory_that_is_cancelled_twice(slow, worlds):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("status", "closings"), [(500, 1), (403, 1), (404, 0), (410, 0)])
+def test_a_session_that_its_server_does_not_end_is_counted(slow, worlds, monkeypatch, caplog, status, closings):
+    """The SDK says nothing of it. One that is gone has ended."""
+    monkeypatch.setenv("FLOOR_KEY", "open-sesame-17")
+    monkeypatch.setitem(worlds.REFUSED, "/delete", status)
+
+    async def main():
+        made = Environments(lambda: OpenReward(replace(slow()[0].options, secrets=("floor_key",))))
+        environment = made()
+        await environment.reset(slow()[1])
+        await environment.close()
+        return made.metrics()["close_errors"]
+
+    assert asyncio.run(main()) == closings
+    assert ("cannot, with [floor_key]" in caplog.text) == bool(closings)
+    assert "open-sesame-17" not in caplog.text
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(slow, worlds, monkeypatch):
+    monkeypatch.setattr("miles_openreward.sessions.PATIENCE", 0.2)
+
+    async def main():
+        environment, prompt = slow()
+        await environment.reset(prompt)
+        leave = environment.session.sdk._pre_delete
+        monkeypatch.setattr(environment.session.sdk, "_pre_delete", lambda: asyncio.sleep(60))
+        with pytest.raises(SessionError, match="did not end its session within 0.2 s"):
+            await environment.close()
+        await leave()
 
     asyncio.run(main())
 

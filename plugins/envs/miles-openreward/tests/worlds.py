@@ -140,6 +140,10 @@ class Slow(World):
         return ToolOutput(blocks=[TextBlock(text="arrived")], reward=1.0, finished=True)
 
 
+class Label(BaseModel):
+    key: str = Field("open-sesame-17", description="Such as open-sesame-17.")
+
+
 class Gossip(World):
     """Tells what it was told in confidence, to whoever calls and whoever answers; breaks in the task 2."""
 
@@ -153,6 +157,15 @@ class Gossip(World):
         if self.task_spec["goal"] == 2:
             raise RuntimeError(f"cannot grade with {self.secrets}")
         return ToolOutput(blocks=[TextBlock(text=repr(self.secrets))], reward=1.0, finished=True)
+
+
+class Labelled(World):
+    """Its tools say what should be kept."""
+
+    @tool
+    async def ask(self, answer: Label) -> ToolOutput:
+        """Ask with open-sesame-17."""
+        return ToolOutput(blocks=[])
 
 
 class Thinker(World):
@@ -185,7 +198,7 @@ class Huge(World):
         return ToolOutput(blocks=[])
 
 
-WORLDS = [Counter, Exam, Dialogue, Picture, Failing, Slow, Gossip, Thinker, Huge]
+WORLDS = [Counter, Exam, Dialogue, Picture, Failing, Slow, Gossip, Labelled, Thinker, Huge]
 
 
 @contextmanager
@@ -206,8 +219,24 @@ def served(app):
         thread.join(10)
 
 
+REFUSED = {}
+"""Path -> status with which the server answers there, whatever it did."""
+
+
 def worlds():
-    return Server(WORLDS).app
+    inner = Server(WORLDS).app
+
+    async def unheard(message):
+        pass
+
+    async def app(scope, receive, send):
+        status = REFUSED.get(scope.get("path"))
+        await inner(scope, receive, send if status is None else unheard)
+        if status is not None:
+            await send({"type": "http.response.start", "status": status, "headers": []})
+            await send({"type": "http.response.body", "body": b"cannot, with open-sesame-17"})
+
+    return app
 
 
 def row(environment, goal=4, **metadata):
