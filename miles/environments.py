@@ -120,9 +120,9 @@ class Environments:
         self,
         build: Callable[[], Environment],
         limits: EnvironmentLimits | None = None,
-        halted: Callable[[], bool] = lambda: False,
+        halted: Callable[[], bool] = bool,
     ):
-        """`halted`: whether engines answer nobody any more, so that a reset would lead to nothing."""
+        """`halted`: whether engines answer nobody any more, and a reset would lead to nothing; `bool()` is False."""
         self._build, self._given, self.halted = build, limits or EnvironmentLimits(), halted
         self.limits: EnvironmentLimits | None = None
         """Those that hold; None until the first environment is made."""

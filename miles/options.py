@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from typing import Any, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from miles.errors import HookError
-
-
-class Hidden:
-    """In place of a value that nobody shall read in an error, a log or a file of a run."""
-
-    def __repr__(self) -> str:
-        return "(not shown)"
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Option:
     default: Any
     """`MISSING` (of dataclasses) when it must be given."""
     shown: bool = True
-    """Whether errors repeat what was given: not of a field that has `repr=False`."""
+    """Whether errors repeat what was given. Of a field with `repr=False` they say its type alone."""
 
 
 @cache
@@ -53,26 +46,21 @@ def options_of(kind: type | None) -> dict[str, Option]:
     if is_dataclass(kind):
         hints = get_type_hints(kind, include_extras=True)
         return {
-            field.name: Option(
-                field.name,
-                hints[field.name],
-                field.default if field.default_factory is MISSING else field.default_factory(),
-                field.repr,
-            )
+            field.name: Option(field.name, hints[field.name], _default_of(field), field.repr)
             for field in fields(kind)
             if field.init
         }
     if issubclass(kind, BaseModel):
         return {
-            name: Option(
-                name,
-                field.annotation,
-                MISSING if field.is_required() else field.get_default(call_default_factory=True),
-                field.repr,
-            )
-            for name, field in kind.model_fields.items()
+            name: Option(name, info.annotation, MISSING if info.is_required() else default(), info.repr)
+            for name, info in kind.model_fields.items()
+            for default in [partial(info.get_default, call_default_factory=True)]
         }
     raise HookError(f"{kind.__module__}.{kind.__qualname__} declares options but is no dataclass and no pydantic model")
+
+
+def _default_of(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def takes_any(kind: type | None) -> bool:
@@ -90,8 +78,7 @@ def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, li
         close = get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         accepted = f"options: {', '.join(known)}" if known else "it takes no options"
-        shown = all(known[name].shown for name in close)
-        faults.append(OptionFault(key, value if shown else Hidden(), f"unknown option; {hint}{accepted}"))
+        faults.append(OptionFault(key, _told(known, close, value), f"unknown option; {hint}{accepted}"))
     if kind is None:
         return None, faults
     given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
@@ -100,11 +87,14 @@ def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, li
     except ValidationError as error:
         for item in error.errors(include_url=False):
             loc = ".".join(map(str, item["loc"]))
-            name = str(item["loc"][0]) if item["loc"] else ""
-            value = given.get(name) if name else dict(given)
-            shown = known[name].shown if name in known else True
-            faults.append(OptionFault(loc, value if shown else Hidden(), _message(item)))
+            value = given.get(str(item["loc"][0])) if item["loc"] else dict(given)
+            faults.append(OptionFault(loc, _told(known, item["loc"][:1], value), _message(item)))
     return (None if faults else read), faults
+
+
+def _told(known: Mapping[str, Option], names: Iterable[Any], value: Any) -> Any:
+    """What an error repeats of a value that was given for one of these options."""
+    return value if all(known[name].shown for name in names if name in known) else type(value)
 
 
 @cache

@@ -66,7 +66,7 @@ if [[ $model ]]; then
     flags=(--hf-checkpoint "$model" ${flags[@]+"${flags[@]}"})
 else
     files+=("$here/tiny.yaml")
-    [[ -d pupil/model ]] || python "$here/pupil.py" --config "$config" --out pupil
+    [[ -d pupil ]] || { rm -rf pupil.part; python "$here/pupil.py" --config "$config" --out pupil.part; mv pupil.part pupil; }
     echo "--- warm-up: imitating a pupil who plays badly"
     miles train "$here/sft.yaml"
 fi

@@ -9,7 +9,7 @@ port=${PORT:-8000}
 mkdir -p "$here/../../runs/search-r1"
 cd "$here/../../runs/search-r1"
 
-[[ -d data/model ]] || python "$here/make_data.py" --out data
+[[ -d data ]] || { rm -rf data.part; python "$here/make_data.py" --out data.part; mv data.part data; }
 [[ -f index/index.json ]] || miles search index data/corpus.jsonl --out index --model wordllama
 echo "--- warm-up: imitating a pupil who can search and mostly guesses"
 miles train "$here/sft.yaml"

@@ -200,21 +200,33 @@ def given_commands(tmp_path):
     (here / "run.sh").write_bytes((EXAMPLE / "run.sh").read_bytes())
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
-    for name in ("miles", "python"):
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n')
+    made = f'mkdir -p "$3/model"; [ ! -e {tmp_path}/killed ]\n'
+    for name, does in (("miles", ""), ("python", made)):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n{does}')
         (programs / name).chmod(0o755)
 
     def call(*words):
         environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
-        subprocess.run(["bash", here / "run.sh", *words], check=True, capture_output=True, env=environment)
+        killed = tmp_path / "killed"
+        subprocess.run(
+            ["bash", here / "run.sh", *words], check=not killed.exists(), capture_output=True, env=environment
+        )
         return log.read_text().replace(str(here), "HERE").splitlines()
 
     return call
 
 
-def test_the_script(given_commands):
-    assert given_commands("--lr", "1e-4") == [
-        "python HERE/make_data.py --out data in retool",
+def test_the_script(given_commands, tmp_path):
+    """Data that were cut short are made again, whole ones are not."""
+    makes = "python HERE/make_data.py --out data.part in retool"
+    (tmp_path / "killed").touch()
+    assert given_commands() == [makes]
+    (tmp_path / "killed").unlink()
+    first = given_commands("--lr", "1e-4")
+    assert given_commands("--lr", "1e-4")[len(first) :] == first[2:]
+    assert first == [
+        makes,
+        makes,
         "miles train HERE/sft.yaml in retool",
         "miles train HERE/config.yaml --lr 1e-4 in retool",
     ]

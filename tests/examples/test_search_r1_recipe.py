@@ -200,20 +200,30 @@ def lines_of(path):
 
 
 def test_the_script(tmp_path):
-    """Which commands it gives, by a `miles` and a `python` that only write down their words."""
+    """Which commands it gives, by a `miles` and a `python` that only write down their words; data that were cut short
+    are made again."""
     here, programs, log = tmp_path / "examples" / "search-r1", tmp_path / "bin", tmp_path / "log"
     here.mkdir(parents=True)
     programs.mkdir()
     (here / "run.sh").write_bytes((EXAMPLE / "run.sh").read_bytes())
     serve = 'if [ "$2" = serve ]; then echo 4 passages; exec sleep 60; fi\n'
-    for name in ("miles", "python"):
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n{serve}')
+    made = f'mkdir -p "$3/model"; [ ! -e {tmp_path}/killed ]\n'
+    for name, does in (("miles", serve), ("python", made)):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n{does}')
         (programs / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PORT": "9000"}
     command = ["bash", here / "run.sh", "--lr", "1e-4"]
-    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=30)
-    assert log.read_text().replace(str(here), "HERE").splitlines() == [
-        "python HERE/make_data.py --out data in search-r1",
+    (tmp_path / "killed").touch()
+    assert subprocess.run(command, capture_output=True, env=environment, timeout=30).returncode != 0
+    (tmp_path / "killed").unlink()
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True, env=environment, timeout=30)
+    given = log.read_text().replace(str(here), "HERE").splitlines()
+    makes = "python HERE/make_data.py --out data.part in search-r1"
+    assert given.count(makes) == 2
+    assert given[:6] == [
+        makes,
+        makes,
         "miles search index data/corpus.jsonl --out index --model wordllama in search-r1",
         "miles train HERE/sft.yaml in search-r1",
         "miles search serve index --port 9000 in search-r1",

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-FILE_CAP, FUNCTION_CAP, SPINE_CAP = 500, 80, 7_370
+FILE_CAP, FUNCTION_CAP, SPINE_CAP = 500, 80, 7_373
 
 
 def ours(sources):
