@@ -17,7 +17,8 @@ cd "$(dirname "$0")/../.." || exit 1
 
 declare -A LIMIT COMMAND
 measurement() { LIMIT[$1]=$2 COMMAND[$1]=$3; }
-measurement cramped 260 "several.py cramped --limit 240" # two GPUs; nothing beside it, it compiles
+measurement cramped 200 "several.py cramped --steps 3 --limit 180"                   # two GPUs
+measurement cramped-compiled 460 "several.py cramped-compiled --steps 3 --limit 440" # two GPUs
 for job in dense moe torch torch-moe; do measurement $job 260 "sglang_job.py $job --limit 240"; done
 measurement killed 345 "sglang_job.py killed --limit 330"
 measurement quickstart 420 "sglang_job.py quickstart --limit 280"

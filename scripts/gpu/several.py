@@ -10,7 +10,9 @@ Cases, each a `miles train` of the recipe examples/qwen3-0.6b-grpo on made-up pr
     apart        one train rank and one engine, a GPU each; weights by broadcast (NCCL)
     delta        the same, weights by what changed on disk
     context      `colocated`, the two ranks sharing the tokens of each sample (context parallelism)
-    cramped      `colocated`, one step, rank 1 capped at 3/4 of the memory that its first micro-batch took
+    cramped      `colocated`, one step without the compiler, rank 1 capped at 3/4 of the memory that its first
+                 micro-batch took
+    cramped-compiled     the same with it; why layers are compiled anew is in the workers' logs
     exact-1, exact-2     one process and two ranks in fp32 with --reproducible-ranks 2, to be compared to the bit
     killed       `colocated`, a rank killed with SIGKILL in the second step, and one restart
 
@@ -55,8 +57,9 @@ TWO = ("--actor-num-gpus-per-node", "2", "--colocate")
 APART = ("--rollout-num-gpus", "1", "--no-colocate")
 EXACT = ("--reproducible-ranks", "2", "--train-dtype", "fp32", "--dump-samples", "256", "--save-hf", "hf")
 ROOMY = ("--no-gradient-checkpointing", "--max-tokens-per-gpu", "16384")  # what is computed is most of what is held
-TRACED = {"TORCH_FR_BUFFER_SIZE": "2000"}
-"""Collectives that torch remembers, for `tell_collectives`."""
+CRAMPED = (*TWO, "--policy-loss", "several:cramped", *ROOMY, "--num-rollout", "1")
+TRACED = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_LOGS": "recompiles"}
+"""How many collectives torch remembers, for `tell_collectives`; and what it says by itself."""
 CASES: dict[str, tuple[str, ...]] = {
     "one": ("--executor", "inprocess"),
     "colocated": TWO,
@@ -64,7 +67,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "apart": APART,
     "delta": (*APART, "--weight-sync", "disk", "--update-weight-mode", "delta"),
     "context": (*TWO, "--context-parallel-size", "2"),
-    "cramped": (*TWO, "--policy-loss", "several:cramped", *ROOMY, "--num-rollout", "1", "--worker-timeout", "100"),
+    "cramped": (*CRAMPED, "--no-compile", "--worker-timeout", "100"),
+    "cramped-compiled": (*CRAMPED, "--worker-timeout", "400"),
     "exact-1": ("--executor", "inprocess", *EXACT),
     "exact-2": (*TWO, *EXACT),
     "killed": (*TWO, "--max-restarts", "1", "--save-interval", "1"),
