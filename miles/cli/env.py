@@ -245,7 +245,8 @@ def _judge(episodes: Sequence[Episode], wish: Wish, faults: Counter[str]) -> Non
 
 
 def _note(faults: Counter[str], what: str, remedy: str) -> None:
-    faults[f"{what}\n      {remedy}"] += 1
+    seen = (fault for fault in faults if fault.startswith(f"{what}\n"))  # with the remedy of its first time
+    faults[next(seen, f"{what}\n      {remedy}")] += 1
 
 
 def _remedy(episode: Episode, wish: Wish) -> str:

@@ -129,6 +129,13 @@ def test_what_is_wrong_is_said_with_a_remedy(miles, world, changes, what, remedy
     assert remedy in faults
 
 
+def test_one_fault_is_told_once_whatever_was_done_before_it(miles, world):
+    world(("right = action", "raise OSError('gone'); right = action"))
+    _, out, _ = miles("env", "check", "world:Guess", "--no-contract", "--episodes", "4")
+    assert out.count("OSError: gone") == 1
+    assert out.endswith("\n      8 times\n1 fault\n")
+
+
 def test_every_environment_that_is_made_is_closed(miles, world):
     world(
         ("limits =", "made, closed = [], set()\n    limits ="),
