@@ -84,6 +84,24 @@ def test_the_game_is_trained_on(folder):
     assert metrics["rollout/environment/caves/calls"] >= 2 * len(samples)
 
 
+@pytest.mark.slow
+def test_the_game_is_learned(folder):
+    """The commands of the page, and a fifth of its steps."""
+    shown = {int(step): float(acc) for step, acc in re.findall(r"^    step (\d+)/60 .* acc (\S+)", PAGE, re.MULTILINE)}
+    runpy.run_path("walks.py")
+    changed = {"report": False, "num_threads": 1, "device": "cpu"}
+    miles.train("walks.yaml", **changed)
+    command = re.search(r"^    miles train (cave.yaml --hf.*\n.*)$", PAGE, re.MULTILINE)[1].replace("\\\n", " ")
+    flags = [*command.split(), "--num-rollout", "12", "--num-threads", "1", "--device", "cpu"]
+    assert cli.main(["train", *flags]) == 0
+    lines = (folder / "runs" / "cave" / "metrics.jsonl").read_text().splitlines()
+    accuracy = [found for line in lines if (found := json.loads(line).get("rollout/accuracy")) is not None]
+    assert len(accuracy) == 12
+    assert accuracy[0] == pytest.approx(shown[1], abs=0.05)
+    assert accuracy[4] == pytest.approx(shown[5], abs=0.15)
+    assert min(accuracy[8:]) > 3 * accuracy[0]
+
+
 def test_the_calculators_run(folder):
     """What it says is no call, and so an answer."""
     samples = trained(folder, "tools.yaml")
