@@ -42,6 +42,7 @@ from miles_sglang.external import RunningServer
 from miles_sglang.fleet import LONG, Fleet
 from miles_sglang.flights import Flight, Flights
 from miles_sglang.launch import own_servers
+from miles_sglang.models import refuse_model
 from miles_sglang.options import ExternalOptions, SGLangOptions
 from miles_sglang.replies import Answer, Piece
 from miles_sglang.sender import Sender
@@ -55,6 +56,8 @@ CLOSING = 3.0
 """Seconds that requests have to end when the engine is closed."""
 SCORING = "score"
 """As the id of a request that scores."""
+MILES_SERVE = "miles serve"
+"""What a server calls itself that speaks SGLang's API with an engine of miles behind it."""
 NO_WEIGHTS = "no weights have arrived since it started: sync them first"
 
 logger = logging.getLogger("miles")
@@ -114,6 +117,8 @@ class SGLangEngine:
         await sender.fleet.start()
         infos = await sender.fleet.ask("/server_info")
         self._can, standing = Abilities.common([Abilities.of(i, self.context.hf_config) for i in infos]), self._standing
+        if any(info.get("server") != MILES_SERVE for info in infos):
+            refuse_model(self.context.hf_config, self._can.max_len)
         if self.options.stream and not self._can.streams:
             raise EngineError("streams need servers that were started with --incremental-streaming-output")
         standing.version = await self._agreed_version(sender)

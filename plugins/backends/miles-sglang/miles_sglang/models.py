@@ -1,0 +1,47 @@
+"""Models that SGLang computes otherwise than their checkpoint says, without a word: they are refused.
+
+Its classes (0.5.17) leave fields of the config unread. Tensors for which a class has no place are skipped, places for
+which no tensor comes keep what was there, from disk and in a weight sync alike. Families are those of the bridges here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from miles.api import EngineError
+
+SPARSE = frozenset({"qwen2_moe", "qwen3_moe"})
+"""`srt/models/qwen2_moe.py`, `qwen3_moe.py`: a head of its own always, and experts in every layer."""
+FAMILIES = SPARSE | {"llama", "mistral", "qwen2", "qwen3"}
+"""None of them tells its attention of a window. All dense ones tie where the config does."""
+TORCH = "or let another engine serve it (--rollout-engine torch)"
+
+
+def refuse_model(config: Any, max_len: int) -> None:
+    """
+    Args:
+        config: of transformers.
+        max_len: tokens of the longest sequence that servers take.
+
+    Raises:
+        EngineError: SGLang would serve another model than this one.
+    """
+    family = getattr(config, "model_type", "")
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ("sliding_attention",))
+    faults = {
+        "ignores tie_word_embeddings, and its lm_head would stay unfilled. Save the checkpoint with "
+        f"tie_word_embeddings false and a lm_head.weight of its own, {TORCH}": family in SPARSE
+        and getattr(config, "tie_word_embeddings", False),
+        "ignores mlp_only_layers and decoder_sparse_step, and has experts in every layer: dense ones would be left "
+        f"out. Use layers of experts alone, {TORCH}": family in SPARSE
+        and (getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1),
+        f"ignores the sliding window of {window} tokens, and its servers take sequences of {max_len}. Start them with "
+        f"--context-length {window} (a run's own: --sglang-context-length {window}), {TORCH}": family in FAMILIES
+        and window
+        and slides
+        and max_len > window,
+    }
+    for fault, present in faults.items():
+        if present:
+            raise EngineError(f"SGLang engine: for {family} models, SGLang (0.5.17) {fault}")
