@@ -50,6 +50,7 @@ def make(folder: Path, model: str, seed: int) -> Path:
     from transformers import AutoModelForCausalLM
 
     tokenizer = imported(ROOT / "examples/quickstart/prepare.py").build_tokenizer()
+    tokenizer.model_max_length = 8192  # without one, /tokenize of SGLang is an error
     shape, changes = MODELS[model]
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(seed)

@@ -96,16 +96,17 @@ def read_sampling(body: SamplingBody, end_token_ids: tuple[int, ...], room: int)
     least = body.min_new_tokens or 0
     if least > most:
         raise RequestError(f"min_new_tokens must be in [0, max_new_tokens({most})], got {least}.")
-    top_k = -1 if body.top_k in (None, TOP_K_ALL) else body.top_k
+    temperature = 1.0 if body.temperature is None else body.temperature
+    greedy = temperature < GREEDY_BELOW  # then SGLang does not look at top_k
+    top_k = -1 if greedy or body.top_k in (None, TOP_K_ALL) else body.top_k
     if top_k == 0 or top_k < -1:
         raise RequestError(f"top_k must be -1 (disable) or at least 1, got {top_k}.")
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if "" in stops:
         raise RequestError("stop must not hold an empty string.")
-    temperature = 1.0 if body.temperature is None else body.temperature
     ends = () if body.ignore_eos else tuple(dict.fromkeys((*(body.stop_token_ids or ()), *end_token_ids)))
     params = SamplingParams(
-        temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+        temperature=0.0 if greedy else temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=top_k,
         min_p=body.min_p or 0.0,

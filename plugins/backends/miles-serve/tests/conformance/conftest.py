@@ -36,6 +36,10 @@ class Server:
         self.model_path = self.client.get("/model_info").json["model_path"]
         config = json.loads((Path(self.model_path) / "config.json").read_text())
         self.vocabulary = config["vocab_size"]
+        tokenizer = Path(self.model_path) / "tokenizer_config.json"
+        most = json.loads(tokenizer.read_text()).get("model_max_length") if tokenizer.exists() else None
+        self.endless = most is None or most >= 2**63
+        """The tokenizer has no `model_max_length`, and SGLang cannot write the number that stands for none (1e30)."""
         self.context = self.info.get("context_length") or config["max_position_embeddings"]
         self.ours = self.info.get("server") == "miles serve"
         self.text = not self.info["skip_tokenizer_init"]

@@ -37,7 +37,11 @@ def test_it_says_what_it_serves(server):
 def test_it_tells_how_it_splits_text(server):
     if not server.text:
         pytest.skip("needs a server with a tokenizer")
-    told = [server.client.post("/tokenize", {"prompt": p}).json for p in ("hello world", ["hello world", "a"])]
+    replies = [server.client.post("/tokenize", {"prompt": p}) for p in ("hello world", ["hello world", "a"])]
+    if not server.ours and server.endless:
+        assert [reply.status for reply in replies] == [500, 500]
+        return
+    told = [reply.json for reply in replies]
     assert told[0]["tokens"] == told[1]["tokens"][0]
     assert told[0]["count"] == len(told[0]["tokens"]) > 1
 

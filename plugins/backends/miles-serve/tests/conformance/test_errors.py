@@ -15,7 +15,7 @@ WRONG = {
     "no tokens": {"input_ids": [], "sampling_params": FINE},
     "a negative temperature": {"input_ids": [1], "sampling_params": {**FINE, "temperature": -1}},
     "top_p of 0": {"input_ids": [1], "sampling_params": {**FINE, "top_p": 0}},
-    "top_k of 0": {"input_ids": [1], "sampling_params": {**FINE, "top_k": 0}},
+    "top_k of 0": {"input_ids": [1], "sampling_params": {**FINE, "temperature": 1, "top_k": 0}},
     "min_p of 2": {"input_ids": [1], "sampling_params": {**FINE, "min_p": 2}},
     "a negative length": {"input_ids": [1], "sampling_params": {**FINE, "max_new_tokens": -1}},
     "more than most": {"input_ids": [1], "sampling_params": {**FINE, "min_new_tokens": 3}},
@@ -42,6 +42,13 @@ def test_a_wrong_request_is_refused(server, what):
     assert reply.status == 400, reply.text
     assert message(reply)
     alive(server)
+
+
+def test_greedy_requests_may_have_any_top_k(server):
+    """The one token that is drawn from is the likeliest."""
+    greedy = server.generate(server.prompt(), 4)["output_ids"]
+    for top_k in (0, -7, 2):
+        assert server.generate(server.prompt(), 4, top_k=top_k)["output_ids"] == greedy
 
 
 def test_what_is_no_json_is_refused(server):
