@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny-moe": {
         "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16,
-        "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": True, "moe_intermediate_size": 32,
+        "num_key_value_heads": 2, "vocab_size": 1000, "tie_word_embeddings": False, "moe_intermediate_size": 32,
         "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True,
     },
     "0.6B": {
@@ -39,9 +39,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
-    "moe": {  # 1.2 billion parameters, 0.4 of them at work on a token
+    "moe": {  # 1.4 billion parameters, 0.7 of them at work on a token; untied, as all Qwen3-MoE are
         "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "tie_word_embeddings": True, "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4,
+        "tie_word_embeddings": False, "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 4,
         "norm_topk_prob": True,
     },
 }  # fmt: skip
