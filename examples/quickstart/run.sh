@@ -23,7 +23,7 @@ fi
 mkdir -p "$here/../../runs/quickstart/seed-$seed"
 cd "$here/../../runs/quickstart/seed-$seed"
 
-[[ -d data/model ]] || python "$here/prepare.py" --out data --seed "$seed"
+[[ -d data ]] || { rm -rf data.part; python "$here/prepare.py" --out data.part --seed "$seed"; mv data.part data; }
 echo "--- warm-up: imitating a pupil who forgets carries"
 miles train "$here/sft.yaml" --seed "$seed" --rollout-seed "$seed"
 echo "--- reinforcement learning: other sums, and only whether the answer is right"

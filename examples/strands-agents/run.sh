@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$here/../../runs/strands-agents"
 cd "$here/../../runs/strands-agents"
 
-[[ -d data/model ]] || python "$here/make_data.py" --out data
+[[ -d data ]] || { rm -rf data.part; python "$here/make_data.py" --out data.part; mv data.part data; }
 echo "--- warm-up: imitating a pupil who mostly guesses"
 miles train "$here/sft.yaml"
 echo "--- reinforcement learning: a strands agent, and only whether its answers are right"
