@@ -11,7 +11,7 @@ from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
 from miles.config.selection import SELECTS, brings, selecting
-from miles.config.settings import Flattener, Setting, fixed_origin
+from miles.config.settings import Flattener, Setting
 from miles.config.upstream import SWITCHES, answer_to, answers
 from miles.config.values import Text, from_text
 from miles.kinds import KINDS
@@ -103,7 +103,7 @@ class _Reader:
     def _set(self, flag: str, leaf: Leaf, value: Any, yields: bool = False) -> None:
         """`yields`: to whatever else is said of the setting, before or after."""
         origin, at = Origin("flag", flag), 0 if yields else len(self._out.settings)
-        self._out.settings[at:at] = self._flattener.value(leaf.flat, value, fixed_origin(origin), origin)
+        self._out.settings[at:at] = self._flattener.value(leaf.flat, value, origin)
 
     def _dotted(self, flag: str, text: str | None) -> None:
         parts = flag[2:].split(".")
@@ -127,7 +127,7 @@ class _Reader:
         elif found[0].shape == "value":
             value = from_text(value, Any)
         origin = Origin("flag", flag)
-        self._out.settings += self._flattener.value(path, value, fixed_origin(origin), origin)
+        self._out.settings += self._flattener.value(path, value, origin)
 
     def _eval_prompt_data(self, words: list[str]) -> None:
         if not words or len(words) % 2:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,10 +16,17 @@ class Origin:
 
     kind: Literal["default", "preset", "file", "flag", "python", "inherited"]
     where: str = ""
-    """`run.yaml:12`, `--lr`, `preset 'gspo' of ...`."""
+    """`run.yaml`, `--lr`, `preset 'gspo' of ...`."""
+    line: int | None = None
+    """In a file."""
 
     def __str__(self) -> str:
-        return self.where or self.kind
+        return f"{self.where}:{self.line}" if self.line else self.where or self.kind
+
+    def of(self, mapping: Mapping, key: Any) -> Origin:
+        """That of a key in a mapping that comes from here: in a file its line, or the first of the mapping's."""
+        lines = getattr(mapping, "lines", None)
+        return replace(self, line=lines.get(key, min(lines.values()))) if lines and self.kind == "file" else self
 
 
 DEFAULT = Origin("default")

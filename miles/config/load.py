@@ -30,7 +30,7 @@ from miles.config.leaves import Path, children, flag_table, leaf_above
 from miles.config.replay import REPLAY, without_engines
 from miles.config.schema import Config
 from miles.config.selection import contradictions, how_to_select, in_order, selecting
-from miles.config.settings import Flattener, Setting, file_origin, fixed_origin
+from miles.config.settings import Flattener, Setting
 from miles.config.tree import Tree
 from miles.config.upstream import known_name
 from miles.config.yaml_file import read_yaml
@@ -104,9 +104,9 @@ def plugin_wishes(files: Sequence[Source], arguments: Sequence[str]) -> tuple[li
     flattener = Flattener(faults, lambda kind, thing: "")
     tree = Tree(faults)
     for source in files:
-        mapping, where = _source(source)
+        mapping, origin = _source(source)
         if isinstance(mapping.get("plugins"), Mapping):
-            tree.put_all(flattener.mapping({"plugins": mapping["plugins"]}, where))
+            tree.put_all(flattener.mapping({"plugins": mapping["plugins"]}, origin))
     wishes = [tree.values.get(("plugins", key)) or () for key in ("block", "require")]
     lists = [[wish] if isinstance(wish, str) else [str(item) for item in wish] for wish in wishes]
     for flag, those in (("--plugins-block", lists[0]), ("--plugins-require", lists[1])):
@@ -127,10 +127,10 @@ def _words_after(flag: str, arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def _source(source: Source) -> tuple[Mapping[str, Any], Any]:
+def _source(source: Source) -> tuple[Mapping[str, Any], Origin]:
     if isinstance(source, Mapping):
-        return source, fixed_origin(_PYTHON)
-    return read_yaml(source), file_origin(source)
+        return source, _PYTHON
+    return read_yaml(source), Origin("file", str(source))
 
 
 class _Resolution:
@@ -172,11 +172,11 @@ class _Resolution:
 
     def _file(self, source: Source) -> list[Setting]:
         try:
-            mapping, where = _source(source)
+            mapping, origin = _source(source)
         except ConfigError as error:
             self.faults.append(Fault(str(source), str(error)))
             return []
-        return in_order(list(self.flattener.mapping(mapping, where)))
+        return in_order(list(self.flattener.mapping(mapping, origin)))
 
     def _layer(self, settings: list[Setting]) -> list[Setting]:
         self.faults += contradictions(settings)
@@ -186,12 +186,11 @@ class _Resolution:
         """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
         settings: list[Setting] = []
         flags: list[ComponentFlag] = []
-        where = fixed_origin(_PYTHON)
         for key, value in overrides.items():
             origin = Origin("python", f"{key}, given in Python")
             flag = "" if "." in key or key in children(()) else f"--{key.replace('_', '-')}"
             if leaf := flag_table().get(flag):
-                settings += self.flattener.value(leaf.flat, value, where, origin)
+                settings += self.flattener.value(leaf.flat, value, origin)
             elif flag in self.selecting:
                 settings += selecting(self.selecting[flag], flag, value, origin, self.faults)
             elif flag in self.component_flags:
@@ -199,7 +198,7 @@ class _Resolution:
                     settings += selecting(self.bringing[flag], flag, True, origin, self.faults)
                 flags.append((flag, value, _PYTHON))
             else:
-                settings += self.flattener.value(tuple(key.split(".")), value, where, _PYTHON)
+                settings += self.flattener.value(tuple(key.split(".")), value, _PYTHON)
         return settings, flags
 
     def _with_preset(self, layers: list[list[Setting]]) -> list[list[Setting]]:
@@ -224,7 +223,7 @@ class _Resolution:
             self._fault(_PRESET, str(error), "", named.value, named.origin)
             return layers
         origin = Origin("preset", f"preset {named.value!r} of {plugin.distribution} {plugin.version}")
-        return [*layers[:at], list(self.flattener.mapping(overlay, fixed_origin(origin))), *layers[at:]]
+        return [*layers[:at], list(self.flattener.mapping(overlay, origin)), *layers[at:]]
 
     def _only_a_preset(self, name: Any) -> bool:
         estimators, presets = self.registry.names("advantage_estimators"), self.registry.names("presets")

@@ -14,8 +14,6 @@ from miles.config.leaves import SETS, Leaf, Path, children, flag_table, leaf_abo
 RESET = object()
 """As the value of a list of task sets: forget the sets of the layers below."""
 
-Where = Callable[[Mapping, Any], Origin]
-"""Origin of a key in a mapping."""
 Named = Callable[[str, Any], str]
 """(kind, object) -> the name under which an object given in Python was registered."""
 
@@ -36,23 +34,22 @@ class Flattener:
         self.faults = faults
         self._named = named
 
-    def mapping(self, mapping: Mapping, where: Where, at: Path = ()) -> Iterator[Setting]:
+    def mapping(self, mapping: Mapping, origin: Origin, at: Path = ()) -> Iterator[Setting]:
         """Settings of a mapping that stands at path `at`."""
         for key, value in mapping.items():
-            path = (*at, str(key))
-            yield from self.value(path, value, where, where(mapping, key))
+            yield from self.value((*at, str(key)), value, origin.of(mapping, key))
 
-    def value(self, path: Path, value: Any, where: Where, origin: Origin) -> Iterator[Setting]:
+    def value(self, path: Path, value: Any, origin: Origin) -> Iterator[Setting]:
         """Settings of whatever stands at a path: section, list of task sets, leaf, or something below a leaf."""
         found = leaf_above(path)
         if path in SETS:
-            yield from self._sets(path, value, where, origin)
+            yield from self._sets(path, value, origin)
         elif found is not None:
             leaf, rest = found
             yield from self._leaf(leaf, path[: len(path) - len(rest)], rest, value, origin)
         elif children(path):
             if isinstance(value, Mapping):
-                yield from self.mapping(value, where, path)
+                yield from self.mapping(value, origin, path)
             elif value is not None:
                 self._fault(path, value, origin, "is a section, not a value", f"set one of {', '.join(children(path))}")
         else:
@@ -77,15 +74,15 @@ class Flattener:
             remedy = f"did you mean {place}?" if place else f"known here: {', '.join(known)}"
         self._fault(path, value, origin, "unknown key", remedy)
 
-    def _sets(self, path: Path, value: Any, where: Where, origin: Origin) -> Iterator[Setting]:
+    def _sets(self, path: Path, value: Any, origin: Origin) -> Iterator[Setting]:
         if isinstance(value, Mapping):
-            items = [(str(name), item or {}, where(value, name)) for name, item in value.items()]
+            items = [(str(name), item or {}, origin.of(value, name)) for name, item in value.items()]
         elif isinstance(value, list | tuple):
             yield Setting(path, RESET, origin)
             items = []
             for item in value:
                 name = item.get("name", "default") if isinstance(item, Mapping) else "?"
-                items.append((str(name), item, where(item, "name") if isinstance(item, Mapping) else origin))
+                items.append((str(name), item, origin.of(item, "name")))
         else:
             self._fault(path, value, origin, "must be a list of task sets, or a mapping from their names")
             return
@@ -98,8 +95,9 @@ class Flattener:
             else:
                 seen.add(name)
                 yield Setting((*path, name), {}, place)
-                rest = {key: below for key, below in item.items() if key != "name"}
-                yield from self.mapping(rest, _within(item, where), (*path, name))
+                for key, below in item.items():
+                    if key != "name":
+                        yield from self.value((*path, name, str(key)), below, origin.of(item, key))
 
     def _leaf(self, leaf: Leaf, path: Path, rest: Path, value: Any, origin: Origin) -> Iterator[Setting]:
         if leaf.shape == "spec":
@@ -116,7 +114,7 @@ class Flattener:
             yield from self._spec_key(path, rest, value, origin)
         elif isinstance(value, Mapping):
             for key, below in value.items():
-                yield from self._spec_key(path, (str(key),), below, _line(value, key, origin))
+                yield from self._spec_key(path, (str(key),), below, origin.of(value, key))
         else:
             by_name = value is None or isinstance(value, str)
             yield Setting((*path, "name"), value if by_name else self._object(leaf, value), origin)
@@ -125,7 +123,7 @@ class Flattener:
         """One key of a spec: `name`, `options` (a mapping), or an option, written with or without `options.`."""
         if rest == ("options",) and isinstance(value, Mapping):
             for key, below in value.items():
-                yield Setting((*path, "options", str(key)), below, _line(value, key, origin))
+                yield Setting((*path, "options", str(key)), below, origin.of(value, key))
         else:
             yield Setting((*path, *(rest if rest[0] in ("name", "options") else ("options", *rest))), value, origin)
 
@@ -146,32 +144,3 @@ class Flattener:
 
     def _fault(self, path: Path, value: Any, origin: Origin, problem: str, remedy: str = "") -> None:
         self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
-
-
-def _within(item: Mapping, where: Where) -> Where:
-    """Origins for a copy of `item`: those of the original."""
-    return lambda mapping, key: where(mapping if hasattr(mapping, "lines") else item, key)
-
-
-def _line(mapping: Mapping, key: Any, origin: Origin) -> Origin:
-    lines = getattr(mapping, "lines", None)
-    if origin.kind != "file" or not lines or key not in lines:
-        return origin
-    return Origin("file", f"{origin.where.rpartition(':')[0]}:{lines[key]}")
-
-
-def file_origin(path: Any) -> Where:
-    """Origins `path:line` for the mappings of a YAML file."""
-
-    def where(mapping: Mapping, key: Any) -> Origin:
-        line = getattr(mapping, "lines", {}).get(key)
-        if line is None:
-            line = min(getattr(mapping, "lines", {}).values(), default=1)
-        return Origin("file", f"{path}:{line}")
-
-    return where
-
-
-def fixed_origin(origin: Origin) -> Where:
-    """The same origin for everything."""
-    return lambda mapping, key: origin

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import flag_table
 from miles.config.selection import SELECTS
-from miles.config.settings import Flattener, fixed_origin
+from miles.config.settings import Flattener
 from miles.errors import MilesError
 from miles.kinds import KINDS
 from miles.options import options_of
@@ -55,7 +55,7 @@ def examined(plugins: Plugins) -> Iterator[Examined]:
 def _preset_faults(offer: Registration) -> list[Fault]:
     faults: list[Fault] = []
     flattener = Flattener(faults, lambda kind, thing: "")
-    list(flattener.mapping(offer.value, fixed_origin(Origin("preset", f"preset {offer.name!r}"))))
+    list(flattener.mapping(offer.value, Origin("preset", f"preset {offer.name!r}")))
     return faults
 
 
