@@ -39,8 +39,8 @@ class EngineFront:
     def __init__(self, engines: Sequence[RolloutEngine], concurrency: int):
         self.engines = list(engines)
         self.traffic = Traffic()
-        self.recovery: Recovery | None = None
-        """Where nobody can bring back a lost engine, it is an error."""
+        self.recovery = Recovery(engines)
+        """Of a run: its own, which can bring back a lost engine."""
         self._in_flight = 0
         self._busy_since = 0.0
         self._slots = [asyncio.Semaphore(-(-concurrency // len(self.engines))) for _ in self.engines]
@@ -65,23 +65,21 @@ class EngineFront:
 
     async def _attempt(self, request: GenerateRequest, affinity: int) -> GenerateResult | None:
         """None when the engine was lost, before or meanwhile."""
-        serving = range(len(self.engines)) if self.recovery is None else self.recovery.serving()
+        serving = self.recovery.serving()
+        if not serving:
+            await self.recovery.one_serving()
+            return None
         index = affinity % len(self.engines)
-        if self.recovery is not None and index not in serving:
-            if not serving:
-                await self.recovery.one_serving()
-                return None
+        if index not in serving:
             index = serving[affinity % len(serving)]
         async with self._slots[index]:
-            if self.recovery is not None and index not in self.recovery.serving():
+            if index not in self.recovery.serving():
                 return None
-            life = 0 if self.recovery is None else self.recovery.lives[index]
+            life = self.recovery.lives[index]
             self._enter()
             try:
                 return await self.engines[index].generate(request)
             except EngineLostError as error:
-                if self.recovery is None:
-                    raise
                 self.recovery.lose(index, life, error)
                 return None
             finally:
@@ -114,7 +112,7 @@ class EngineFront:
     async def take_counts(self) -> dict[str, float]:
         """What engines have counted since this was last asked (retries, time-outs), added up."""
         told = await asyncio.gather(*map(_counts, self.engines, self._counted))
-        told.append({} if self.recovery is None else {"restarts": self.recovery.restarts})
+        told.append({"restarts": self.recovery.restarts})
         new: Counter[str] = Counter()
         for counts, before in zip(told, self._counted, strict=True):
             # An engine that was started again may count from 0.

@@ -19,14 +19,14 @@ from miles.protocols import RolloutEngine
 
 
 class Recovery:
-    """Of the engines of a run, which it numbers from 0."""
+    """Of the engines of a job, which it numbers from 0. Without `restart` and `resync`, a lost engine is an error."""
 
     def __init__(
         self,
         engines: Sequence[RolloutEngine],
-        most: int,
-        restart: Callable[[Any], Awaitable[None]],
-        resync: Callable[[], Awaitable[None]],
+        most: int = 0,
+        restart: Callable[[Any], Awaitable[None]] | None = None,
+        resync: Callable[[], Awaitable[None]] | None = None,
     ):
         """
         Args:
@@ -56,7 +56,7 @@ class Recovery:
         """
         if life != self.lives[index]:
             return
-        if not hasattr(self.engines[index], "restart"):
+        if self.restart is None or not hasattr(self.engines[index], "restart"):
             raise error
         if self.restarts == self.most:
             error.add_note(f"engines were started again {self.restarts} times already: --max-engine-restarts")
@@ -76,6 +76,7 @@ class Recovery:
             if self._hopeless is not None:
                 raise self._hopeless
             if not self.serving():
+                assert self.resync is not None  # an engine is out of service where it can be started again
                 try:
                     await self.started()
                     await self.resync()
