@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,3 +38,19 @@ def prepared_process(run: RunSection) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, numpy and torch on the CPU, as JSON can hold it."""
+    numpys = np.random.get_state(legacy=False)
+    numpys["state"] |= {"key": numpys["state"]["key"].tolist()}
+    torchs = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+    return {"python": random.getstate(), "numpy": numpys, "torch": torchs}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """What `random_state` said, as JSON gives it back."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(state["torch"])), dtype=torch.uint8))

@@ -38,8 +38,7 @@ async def train(run: Run) -> None:
 async def collect(run: Run) -> tuple[list[Group], Metrics]:
     """A batch of rollouts and its metrics. A request to stop is honoured here: nothing is lost but this batch."""
     async with run.residency.rollout():
-        groups = await run.collect()
-    metrics = run.rollout_metrics(groups)
+        groups, metrics = await run.collect()
     run.hook.miles_on_rollout_end(run=run, step=run.step, groups=groups, metrics=metrics)
     run.hook.miles_modify_samples(run=run, step=run.step, groups=groups)
     return groups, metrics

@@ -9,23 +9,19 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import math
-import random
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from miles.build import Parts
 from miles.checkpoint import Checkpoint, CheckpointStore, find_checkpoint
 from miles.config import Config
 from miles.config.derived import Derived
+from miles.determinism import random_state, set_random_state
 from miles.errors import CheckpointError, EngineLostError, RolloutError, RunInterrupted, WeightSyncError
 from miles.interrupt import Interrupt
 from miles.log import counted, logger
@@ -92,7 +88,6 @@ class Run:
         self.recovery = Recovery(parts.engines, most, self._restart, self._resync)
         parts.front.recovery = parts.gate.recovery = self.recovery
         self.header = self._header()
-        self._engine_counts: Metrics = {}
         self._trainer_free = asyncio.Lock()
         """Weights are sent between two batches: half-way through one they are of no version."""
         self._clock = time.perf_counter()
@@ -122,17 +117,18 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------- within a step
 
-    async def collect(self) -> list[Group]:
-        """The next batch. When none can be had, what was generated for it goes to disk, failures and all."""
+    async def collect(self) -> tuple[list[Group], Metrics]:
+        """The next batch and its metrics. When none can be had, what was generated for it goes to disk, failures and
+        all."""
         try:
             groups = await self.interruptible(self.producer.collect(self.step))
         except RolloutError:
             self._dump(self.producer.groups)
             raise
-        self._engine_counts = await self.parts.gate.take_counts()
+        counts = await self.parts.gate.take_counts()
         if self.parts.dump is not None:
             await self.parts.dump.write(self.step + 1, groups)
-        return groups
+        return groups, self._rollout_metrics(groups) | {f"rollout/engine/{name}": n for name, n in counts.items()}
 
     async def interruptible(self, work: Awaitable[T]) -> T:
         """Await rollouts; a signal cancels them and raises RunInterrupted. Engines that were lost are up afterwards, or
@@ -196,8 +192,7 @@ class Run:
         async with self.residency.rollout():
             logger.info("weights of version %d were sent in the middle of a rollout", self.step)
 
-    def rollout_metrics(self, groups: list[Group]) -> Metrics:
-        """Metrics of a batch."""
+    def _rollout_metrics(self, groups: list[Group]) -> Metrics:
         traffic = self.parts.gate.take_traffic()
         self.totals.prompt_tokens += traffic.prompt_tokens
         self.totals.generated_tokens += traffic.generated_tokens
@@ -207,7 +202,6 @@ class Run:
         return {
             **batch_metrics(groups),
             **self.producer.metrics(),
-            **{f"rollout/engine/{name}": count for name, count in self._engine_counts.items()},
             "perf/generate_time": traffic.seconds,
             "rollout/cached_ratio": cached,
             "rollout/generated_tokens": float(traffic.generated_tokens),
@@ -270,7 +264,7 @@ class Run:
             "totals": vars(self.totals),
             "producer": self.producer.state_dict(),
             "trainer": self.trainer.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
         }
         self._boundary, self._held = json.loads(json.dumps(state)), self.producer.held()
 
@@ -327,7 +321,7 @@ class Run:
         self.producer.load_state_dict(state["producer"], held)
         self._held = self.producer.held()
         self.trainer.load_state_dict(state["trainer"])
-        _set_random_state(state["random"])
+        set_random_state(state["random"])
 
     # --------------------------------------------------------------------------------------------------------- the end
 
@@ -378,28 +372,3 @@ class Run:
     def write_summary(self) -> None:
         self._count_seconds()
         write_summary(self.directory, self.summary)
-
-
-def _random_state() -> dict[str, Any]:
-    """Of Python, numpy and torch in the driver; workers keep their own."""
-    version, internal, gauss = random.getstate()
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": _plain(np.random.get_state(legacy=False)),
-        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    twister = {**state["numpy"]["state"], "key": np.array(state["numpy"]["state"]["key"], dtype=np.uint32)}
-    np.random.set_state({**state["numpy"], "state": twister})
-    raw = bytearray(base64.b64decode(state["torch"]))
-    torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
