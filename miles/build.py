@@ -77,9 +77,12 @@ class EvaluationParts:
     evaluator: Evaluator
 
     def load_prompts(self, task_set: TaskSet) -> list[Prompt]:
-        """All prompts of a set, in file order, each once."""
-        longest = context_limit(self.config, self.model)
-        return load_prompts(self.config, self.registry, self.model.chat, task_set, longest)
+        """All usable prompts of a set, in file order, each once; the others are counted in a warning."""
+        source = make_source(self.config, self.registry, self.model, [task_set], shuffle=False)
+        prompts = source.every_prompt()
+        if dropped := {name: count for name, count in getattr(source, "counts", {}).items() if count}:
+            logger.warning("set %s: %d prompts, without %s", task_set.name, len(prompts), dropped)
+        return prompts
 
     def eval_task(self, task_set: TaskSet) -> Task:
         return make_task(self.config, self.registry, self.model, self.front, task_set, evaluation=True)
@@ -120,21 +123,14 @@ def context_limit(config: Config, model: Model) -> int | None:
     return config.rollout.max_context_len or getattr(model.hf_config, "max_position_embeddings", None)
 
 
-def make_source(
-    config: Config,
-    registry: Registry,
-    chat: ChatFormat,
-    sets: Sequence[TaskSet],
-    shuffle: bool,
-    context_len: int | None = None,
-) -> DataSource:
-    """`context_len`: prompts that leave no room in it for one token of response are dropped, whatever the config says
-    of `max_prompt_len`."""
-    data = config.data
+def make_source(config: Config, registry: Registry, model: Model, sets: Sequence[TaskSet], shuffle: bool) -> DataSource:
+    """Prompts that leave no room in the context for one token of response are dropped, whatever the config says of
+    `max_prompt_len`."""
+    data, context_len = config.data, context_limit(config, model)
     longest = [limit for limit in (data.max_prompt_len, context_len and context_len - 1) if limit is not None]
     context = DataContext(
         sets=sets,
-        chat=chat,
+        chat=model.chat,
         seed=data.seed,
         max_prompt_tokens=min(longest, default=None),
         shuffle=shuffle,
@@ -172,7 +168,7 @@ def make_task(
     )  # fmt: skip
 
 
-async def make_teachers(crew: Crew, model: Model, stack: AsyncExitStack) -> Teachers | None:
+async def make_teachers(crew: Crew, model: Model) -> Teachers | None:
     """The driver's half of the teachers that the algorithm needs, speaking to those on servers; None without need."""
     config, registry, section = crew.config, crew.registry, crew.config.teacher
     needs = component_needs(config, registry)
@@ -182,7 +178,7 @@ async def make_teachers(crew: Crew, model: Model, stack: AsyncExitStack) -> Teac
     for name, url in section.urls.items():
         chosen = automatic(registry, section.engine or Spec(name=AUTO), "rollout_engines", "scores")
         spec = Spec(name=chosen.name, options={**chosen.options, "url": url})
-        engines[name] = await make_engine(crew, engine_setup(crew, spec, model.checkpoint), stack)
+        engines[name] = await make_engine(crew, engine_setup(crew, spec, model.checkpoint))
     top_k = 0
     if section.urls and "teacher_top_k" in needs:
         loss = config.algorithm.policy_loss
@@ -190,7 +186,7 @@ async def make_teachers(crew: Crew, model: Model, stack: AsyncExitStack) -> Teac
         if "k" not in options:
             raise ConfigError(f"policy loss {loss.name!r} needs teacher_top_k and has no option `k` that says how many")
         top_k = loss.options.get("k", options["k"].default)
-    return Teachers(section, engines, model.chat, rollout_temperature(config), "teacher" in needs, top_k)
+    return Teachers(section, engines, model.chat, config.rollout_temperature, "teacher" in needs, top_k)
 
 
 async def build(config: Config, registry: Registry, tracking: Tracking, stack: AsyncExitStack) -> tuple[Derived, Parts]:
@@ -205,15 +201,14 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
     dump = Dump(config.rollout.dump, "miles train", config) if config.rollout.dump else None
     models = train_models(config, derived, registry, model)
     crew = make_crew(config, registry, stack, trains=True)
-    workers = await launch_train(crew, models, rollout_temperature(config), stack)
+    workers = await launch_train(crew, models)
     if crew.placement.offload_train:
         await workers.call("offload", TRAINING)  # engines take of the memory that they find free
-    engines = await make_engines(crew, model.checkpoint, stack)
+    engines = await make_engines(crew, model.checkpoint)
     at_once, steps = config.rollout.concurrency, derived.num_rollout
-    teachers = await make_teachers(crew, model, stack)
+    teachers = await make_teachers(crew, model)
     gate = Gate(engines, at_once)
     producer = source if isinstance(source, Replay) else make_producer(config, registry, model, source, gate, steps)
-    on_policy = source.on_policy if isinstance(source, Replay) else config.on_policy
     stack.push_async_callback(producer.close)
     weight_sync = make_sync(crew, model)
     await weight_sync.connect(workers, engines)
@@ -230,7 +225,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
         weight_sync=weight_sync,
         producer=producer,
         trainer=Trainer(
-            config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config), on_policy
+            config, derived, registry, workers, shares, teachers, ForwardCost.of(model.hf_config), producer.on_policy
         ),
         evaluator=registry.build("evaluators", config.eval.evaluator),
         tracking=tracking,
@@ -241,8 +236,7 @@ async def build(config: Config, registry: Registry, tracking: Tracking, stack: A
 
 
 def training_source(config: Config, registry: Registry, model: Model) -> DataSource:
-    longest = context_limit(config, model)
-    return make_source(config, registry, model.chat, config.data.sets, config.data.shuffle, longest)
+    return make_source(config, registry, model, config.data.sets, config.data.shuffle)
 
 
 def make_sync(crew: Crew, model: Model) -> WeightSync:
@@ -270,27 +264,15 @@ async def serve_weights(
     miles, which come to them through a trainer."""
     crew = make_crew(config, registry, stack, trains=checkpoint is not None)
     if checkpoint is None:
-        engines = await make_engines(crew, model.checkpoint, stack, load_weights=True)
+        engines = await make_engines(crew, model.checkpoint, load_weights=True)
     else:
-        policy = {"actor": ModelSetup("actor", model.checkpoint)}
-        workers = await launch_train(crew, policy, rollout_temperature(config), stack)
-        engines = await make_engines(crew, model.checkpoint, stack)
+        workers = await launch_train(crew, {"actor": ModelSetup("actor", model.checkpoint)})
+        engines = await make_engines(crew, model.checkpoint)
         await workers.call("load", checkpoint.path, weights_only=True)
         weight_sync = make_sync(crew, model)
         await weight_sync.connect(workers, engines)
         await weight_sync.push(version=checkpoint.step)
     return engines
-
-
-def load_prompts(
-    config: Config, registry: Registry, chat: ChatFormat, task_set: TaskSet, context_len: int | None = None
-) -> list[Prompt]:
-    """All usable prompts of a set, in file order, each once; the others are counted in a warning."""
-    source = make_source(config, registry, chat, [task_set], shuffle=False, context_len=context_len)
-    prompts = source.every_prompt()
-    if dropped := {name: count for name, count in getattr(source, "counts", {}).items() if count}:
-        logger.warning("set %s: %d prompts, without %s", task_set.name, len(prompts), dropped)
-    return prompts
 
 
 def train_models(config: Config, derived: Derived, registry: Registry, model: Model) -> dict[str, ModelSetup]:
@@ -314,14 +296,6 @@ def train_models(config: Config, derived: Derived, registry: Registry, model: Mo
     return models
 
 
-def rollout_temperature(config: Config) -> float:
-    """The one temperature of all training sets: the trainer's logits are divided by it."""
-    temperatures = {task_set.sampling.temperature for task_set in config.data.sets}
-    if len(temperatures) > 1:
-        raise ConfigError(f"task sets that train together need one temperature, not {sorted(temperatures)}")
-    return temperatures.pop() if temperatures else 1.0
-
-
 def make_probe(
     config: Config, registry: Registry, model: Model, engines: Sequence[RolloutEngine]
 ) -> WeightProbe | None:
@@ -337,4 +311,4 @@ def make_probe(
         *(getattr(engine, "max_len", None) for engine in engines),
     ]
     longest = min((limit for limit in limits if limit is not None), default=None)
-    return WeightProbe(model.hf_config.vocab_size, tolerance, rollout_temperature(config), longest)
+    return WeightProbe(model.hf_config.vocab_size, tolerance, config.rollout_temperature, longest)

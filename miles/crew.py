@@ -31,6 +31,8 @@ class Crew:
     executor: Executor
     device: str
     """As a worker sees it: a process has one accelerator."""
+    stack: AsyncExitStack
+    """Closes whatever they start."""
     train: WorkerGroup | None = None
 
 
@@ -47,24 +49,15 @@ def make_crew(config: Config, registry: Registry, stack: AsyncExitStack, trains:
     executor = registry.build("executors", placement.executor, context=context)
     closing(stack, executor)
     alone = executor.shares_process
-    return Crew(config, registry, placement, executor, device if alone else device.partition(":")[0])
+    return Crew(config, registry, placement, executor, device if alone else device.partition(":")[0], stack)
 
 
-async def launch_train(
-    crew: Crew, models: Mapping[str, ModelSetup], temperature: float, stack: AsyncExitStack
-) -> WorkerGroup:
+async def launch_train(crew: Crew, models: Mapping[str, ModelSetup]) -> WorkerGroup:
     """Start the train ranks."""
-    config, registry = crew.config, crew.registry
-    setup = WorkerSetup(
-        config=config,
-        models=models,
-        device=crew.device,
-        temperature=temperature,
-        provenance=registry.plugins.provenance(),
-    )
-    shared = {"registry": registry} if crew.executor.shares_process else {}
+    setup = WorkerSetup(crew.config, models, crew.device, crew.registry.plugins.provenance())
+    shared = {"registry": crew.registry} if crew.executor.shares_process else {}
     crew.train = await crew.executor.launch("train", "miles.training.worker:TrainWorker", setup, **shared)
-    closing(stack, crew.train)
+    closing(crew.stack, crew.train)
     return crew.train
 
 
@@ -79,26 +72,26 @@ def engine_setup(crew: Crew, spec: Spec, checkpoint: Path, load_weights: bool = 
     )  # fmt: skip
 
 
-async def make_engine(crew: Crew, setup: EngineSetup, stack: AsyncExitStack) -> RolloutEngine:
+async def make_engine(crew: Crew, setup: EngineSetup) -> RolloutEngine:
     """Build and start an engine in this process."""
     engine = crew.registry.build("rollout_engines", setup.spec, context=setup.context(crew.registry))
-    closing(stack, engine)
+    closing(crew.stack, engine)
     await engine.start()
     return engine
 
 
-async def make_engines(crew: Crew, checkpoint: Path, stack: AsyncExitStack, load_weights: bool = False) -> list[Any]:
+async def make_engines(crew: Crew, checkpoint: Path, load_weights: bool = False) -> list[Any]:
     """The rollout's engines, where the placement puts them."""
     setup = engine_setup(crew, crew.config.rollout.engine, checkpoint, load_weights)
     if crew.placement.engines in ("driver", "elsewhere"):
-        return [await make_engine(crew, setup, stack)]
+        return [await make_engine(crew, setup)]
     if crew.placement.engines == "beside" and crew.train is not None:
         workers = await crew.train.beside("rollout", ENGINE_WORKER, setup)
     else:
         workers = await crew.executor.launch("rollout", ENGINE_WORKER, setup)
-    closing(stack, workers)
+    closing(crew.stack, workers)
     engines = await remote_engines(workers)
-    closing(stack, Together(engines))
+    closing(crew.stack, Together(engines))
     await asyncio.gather(*(engine.start() for engine in engines))
     return engines
 

@@ -35,7 +35,9 @@ def test_prompts_that_leave_no_room_in_the_context_are_dropped(registry, tmp_pat
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"input": "word " * n}) + "\n" for n in (1, 4, 7)))
     config = Config.model_validate({"data": {"sets": [{"path": str(path)}], **data}})
-    source = make_source(config, registry, chat_of_words(), config.data.sets, shuffle=False, context_len=context_len)
+    built = model(max_position_embeddings=context_len)
+    built.chat = chat_of_words()
+    source = make_source(config, registry, built, config.data.sets, shuffle=False)
     assert [len(prompt.tokens) for prompt in source.every_prompt()] == lengths
     assert source.counts["too_long"] == 3 - len(lengths)
 

@@ -57,6 +57,11 @@ class Config(Section):
     plugins: PluginsSection = PluginsSection()
 
     @property
+    def rollout_temperature(self) -> float:
+        """Of all training sets, which have the same: the trainer's logits are divided by it."""
+        return self.data.sets[0].sampling.temperature if self.data.sets else 1.0
+
+    @property
     def on_policy(self) -> bool:
         """Whether all samples of a batch are drawn by the very weights that are trained on them."""
         in_waves = self.rollout.mode == "sync" and not self.rollout.partial_rollout

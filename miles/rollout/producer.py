@@ -65,6 +65,8 @@ class Batches(ABC):
     """Those of a batch that could not be filled."""
     lost: Sequence[Sample]
     """Samples that failed, of the last batch and of one that could not be filled."""
+    on_policy: bool
+    """Whether each batch is drawn by the very weights that are trained on it."""
 
     def __init__(self) -> None:
         self.ledger = Ledger()
@@ -137,6 +139,7 @@ class Producer(Batches):
         nothing looks at rewards, and a sample without one is fine."""
         super().__init__()
         self.config, self.source, self.tasks, self.filters, self.greedy = config, source, tasks, filters, greedy
+        self.on_policy = config.on_policy
         self.needs_reward = config.algorithm.advantage_estimator.name != NONE and not unjudged
         self.ids = Ids()
         self.filling = Tally()

@@ -26,7 +26,6 @@ class Replay(Batches):
         self.source, self.groups, self.lost = self, (), ()
         assert config.rollout.replay is not None
         self.on_policy = _on_policy(read_about(config.rollout.replay))
-        """Whether each batch was drawn by the weights that were trained on it then, as `Config.on_policy` says."""
 
     def __len__(self) -> int:
         return self.batches * self.config.rollout.batch_size

@@ -55,7 +55,6 @@ class WorkerSetup:
     models: Mapping[str, ModelSetup]
     """By name: that of the role where there is one of a role (`actor`, `critic`, `reference`)."""
     device: str
-    temperature: float
     provenance: Sequence[Mapping[str, Any]] = ()
     """The driver's plugins, to compare with."""
 
@@ -129,7 +128,7 @@ class TrainWorker:
             world_size=self.size,
             device=setup.device,
             total_steps=model.total_steps,
-            temperature=setup.temperature,
+            temperature=config.rollout_temperature,
         )
 
     # ------------------------------------------------------------------------------------------------------ numbers

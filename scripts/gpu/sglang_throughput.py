@@ -108,7 +108,7 @@ class Miles:
         spec = Spec(name="sglang_external", options={"urls": url})
         setup = engine_setup(crew, spec, self.checkpoint, load_weights=True)
         if side == "driver":
-            return await make_engine(crew, setup, stack)
+            return await make_engine(crew, setup)
         context = ExecutorContext({"rollout": Seats(1)}, self.config.run.dir)
         executor = self.registry.build("executors", Spec(name="local"), context=context)
         closing(stack, executor)

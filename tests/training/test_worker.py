@@ -138,7 +138,7 @@ def test_logits_of_whole_samples_are_refused_where_ranks_have_parts_of_them():
     algorithm = {"advantage_estimator": "none", "policy_loss": "distill_full"}
     config = Config.model_validate({"algorithm": algorithm, "train": {"context_parallel_size": 2}})
     with pytest.raises(ConfigError, match="--context-parallel-size 1"):
-        TrainWorker(0, 2, WorkerSetup(config, {}, "cpu", 1.0), Registry(load_plugins()))
+        TrainWorker(0, 2, WorkerSetup(config, {}, "cpu"), Registry(load_plugins()))
 
 
 def test_an_entropy_that_is_paid_for_is_computed_without_advantages_too():
