@@ -13,7 +13,7 @@ SUCCESS = 1.0
 """A sample of at least this reward is counted as a success in `accuracy` and pass@k."""
 
 
-def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
+def batch_metrics(groups: Sequence[Group]) -> Metrics:
     """Rewards, accuracy, lengths and statuses of a batch."""
     samples = [sample for group in groups for sample in group.samples]
     metrics = sample_metrics(samples)
@@ -24,7 +24,7 @@ def batch_metrics(groups: Sequence[Group], prefix: str = "rollout") -> Metrics:
     baselines = [group.baseline_reward for group in groups if group.baseline_reward is not None]
     if baselines:
         metrics["baseline_reward"] = float(np.mean(baselines))
-    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+    return {f"rollout/{name}": value for name, value in metrics.items()}
 
 
 def once(samples: Sequence[Sample]) -> list[Sample]:

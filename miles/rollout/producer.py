@@ -87,7 +87,7 @@ class Batches(ABC):
 
     def take_removed(self, groups: Iterable[Group]) -> Metrics:
         """Count those of the last batch that a plugin took out of it, and so are not trained."""
-        missing = self.handed - {rollout for group in groups for rollout in trained_rollouts(group)}
+        missing = self.handed - trained_rollouts(groups)
         self.handed = set()
         if missing:
             self.ledger.remove(len(missing))
@@ -224,18 +224,18 @@ class Producer(Batches):
 
     def _passes(self, group: Group) -> bool:
         """Drop unusable samples, then ask the filters. Every rollout that is dropped gets its fate here."""
-        every = list(dict.fromkeys(s.rollout_id for s in group.samples))
+        every = trained_rollouts([group])
         if group.baseline is not None:
             if group.baseline.status not in JUDGED:
-                return self._drop([*every, group.baseline.rollout_id], "baseline_failed")
-            self._settle([group.baseline.rollout_id], "baseline")
+                return self._drop(every | {group.baseline.rollout_id}, "baseline_failed")
+            self._settle({group.baseline.rollout_id}, "baseline")
         group.samples, unusable = [s for s in group.samples if s.status in JUDGED], group.samples
-        left = {sample.rollout_id for sample in group.samples}
+        left = trained_rollouts([group])
         if len(left) < len(every) and (self.config.rollout.incomplete_groups == "refill" or not left):
             return self._drop(every, "incomplete_group")
         aborted = {s.rollout_id for s in unusable if s.status is Status.ABORTED} - left
         self._settle(aborted, "aborted")
-        self._settle(set(every) - left - aborted, "failed")
+        self._settle(every - left - aborted, "failed")
         for name, accepts in zip(self.config.rollout.filters, self.filters, strict=True):
             verdict = accepts(group)
             if not verdict.keep:
@@ -253,17 +253,15 @@ class Producer(Batches):
 
     def _hand_out(self, groups: list[Group]) -> list[Group]:
         """A full batch, in the order of ids; what is generated from now on is of the next one."""
-        groups, self.handed = sorted(groups, key=lambda group: group.id), set()
-        for group in groups:
-            self._settle(trained_rollouts(group), TRAINED)
-            self.handed.update(trained_rollouts(group))
+        self.handed = trained_rollouts(groups)
+        self._settle(self.handed, TRAINED)
         self.tally, self.filling = self.filling, Tally()
         self.ledger.check(self._pending())
-        return groups
+        return sorted(groups, key=lambda group: group.id)
 
-    def _pending(self) -> list[int]:
+    def _pending(self) -> set[int]:
         """Rollouts that somebody here has a hold of."""
-        return []
+        return set()
 
     def metrics(self) -> Metrics:
         """What became of the rollouts of the last batch, and of the prompts of the whole run."""
@@ -301,19 +299,18 @@ class Waves(Producer):
             await run_all(self._generate(group) for group in wave)
             self._check_failures(wave)
             kept += filter(self._passes, wave)
-        for group in kept[rollout.batch_size :]:
-            self._settle(trained_rollouts(group), "surplus")
+        self._settle(trained_rollouts(kept[rollout.batch_size :]), "surplus")
         return self._hand_out(kept[: rollout.batch_size])
 
 
-def trained_rollouts(group: Group) -> list[int]:
-    """Ids of what a finished group has to train on, each once."""
-    return list(dict.fromkeys(sample.rollout_id for sample in group.samples))
+def trained_rollouts(groups: Iterable[Group]) -> set[int]:
+    """Ids of what groups have to train on: of all but their baselines."""
+    return {sample.rollout_id for group in groups for sample in group.samples}
 
 
-def pending_rollouts(group: Group) -> list[int]:
+def pending_rollouts(group: Group) -> set[int]:
     """Ids that have no fate yet: the baseline of a finished group has."""
-    return list({s.rollout_id: None for s in (group.rollouts if unfinished(group) else group.samples)})
+    return {sample.rollout_id for sample in (group.rollouts if unfinished(group) else group.samples)}
 
 
 def sample_seed(seed: int, name: str) -> int:

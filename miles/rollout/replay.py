@@ -42,7 +42,7 @@ class Replay(Batches):
         groups = await asyncio.to_thread(read_groups, path)
         if len(groups) != wanted:
             raise DataError(f"{path} holds {len(groups)} groups, and rollout.batch_size is {wanted}")
-        self.handed = {rollout for group in groups for rollout in trained_rollouts(group)}
+        self.handed = trained_rollouts(groups)
         self.ledger.start(self.handed)
         self.ledger.settle(self.handed, TRAINED)
         return groups

@@ -75,7 +75,7 @@ class Going(NamedTuple):
     """A group under way."""
 
     group: Group
-    pending: list[int]
+    pending: set[int]
     """Rollouts that had no fate when it was started, or went on."""
 
 
@@ -203,7 +203,7 @@ class Stream(Producer):
     def _oldest_ready(self) -> list[Group]:
         return sorted(self.ready, key=lambda group: group.id)[: self.pace.batch]
 
-    def _dropped_as_stale(self, group: Group, pending: list[int]) -> bool:
+    def _dropped_as_stale(self, group: Group, pending: set[int]) -> bool:
         most, oldest = self.pace.staleness, oldest_version(group.samples)
         if most is None or oldest is None or self.handed_out - oldest <= most:
             return False
@@ -252,9 +252,9 @@ class Stream(Producer):
         found["rollout/samples/pending"] = float(len(self.ledger.pending))
         return found | {f"rollout/groups/{name}": float(len(getattr(self, name))) for name in ("ready", "parked")}
 
-    def _pending(self) -> list[int]:
-        waiting = [rollout for group in (*self.ready, *self.parked) for rollout in pending_rollouts(group)]
-        return waiting + [rollout for going in self.under_way.values() for rollout in going.pending]
+    def _pending(self) -> set[int]:
+        waiting = [pending_rollouts(group) for group in (*self.ready, *self.parked)]
+        return set().union(*waiting, *(going.pending for going in self.under_way.values()))
 
     def held(self) -> list[Group]:
         """What is under way can only be begun again, from its prompts: nobody here knows how far it is."""

@@ -146,18 +146,19 @@ def shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int])
 
 def _pack(pieces: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None) -> Tensor:
     """One column end to end, `[T, *width]`."""
-    arrays = [_rows(piece, length, name, spec) for piece, length in zip(pieces, lengths, strict=True)]
+    arrays = [one_a_token(piece, length, name, spec) for piece, length in zip(pieces, lengths, strict=True)]
     if arrays:
         return torch.from_numpy(np.concatenate(arrays))
     return torch.from_numpy(np.zeros((0, *(spec.width if spec else ())), spec.dtype if spec else np.float32))
 
 
-def _rows(piece: Rows, length: int, name: str, spec: Column | None) -> np.ndarray:
-    """The rows of one sample, filled up to one a token."""
+def one_a_token(piece: Rows, length: int, name: str, spec: Column | None) -> np.ndarray:
+    """The rows of one sample, filled up: where it has none, and after the last of a column of offset -1, whose rows
+    belong to the forward passes before it."""
     if piece is None:
         if spec is None:
             raise DataError(f"a sample has no column {name!r}: give its Column in `specs`, so that it can be filled")
-        return np.full((length, *spec.width), spec.fill, spec.dtype)
+        return spec.filled(length)
     array = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else np.asarray(piece)
     if len(array) == length:
         return array

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from miles.errors import DataError
+from miles.training.packing import one_a_token
 from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, WEIGHT_VERSION, Column, Group, Sample, Status
 
 STAYS = (LOSS_MASK.name, WEIGHT_VERSION.name)
@@ -68,7 +69,10 @@ class Table:
         samples = [sample for _, sample in rows]
         baselines = [group.baseline_reward for group, _ in rows]
         specs = _specs(samples)
-        columns = {name: [_rows(s, spec) for s in samples] for name, spec in specs.items()}
+        columns = {
+            name: [one_a_token(s.columns.get(name), len(s.tokens), name, spec) for s in samples]
+            for name, spec in specs.items()
+        }
         return cls(
             tokens=[np.asarray(s.tokens, dtype=np.int64) for s in samples],
             columns={"mask": [_mask(s, truncated) for s in samples], **columns},
@@ -156,11 +160,3 @@ def _specs(samples: Sequence[Sample]) -> dict[str, Column]:
             if name in OWN:
                 raise DataError(f"column {name!r} of sample {sample.id} has a name that the trainer uses: rename it")
     return {name: spec for name, spec in specs.items() if name not in STAYS}
-
-
-def _rows(sample: Sample, spec: Column) -> np.ndarray:
-    """One row a token: the fill stands where a sample has none, and in the last row of a column of offset -1, whose
-    rows belong to the forward passes before it."""
-    given = sample.columns.get(spec.name, spec.filled(0))
-    missing = len(sample.tokens) - len(given)
-    return np.concatenate([given, spec.filled(missing).astype(given.dtype)]) if missing else given
