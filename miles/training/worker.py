@@ -28,7 +28,7 @@ from miles.registry import Registry
 from miles.targets import import_target
 from miles.training.critic import ValueObjective
 from miles.training.objective import Objective, StepScope
-from miles.training.packing import build_micro_batch, split_micro_batch, take_samples
+from miles.training.packing import build_micro_batch, split_by_sample, split_micro_batch, take_samples
 from miles.training.table import Table
 from miles.training.teachers import TeacherLogits, model_name
 from miles.types import Metrics, MicroBatch, StepReport
@@ -151,20 +151,13 @@ class TrainWorker:
         model, objective = self.models[name], self.losses[name]
         objective.scope = scope
         taught = objective if isinstance(objective, Objective) and self.compares_logits else None
-        section = self.setup.config.teacher
-        teachers = sorted({model_name(section, name) for name in section.load})
 
         def step(batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], StepReport]:
             model.zero_grad()
             objective.losses = []
             if taught is not None:
                 taught.teacher_logits = None  # of an attempt that did not fit
-                lessons = {
-                    i: lesson for t in tables for i, lesson in zip(t.ids, t.lessons, strict=True) if lesson.model
-                }
-                said = TeacherLogits.ask(batches, lessons, self.models, teachers)
-                of_samples = {tuple(b.sample_ids): logits for b, logits in zip(batches, said, strict=True)}
-                taught.teacher_logits = lambda batch: of_samples[tuple(batch.sample_ids)]
+                taught.teacher_logits = self._teachers_on(batches, tables)
             sums = model.forward_backward(batches, objective, self.wants[name])
             return sums, model.optim_step()
 
@@ -175,6 +168,16 @@ class TrainWorker:
         losses = {i: loss for ids, loss_N in objective.losses for i, loss in zip(ids, loss_N.tolist(), strict=True)}
         metrics = {metric: float(value) for metric, value in sums.items()}
         return StepOutcome(metrics, report, self.retries.pop(name, 0), losses)
+
+    def _teachers_on(
+        self, batches: Sequence[MicroBatch], tables: Sequence[Table]
+    ) -> Callable[[MicroBatch], TeacherLogits]:
+        """Has the teachers that are here read the micro-batches; what they said of each."""
+        section, rows = self.setup.config.teacher, [pair for t in tables for pair in zip(t.ids, t.lessons, strict=True)]
+        teachers = sorted({model_name(section, name) for name in section.load})
+        said = TeacherLogits.ask(batches, dict(rows), self.models, teachers)
+        of_samples = {tuple(b.sample_ids): logits for b, logits in zip(batches, said, strict=True)}
+        return lambda batch: of_samples[tuple(batch.sample_ids)]
 
     def _fitting(
         self, name: str, tables: Sequence[Table], act: Callable[[Sequence[MicroBatch]], T]
@@ -315,5 +318,5 @@ def needs_teacher_logits(config: Config, registry: Registry) -> bool:
 
 
 def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:
-    values = values_T.to(torch.promote_types(values_T.dtype, torch.float32)).cpu().numpy()
-    return [values[start:end] for start, end in zip(batch.bounds, batch.bounds[1:], strict=False)]
+    values = values_T.to(torch.promote_types(values_T.dtype, torch.float32)).cpu()
+    return [piece.numpy() for piece in split_by_sample(values, batch.bounds)]
