@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from itertools import repeat
+from traceback import walk_tb
 from typing import Any
 
 import pluggy
@@ -73,17 +74,7 @@ class Plugins:
 
     def provenance(self) -> list[dict[str, Any]]:
         """What `plugins.json` of a run says: one entry a plugin, by name."""
-        return [
-            {
-                "name": info.name,
-                "distribution": info.distribution,
-                "version": info.version,
-                "api": info.api,
-                "module": info.module,
-                "components": self._names(info),
-            }
-            for _, info in sorted(self.infos.items())
-        ]
+        return [{**vars(info), "components": self._names(info)} for _, info in sorted(self.infos.items())]
 
     def verify(self, expected: Sequence[Mapping[str, Any]]) -> None:
         """Compare with the provenance of another process, such as the driver's in a worker.
@@ -136,11 +127,7 @@ class Hooks:
         return call
 
     def _raised_in(self, caller: pluggy.HookCaller, error: BaseException) -> list[PluginInfo]:
-        codes = set()
-        frame = error.__traceback__
-        while frame is not None:
-            codes.add(frame.tb_frame.f_code)
-            frame = frame.tb_next
+        codes = {frame.f_code for frame, _ in walk_tb(error.__traceback__)}
         return [
             self._plugins.infos[impl.plugin_name]
             for impl in caller.get_hookimpls()
@@ -187,9 +174,9 @@ def compare_provenance(expected: Sequence[Mapping[str, Any]], actual: Sequence[M
     lines = [f"{name}: not installed here" for name in sorted(theirs.keys() - ours.keys())]
     lines += [f"{name}: installed only here" for name in sorted(ours.keys() - theirs.keys())]
     for name in sorted(theirs.keys() & ours.keys()):
-        for key in ("distribution", "version", "api", "module", "components"):
-            if theirs[name].get(key) != ours[name].get(key):
-                lines.append(f"{name}: {key} is {ours[name].get(key)!r}, expected {theirs[name].get(key)!r}")
+        for key, wanted in theirs[name].items():
+            if (found := ours[name].get(key)) != wanted:
+                lines.append(f"{name}: {key} is {found!r}, expected {wanted!r}")
     return lines
 
 
@@ -233,7 +220,7 @@ def _info(point: EntryPoint) -> PluginInfo:
 
 def _register(plugins: Plugins, info: PluginInfo, plugin: Any) -> None:
     api = getattr(plugin, "MILES_API", None)
-    info = PluginInfo(info.name, info.distribution, info.version, info.module, api)
+    info = replace(info, api=api)
     if api is not None and api != API_VERSION:
         raise PluginLoadError(
             f"{info} was made for plugin API {api}; this miles has API {API_VERSION}. "

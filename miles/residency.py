@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 from miles.protocols import EnginePart, RankPart, RolloutEngine, WorkerGroup
 from miles.rollout.recovery import unless_lost
@@ -40,30 +40,38 @@ class Residency:
     @asynccontextmanager
     async def rollout(self) -> AsyncIterator[None]:
         """Engines generate."""
-        with _timed(self.seconds, "move"):
+        with self._timed("move"):
             await self._trainer(frozenset())
             await self._engine(WEIGHTS | CACHE)
-        with _timed(self.seconds, "rollout"):
+        with self._timed("rollout"):
             yield
 
     @asynccontextmanager
     async def training(self) -> AsyncIterator[None]:
         """The trainer computes and saves."""
-        with _timed(self.seconds, "move"):
+        with self._timed("move"):
             await self._engine(frozenset())
             await self._trainer(TRAINING)
-        with _timed(self.seconds, "train"):
+        with self._timed("train"):
             yield
 
     @asynccontextmanager
     async def syncing(self) -> AsyncIterator[None]:
         """Weights go from trainer to engines; afterwards the engines are ready to generate."""
-        with _timed(self.seconds, "move"):
+        with self._timed("move"):
             await self._engine(self.engine_here - CACHE)  # in the middle of a rollout it is there
             await self._trainer(POLICY)
             await self._engine(WEIGHTS)
-        with _timed(self.seconds, "sync"):
+        with self._timed("sync"):
             yield
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
 
     async def make_room(self) -> None:
         """For an engine that starts: it takes what it finds free."""
@@ -99,16 +107,3 @@ class Residency:
         if coming:
             await asyncio.gather(*(unless_lost(engine.wake(coming)) for engine in self.engines))
         self.engine_here = wanted
-
-
-class _timed:
-    """Adds the seconds spent in its block to a counter."""
-
-    def __init__(self, seconds: dict[str, float], phase: str):
-        self.seconds, self.phase = seconds, phase
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds[self.phase] += time.perf_counter() - self.start
