@@ -8,7 +8,7 @@ its kind's protocol.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -73,6 +73,10 @@ class Registry:
     def offers(self, kind: str) -> list[Registration]:
         """Everything registered under this kind, conflicting names included, sorted by name."""
         return [offer for name in sorted(self._offers[kind]) for offer in self._offers[kind][name]]
+
+    def components(self) -> Iterator[Registration]:
+        """Every component that a plugin registers: all but presets, in the order of the kinds."""
+        return (offer for kind in KINDS.values() if kind.protocol is not None for offer in self.offers(kind.name))
 
     def conflicts(self) -> list[PluginConflictError]:
         """One error for each name that two plugins claim."""

@@ -53,17 +53,16 @@ def _line(leaf: Leaf) -> str:
 
 
 def _component_lines(registry: Registry) -> Iterator[str]:
-    for name, kind in KINDS.items():
-        for offer in registry.offers(name) if kind.protocol is not None else ():
-            options = options_of(offer.value.options)
-            flags = {option: flag for flag, option in offer.value.flags.items()}
-            if not options and not flags:
-                continue
-            yield f"  {kind.singular} {offer.name} ({offer.plugin.distribution}): {offer.value.summary}"
-            if SELECTS in flags:
-                yield f"    {'selected by':<22} {flags[SELECTS]}"
-            for option in options.values():
-                yield f"    {option.name:<22} {flags.get(option.name, ''):<20} = {_default(option.default)}"
+    for offer in registry.components():
+        options = options_of(offer.value.options)
+        flags = {option: flag for flag, option in offer.value.flags.items()}
+        if not options and not flags:
+            continue
+        yield f"  {KINDS[offer.kind].singular} {offer.name} ({offer.plugin.distribution}): {offer.value.summary}"
+        if SELECTS in flags:
+            yield f"    {'selected by':<22} {flags[SELECTS]}"
+        for option in options.values():
+            yield f"    {option.name:<22} {flags.get(option.name, ''):<20} = {_default(option.default)}"
 
 
 def _default(value: Any) -> str:

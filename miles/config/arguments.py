@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -10,13 +10,10 @@ from typing import Any
 from miles.config.base import Spec
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import SETS, Leaf, flag_table, leaf_above
-from miles.config.selection import SELECTS, brings, selecting
+from miles.config.selection import component_flags
 from miles.config.settings import Flattener, Setting
 from miles.config.upstream import SWITCHES, answer_to, answers
 from miles.config.values import Text, from_text
-from miles.kinds import KINDS
-from miles.options import options_of
-from miles.plugins import Registration
 from miles.registry import Registry
 
 EVAL_PROMPT_DATA = "--eval-prompt-data"
@@ -48,8 +45,6 @@ class _Reader:
         self._registry = registry
         self._flattener = flattener
         self._component_flags = component_flags(registry)
-        self._selecting = selecting_flags(registry)
-        self._bringing = bringing_flags(registry)
         self._out = Arguments(faults=flattener.faults)
 
     def read(self) -> Arguments:
@@ -78,7 +73,7 @@ class _Reader:
             self._set(flag, flag_table()[positive], False)
         elif flag in self._component_flags:
             self._component(flag, flag, self._component_value(flag, text))
-        elif positive in self._component_flags and self._component_flags[positive] is bool:
+        elif positive in self._component_flags and self._component_flags[positive].annotation is bool:
             self._component(positive, flag, False)
         elif engine_of(flag, self._registry) and flag[2:] not in answers():
             self._out.component_flags.append((flag, self._free_value(text), Origin("flag", flag)))
@@ -141,16 +136,13 @@ class _Reader:
     # -------------------------------------------------------------------------------------------- components' flags
 
     def _component(self, flag: str, written: str, value: Any) -> None:
-        origin = Origin("flag", written)
-        if flag in self._bringing:
-            self._out.settings += selecting(self._bringing[flag], flag, True, origin, self._out.faults)
-        if flag not in self._selecting:
+        declared = self._component_flags[flag]
+        self._out.settings += declared.selection(flag, value, Origin("flag", written), self._out.faults)
+        if not declared.is_switch:
             self._out.component_flags.append((flag, value, Origin("flag", flag)))
-            return
-        self._out.settings += selecting(self._selecting[flag], flag, value, origin, self._out.faults)
 
     def _component_value(self, flag: str, text: str | None) -> Any:
-        if self._component_flags[flag] is bool:
+        if self._component_flags[flag].annotation is bool:
             return Text(self._optional_bool(text))
         words = self._words(text)
         if not words:
@@ -194,27 +186,6 @@ class _Reader:
         self._out.faults.append(Fault(key, problem, remedy))
 
 
-def component_flags(registry: Registry) -> dict[str, Any]:
-    """Flag -> type of its option, over all components, whichever is selected."""
-    flags: dict[str, Any] = {}
-    for offer in offers(registry):
-        options = options_of(offer.value.options)
-        for flag, option in offer.value.flags.items():
-            kind = options[option].annotation if option in options else bool if option == SELECTS else str
-            flags.setdefault(flag, bool if kind == bool | None else kind)
-    return flags
-
-
-def selecting_flags(registry: Registry) -> dict[str, Registration]:
-    """Flag -> the component that it selects."""
-    return {f: offer for offer in offers(registry) for f, option in offer.value.flags.items() if option == SELECTS}
-
-
-def bringing_flags(registry: Registry) -> dict[str, Registration]:
-    """Flag with a value -> the component that it selects as well as sets an option of."""
-    return {flag: offer for offer in offers(registry) for flag in offer.value.flags if brings(offer, flag)}
-
-
 def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:
     """(engine, option) of a flag `--<engine>-<option>`, for any engine that is installed."""
     for name in sorted(registry.names("rollout_engines"), key=len, reverse=True):
@@ -222,8 +193,3 @@ def engine_of(flag: str, registry: Registry) -> tuple[str, str] | None:
         if flag.startswith(prefix) and len(flag) > len(prefix):
             return name, flag[len(prefix) :].replace("-", "_")
     return None
-
-
-def offers(registry: Registry) -> Iterator[Registration]:
-    """Every component that a plugin registers."""
-    return (offer for kind, spec in KINDS.items() if spec.protocol is not None for offer in registry.offers(kind))

@@ -239,10 +239,7 @@ def _idle(c: _Checked) -> Iterator[Fault]:
     for section, needs in (("critic", {"critic"}), ("teacher", TEACHER_NEEDS)):
         if c.needs & needs:
             continue
-        every = (
-            offer for kind in KINDS.values() if kind.protocol is not None for offer in c.registry.offers(kind.name)
-        )
-        names = sorted({offer.name for offer in every if offer.value.needs & needs})
+        names = sorted({offer.name for offer in c.registry.components() if offer.value.needs & needs})
         remedy = f"choose one that does ({', '.join(names) or 'none is installed'}), or leave it out"
         for name in type(getattr(c.config, section)).model_fields:
             if not c.at_default((section, name)):

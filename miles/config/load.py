@@ -14,22 +14,14 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from miles.config.arguments import (
-    ComponentFlag,
-    bringing_flags,
-    component_flags,
-    engine_of,
-    offers,
-    read_arguments,
-    selecting_flags,
-)
+from miles.config.arguments import ComponentFlag, engine_of, read_arguments
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
 from miles.config.leaves import Path, children, flag_table, leaf_above
 from miles.config.replay import REPLAY, without_engines
 from miles.config.schema import Config
-from miles.config.selection import contradictions, how_to_select, in_order, selecting
+from miles.config.selection import component_flags, contradictions, how_to_select, in_order
 from miles.config.settings import Flattener, Setting
 from miles.config.tree import Tree
 from miles.config.upstream import known_name
@@ -141,9 +133,6 @@ class _Resolution:
         self.purpose = purpose
         self.faults: list[Fault] = []
         self.flattener = Flattener(self.faults, self._name_object)
-        self.component_flags = component_flags(registry)
-        self.selecting = selecting_flags(registry)
-        self.bringing = bringing_flags(registry)
 
     def run(self, files: Sequence[Source], arguments: Sequence[str], overrides: Mapping[str, Any]) -> Resolved:
         layers = [self._file(source) for source in files]
@@ -186,17 +175,16 @@ class _Resolution:
         """Settings, and flags of components, from names that are paths, sections, or flags without their dashes."""
         settings: list[Setting] = []
         flags: list[ComponentFlag] = []
+        declarations = component_flags(self.registry)
         for key, value in overrides.items():
             origin = Origin("python", f"{key}, given in Python")
             flag = "" if "." in key or key in children(()) else f"--{key.replace('_', '-')}"
             if leaf := flag_table().get(flag):
                 settings += self.flattener.value(leaf.flat, value, origin)
-            elif flag in self.selecting:
-                settings += selecting(self.selecting[flag], flag, value, origin, self.faults)
-            elif flag in self.component_flags:
-                if flag in self.bringing:
-                    settings += selecting(self.bringing[flag], flag, True, origin, self.faults)
-                flags.append((flag, value, _PYTHON))
+            elif declared := declarations.get(flag):
+                settings += declared.selection(flag, value, origin, self.faults)
+                if not declared.is_switch:
+                    flags.append((flag, value, _PYTHON))
             else:
                 settings += self.flattener.value(tuple(key.split(".")), value, _PYTHON)
         return settings, flags
@@ -265,7 +253,7 @@ class _Resolution:
         return engine[1] if engine and engine[0] == name.rpartition("/")[2] else None
 
     def _unselected(self, flag: str, origin: Origin) -> None:
-        owners = [offer for offer in offers(self.registry) if flag in offer.value.flags]
+        owners = [offer for offer in self.registry.components() if flag in offer.value.flags]
         if owners:
             named = [f"{KINDS[own.kind].singular} {own.name!r} of {own.plugin.distribution}" for own in owners]
             whose, remedy = f"belongs to {' or '.join(named)}", ", or ".join(map(how_to_select, owners))

@@ -17,7 +17,9 @@ from miles.config.leaves import Leaf, leaf_above, leaves, pattern
 from miles.config.settings import Setting
 from miles.config.values import from_text
 from miles.kinds import KINDS
+from miles.options import options_of
 from miles.plugins import Registration
+from miles.registry import Registry
 
 SELECTS = ""
 """As the option that a flag of a component stands for: the component itself."""
@@ -65,13 +67,39 @@ def how_to_select(offer: Registration) -> str:
     return f"{told} ({flag})" if flag else told
 
 
-def selecting(offer: Registration, flag: str, value: Any, origin: Origin, faults: list[Fault]) -> list[Setting]:
-    """The setting that a flag stands for which selects a component; a fault where its value is no switch's."""
-    on = from_text(value, bool) if isinstance(value, str) else value
-    if isinstance(on, bool):
-        return [Setting(place_of(offer).flat, Selection(offer.name, on), origin)]
-    faults.append(Fault(flag, "must be true or false", f"{flag}, or --no-{flag[2:]}", value, origin))
-    return []
+@dataclass
+class DeclaredFlag:
+    """A flag that components declare."""
+
+    annotation: Any
+    """Type of the option that it sets; bool of a switch."""
+    selects: Registration | None = None
+    """The component that it selects."""
+    is_switch: bool = False
+    """It selects, and sets no option."""
+
+    def selection(self, flag: str, value: Any, origin: Origin, faults: list[Fault]) -> list[Setting]:
+        """What it selects when it is given a value; a fault where that is no switch's."""
+        if self.selects is None:
+            return []
+        on = True if not self.is_switch else from_text(value, bool) if isinstance(value, str) else value
+        if isinstance(on, bool):
+            return [Setting(place_of(self.selects).flat, Selection(self.selects.name, on), origin)]
+        faults.append(Fault(flag, "must be true or false", f"{flag}, or --no-{flag[2:]}", value, origin))
+        return []
+
+
+def component_flags(registry: Registry) -> dict[str, DeclaredFlag]:
+    """Flag -> what it does, over all components, whichever is selected."""
+    flags: dict[str, DeclaredFlag] = {}
+    for offer in registry.components():
+        options = options_of(offer.value.options)
+        for flag, option in offer.value.flags.items():
+            kind = options[option].annotation if option in options else bool if option == SELECTS else str
+            declared = flags.setdefault(flag, DeclaredFlag(bool if kind == bool | None else kind))
+            if option == SELECTS or brings(offer, flag):
+                declared.selects, declared.is_switch = offer, option == SELECTS
+    return flags
 
 
 def in_order(settings: Sequence[Setting]) -> list[Setting]:

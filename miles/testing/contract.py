@@ -193,12 +193,11 @@ class ComponentContract(Contract):
 
 
 def _flags_of_others(kind: str, own: Component) -> Iterator[tuple[str, str]]:
-    for other in KINDS:
-        for offer in installed().offers(other) if KINDS[other].protocol is not None else ():
-            if offer.value is not own:
-                for flag, option in offer.value.flags.items():
-                    if other != kind or option == SELECTS or option != own.flags.get(flag):
-                        yield f"{KINDS[other].singular} {offer.name!r}", flag
+    for offer in installed().components():
+        if offer.value is not own:
+            for flag, option in offer.value.flags.items():
+                if offer.kind != kind or option == SELECTS or option != own.flags.get(flag):
+                    yield f"{KINDS[offer.kind].singular} {offer.name!r}", flag
 
 
 # ---------------------------------------------------------------------------------------------------------- the guard

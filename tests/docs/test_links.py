@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from miles.cli import every_command, module_of
-from miles.config.arguments import EVAL_PROMPT_DATA, component_flags, engine_of
+from miles.config.arguments import EVAL_PROMPT_DATA, engine_of
 from miles.config.leaves import SETS, flag_table, leaf_above
+from miles.config.selection import component_flags
 from miles.plugins import load_plugins
 from miles.registry import Registry
 
