@@ -45,14 +45,32 @@ class Spec(BaseModel):
         return self.name if not self.options else f"{self.name}{self.options}"
 
 
-def as_spec(value: Any) -> Any:
+class RewardSpec(BaseModel):
+    """A reward and its weight in the sum."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+def as_spec(value: Any, kind: type[BaseModel] = Spec) -> Any:
     """Accept the short forms in YAML: a name, or a mapping whose other keys are options."""
     if isinstance(value, str):
         return {"name": value}
-    if isinstance(value, dict) and "name" in value and not set(value) <= {"name", "options"}:
-        rest = {k: v for k, v in value.items() if k not in ("name", "options")}
-        return {"name": value["name"], "options": {**value.get("options", {}), **rest}}
-    return value
+    if not isinstance(value, dict) or "name" not in value:
+        return value
+    own = {key: below for key, below in value.items() if key in kind.model_fields}
+    options = own.get("options") or {}
+    if not isinstance(options, dict):
+        return own  # the schema says what options are
+    return {**own, "options": {**options, **{key: below for key, below in value.items() if key not in own}}}
+
+
+def as_reward(value: Any) -> Any:
+    """The same for a reward."""
+    return as_spec(value, RewardSpec)
 
 
 ComponentSpec = Annotated[Spec, BeforeValidator(as_spec)]
@@ -70,29 +88,9 @@ ComponentSpecs = Annotated[tuple[ComponentSpec, ...], BeforeValidator(as_spec_li
 
 def as_weighted(value: Any) -> Any:
     """Accept `name`, `{name: x, option: 1}` or `{exact_match: 1.0, format: 0.1}` for a reward."""
-    if value is None or isinstance(value, str | list | tuple):
-        return [value] if isinstance(value, str) else value
     if isinstance(value, dict) and "name" not in value:
         return [{"name": name, "weight": weight} for name, weight in value.items()]
-    return [value] if isinstance(value, dict) else value
-
-
-class RewardSpec(BaseModel):
-    """A reward and its weight in the sum."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    weight: float = 1.0
-    options: dict[str, Any] = {}
-
-
-def as_reward(value: Any) -> Any:
-    if isinstance(value, dict) and "name" in value:
-        rest = {k: v for k, v in value.items() if k not in ("name", "weight", "options")}
-        known = {k: v for k, v in value.items() if k in ("name", "weight")}
-        return {**known, "options": {**value.get("options", {}), **rest}}
-    return {"name": value} if isinstance(value, str) else value
+    return [value] if isinstance(value, str | dict) else value
 
 
 def _reward_list(value: Any) -> Any:

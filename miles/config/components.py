@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miles.component import Need
-from miles.config.base import NONE, as_reward, as_spec, as_spec_list, as_weighted
+from miles.config.base import NONE
 from miles.config.leaves import SETS, Leaf, Path, leaves
 from miles.config.schema import Config
 from miles.config.values import Text, from_text, item_type
@@ -95,39 +95,33 @@ def read_texts(options: dict[str, Any], kind: type | None) -> None:
 
 def _holders(nested: dict[str, Any], leaf: Leaf) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Mappings that hold (or could hold) this leaf: one, or one for each task set."""
-    path = leaf.path
-    if path[:2] not in SETS:
-        holder = nested
-        for part in path[:-1]:
+    start, rest, holders = leaf.path[:2], leaf.path, [(leaf.path, nested)]
+    if start in SETS:
+        rest, sets = leaf.path[3:], nested.get(start[0], {}).get(start[1], ())
+        holders = [((*start, item["name"], *rest), item) for item in sets]
+    for path, holder in holders:
+        for part in rest[:-1]:
             holder = holder.setdefault(part, {})
         yield path, holder
-        return
-    for item in nested.get(path[0], {}).get(path[1], ()):
-        holder = item
-        for part in path[3:-1]:
-            holder = holder.setdefault(part, {})
-        yield (*path[:2], item["name"], *path[3:]), holder
 
 
 def _uses(leaf: Leaf, path: Path, holder: dict[str, Any]) -> Iterator[tuple[Use, dict[str, Any]]]:
-    value = holder.get(path[-1], leaf.default)
-    if leaf.shape == "spec":
-        items = [] if value is None else [_plain(as_spec(value))]
-        places = [path]
-    else:
-        normal = as_weighted(value) if leaf.shape == "rewards" else as_spec_list(value)
-        if not isinstance(normal, list | tuple):
-            return  # not a list of components: the schema says so
-        items = [_plain(as_reward(item) if leaf.shape == "rewards" else as_spec(item)) for item in normal]
-        places = [(*path, str(index)) for index in range(len(items))]
+    found = leaf.items(holder.get(path[-1], leaf.default))
+    if found is None:
+        return  # the schema says so
+    items, single = [_plain(item) for item in found], leaf.shape == "spec"
     if path[-1] in holder:
-        holder[path[-1]] = (items[0] if items else None) if leaf.shape == "spec" else items
-    for place, item in zip(places, items, strict=False):
-        if isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("options", {}), dict):
-            options = item.setdefault("options", {})
-            yield Use(str(leaf.kind), place, item["name"], options), options
+        holder[path[-1]] = items if not single else items[0] if items else None
+    for index, item in enumerate(items):
+        if isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item["options"], dict):
+            place = path if single else (*path, str(index))
+            yield Use(str(leaf.kind), place, item["name"], item["options"]), item["options"]
 
 
 def _plain(item: Any) -> Any:
+    """A copy, whose options may be edited."""
     item = item.model_dump() if hasattr(item, "model_dump") else item
-    return {**item, "options": dict(item.get("options") or {})} if isinstance(item, dict) else item
+    if not isinstance(item, dict):
+        return item
+    options = item.get("options") or {}
+    return {**item, "options": dict(options) if isinstance(options, dict) else options}

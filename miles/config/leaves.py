@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from miles.config.base import Flag, RewardSpec, Section, Spec
+from miles.config.base import Flag, RewardSpec, Section, Spec, as_spec, as_spec_list, as_weighted
 from miles.config.data import TaskSet
 from miles.config.schema import Config
 from miles.kinds import KINDS
@@ -63,6 +63,15 @@ class Leaf:
     def flat(self) -> Path:
         """The path that a flat flag sets."""
         return tuple(FLAT if part == "*" else part for part in self.path)
+
+    def items(self, value: Any) -> list[Any] | None:
+        """The components of a value in any of its short forms; None where it is no list of components."""
+        if self.shape == "spec":
+            return [] if value is None else [as_spec(value)]
+        listed = as_weighted(value) if self.shape == "rewards" else as_spec_list(value)
+        if not isinstance(listed, list | tuple):
+            return None
+        return [as_spec(item, RewardSpec if self.shape == "rewards" else Spec) for item in listed]
 
     @property
     def is_bool(self) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from miles.config.base import as_spec_list, as_weighted
 from miles.config.faults import Fault, Origin
 from miles.config.leaves import Leaf, leaf_above, leaves, pattern
 from miles.config.settings import Setting
@@ -38,8 +37,8 @@ class Selection:
 
     def listed(self, leaf: Leaf, value: Any) -> Any:
         """A list of components with this one in it, or without it; None where it says so already, or is no list."""
-        items = as_weighted(value) if leaf.shape == "rewards" else as_spec_list(value)
-        if not isinstance(items, list | tuple):
+        items = leaf.items(value)
+        if items is None:
             return None
         others = [item for item in items if not self.names(item.get("name") if isinstance(item, dict) else item)]
         if self.on:

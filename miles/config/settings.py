@@ -124,6 +124,9 @@ class Flattener:
         if rest == ("options",) and isinstance(value, Mapping):
             for key, below in value.items():
                 yield Setting((*path, "options", str(key)), below, origin.of(value, key))
+        elif rest == ("options",):
+            if value is not None:
+                self._fault((*path, *rest), value, origin, "must be a mapping from options to their values")
         else:
             yield Setting((*path, *(rest if rest[0] in ("name", "options") else ("options", *rest))), value, origin)
 

@@ -16,8 +16,8 @@ POLICY = "policy"
 
 def as_named(value: Any) -> Any:
     """Accept one place, or a list of `NAME=PLACE`, where a mapping from names to places is meant."""
-    if value is None or isinstance(value, dict):
-        return value or {}
+    if not isinstance(value, str | list | tuple):
+        return {} if value is None else value
     found = {}
     for item in [value] if isinstance(value, str) else value:
         name, equals, place = str(item).partition("=")

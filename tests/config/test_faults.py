@@ -324,3 +324,19 @@ def test_objects_that_workers_cannot_find(solve, tmp_path, monkeypatch):
         assert "by its name alone" in fault.problem
     for loss in (mine.Loss, mine.plain):
         solve((), *several, overrides={"policy_loss": loss, "reward": lambda sample: 1.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("rollout: {engine: {name: torch, options: 3, max_len: 2}}\n", "rollout.engine.options"),
+        ("rollout: {engine: {options: x}}\n", "rollout.engine.options"),
+        ("rollout: {filters: [{name: both, options: x, k: 1}]}\n", "rollout.filters.0.options"),
+        ("data: {reward_terms: {name: length, options: [1]}}\n", "data.reward_terms.0.options"),
+        ("teacher: {load: 3}\n", "teacher.load"),
+    ],
+)
+def test_what_is_no_mapping_is_named_with_its_line(solve, write, text, key):
+    fault = faults_of(solve, files=(write(text),))[key]
+    assert re.search("mapping|dictionary", fault.problem)
+    assert str(fault.origin).endswith("run.yaml:1")
