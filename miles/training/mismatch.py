@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from miles.training.kl import kl_estimate
-from miles.types import Metrics
+from miles.training.table import Table
+from miles.types import ROLLOUT_LOG_PROBS, Metrics
 
 PREFIX = "train/train_rollout"
 
@@ -28,6 +30,16 @@ def mismatch_terms(train_T: Tensor, rollout_T: Tensor) -> dict[str, Tensor]:
         "train_nll": -train_T,
         "rollout_nll": -rollout_T,
     }
+
+
+def mismatch_weights(table: Table) -> Tensor | None:
+    """`[T]`: with these, terms of the mismatch add up to their means over the trainable tokens of samples that have
+    rollout log-probs. None where there are none."""
+    if not table.has(ROLLOUT_LOG_PROBS.name):
+        return None
+    present_T = table.present[ROLLOUT_LOG_PROBS.name].repeat_interleave(torch.tensor(table.lengths))
+    mask_T = table.flat("mask") * present_T
+    return mask_T / mask_T.sum() if mask_T.any() else None
 
 
 def mismatch_metrics(means: Mapping[str, float]) -> Metrics:

@@ -7,12 +7,12 @@ the weight of each token in the average) was computed by the driver and arrives 
     advantages              unless the loss is supervised
     old_log_probs           absent when the old policy is this very forward pass (then the ratio is exactly 1)
     rollout_log_probs, ref_log_probs, teacher_log_probs, is_weights, keep      when they exist
+    mismatch_weights        where this pass measures the mismatch; they average over the tokens that can tell
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,27 +28,18 @@ from miles.training.mismatch import mismatch_terms
 from miles.types import LossInputs, LossResult, MicroBatch, Outputs, PolicyLoss
 
 
-@dataclass(frozen=True)
-class StepScope:
-    """What the micro-batches of one optimizer step share."""
-
-    tokens: float
-    """Trainable tokens in the step, on all ranks: the denominator of per-token metrics."""
-    mismatch_tokens: float = 0.0
-    """Of these, tokens whose sample has rollout log-probs; 0 when the driver measured the mismatch already."""
-
-
 class Loss:
     """What the losses of policy and critic have in common: the step they are in, and what they leave for people."""
 
     def __init__(self) -> None:
-        self.scope = StepScope(tokens=1.0)
+        self.tokens = 1.0
+        """Trainable tokens in the step, on all ranks: the denominator of per-token metrics."""
         self.losses: list[tuple[list[int], Tensor]] = []
         """Of each micro-batch since this was emptied: sample ids, and mean policy loss of their trainable tokens."""
 
     def token_mean(self, value_T: Tensor, mask_T: Tensor) -> Tensor:
         """This micro-batch's share of the mean over the step's trainable tokens."""
-        return weighted(value_T.detach(), mask_T) / self.scope.tokens
+        return weighted(value_T.detach(), mask_T) / self.tokens
 
 
 class Objective(Loss):
@@ -143,12 +134,10 @@ class Objective(Loss):
         return kl_T
 
     def _mismatch(self, new_T: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-        if not self.scope.mismatch_tokens:
+        if "mismatch_weights" not in batch.columns:
             return {}
-        columns = batch.columns
-        mask_T = columns["mask"] * columns["has_rollout_log_probs"]
-        terms = mismatch_terms(new_T.detach(), columns["rollout_log_probs"])
-        return {f"mismatch/{k}": (v * mask_T).sum() / self.scope.mismatch_tokens for k, v in terms.items()}
+        terms = mismatch_terms(new_T.detach(), batch.columns["rollout_log_probs"])
+        return {f"mismatch/{name}": weighted(v_T, batch.columns["mismatch_weights"]) for name, v_T in terms.items()}
 
 
 def kept(name: str, mask: LossMask, inputs: LossInputs) -> Tensor:

@@ -19,7 +19,7 @@ STAYS = (LOSS_MASK.name, WEIGHT_VERSION.name)
 """Columns of samples that the trainer does not take along; the loss mask becomes `mask`."""
 OWN = (
     "mask", "weights", "advantages", "returns", "values", "old_log_probs", "ref_log_probs", "is_weights", "keep",
-    "has_rollout_log_probs", "teacher_top_k_ids", "teacher_top_k_log_probs",
+    "mismatch_weights", "teacher_top_k_ids", "teacher_top_k_log_probs",
 )  # fmt: skip
 """Columns that the trainer writes: no sample may bring them."""
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from miles.config import Config
 from miles.config.base import NONE
@@ -26,8 +25,8 @@ from miles.registry import Registry
 from miles.training.advantages import AdvantageStage
 from miles.training.aggregation import token_weights
 from miles.training.flops import ForwardCost
-from miles.training.mismatch import mismatch_metrics, mismatch_terms
-from miles.training.objective import StepScope
+from miles.training.mismatch import mismatch_metrics, mismatch_terms, mismatch_weights
+from miles.training.objective import weighted
 from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
@@ -147,15 +146,11 @@ class Trainer:
         return [found[row] for row in range(len(table))]
 
     def _measured_mismatch(self, table: Table) -> Metrics:
-        if not table.has("rollout_log_probs"):
+        weights_T = mismatch_weights(table)
+        if weights_T is None:
             return {}
-        present_T = self._has_rollout_log_probs(table)
-        mask_T = table.flat("mask") * present_T
         terms = mismatch_terms(table.flat("old_log_probs"), table.flat("rollout_log_probs"))
-        return mismatch_metrics({k: float((v * mask_T).sum() / mask_T.sum().clamp(min=1)) for k, v in terms.items()})
-
-    def _has_rollout_log_probs(self, table: Table) -> torch.Tensor:
-        return table.present["rollout_log_probs"].float().repeat_interleave(torch.tensor(table.lengths))
+        return mismatch_metrics({name: float(weighted(v_T, weights_T)) for name, v_T in terms.items()})
 
     def _require(self, table: Table, column: str, what: str) -> None:
         present = table.present[column].tolist() if column in table.present else [False] * len(table)
@@ -202,18 +197,14 @@ class Trainer:
         algorithm = self.config.algorithm
         longest = float(max(task.sampling.max_new_tokens for task in self.config.data.sets))
         constant = algorithm.aggregation_constant or longest
-        table.put(
-            "weights",
-            token_weights(table.flat("mask"), table.bounds, table.rollout_N, algorithm.loss_aggregation, constant),
-        )
         mask_T = table.flat("mask")
-        scope = StepScope(tokens=max(float(mask_T.sum()), 1.0))
-        if measure and table.has("rollout_log_probs") and self._old != "recompute":
-            present_T = self._has_rollout_log_probs(table)
-            table.put("has_rollout_log_probs", present_T)
-            scope = StepScope(scope.tokens, float((mask_T * present_T).sum()))
+        weights_T = token_weights(mask_T, table.bounds, table.rollout_N, algorithm.loss_aggregation, constant)
+        table.put("weights", weights_T)
+        if measure and self._old != "recompute" and (measured_T := mismatch_weights(table)) is not None:
+            table.put("mismatch_weights", measured_T)
+        tokens = max(float(mask_T.sum()), 1.0)
         plan = self._plan(table, self.config.train.max_tokens_per_gpu)
-        return await self._on_shares("train_step", [(model, [table.take(rows) for rows in b], scope) for b in plan])
+        return await self._on_shares("train_step", [(model, [table.take(rows) for rows in b], tokens) for b in plan])
 
     @staticmethod
     def _told(model: str, table: Table) -> Table:

@@ -27,7 +27,7 @@ from miles.protocols import BackendContext, RankPart, Role, TrainBackend, TrainP
 from miles.registry import Registry
 from miles.targets import import_target
 from miles.training.critic import ValueObjective
-from miles.training.objective import Objective, StepScope
+from miles.training.objective import Objective
 from miles.training.packing import build_micro_batch, split_by_sample, split_micro_batch, take_samples
 from miles.training.table import Table
 from miles.training.teachers import TeacherLogits, model_name
@@ -146,10 +146,10 @@ class TrainWorker:
         bounds = [0, *accumulate(len(table) for table in tables)]
         return [{key: rows[start:end] for key, rows in columns.items()} for start, end in pairwise(bounds)]
 
-    def train_step(self, name: str, tables: Sequence[Table], scope: StepScope) -> StepOutcome:
-        """One optimizer step of a model on these micro-batches."""
+    def train_step(self, name: str, tables: Sequence[Table], tokens: float) -> StepOutcome:
+        """One optimizer step of a model on these micro-batches; on all ranks it trains so many `tokens`."""
         model, objective = self.models[name], self.losses[name]
-        objective.scope = scope
+        objective.tokens = tokens
         taught = objective if isinstance(objective, Objective) and self.compares_logits else None
 
         def step(batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], StepReport]:

@@ -63,7 +63,7 @@ from miles.builtins.options import PpoClipOptions
 from miles.config import Config
 from miles.toolkit import build_micro_batch
 from miles.training.flops import ForwardCost
-from miles.training.objective import Objective, StepScope
+from miles.training.objective import Objective
 from miles.training.packing import plan_micro_batches
 
 SHORT = {"checkpointing": "gradient_checkpointing", "chunk": "log_probs_chunk_size", "reshard": "fsdp_reshard"}
@@ -143,7 +143,7 @@ def measure(arguments: argparse.Namespace, model: str, tokens: int, train: dict[
     started = time.perf_counter()
     backend = make_backend(shape, train, arguments.device)
     objective = Objective(Config().algorithm, partial(ppo_clip, options=PpoClipOptions()))
-    objective.scope = StepScope(tokens=float(sum(lengths)))
+    objective.tokens = float(sum(lengths))
     steps = [
         make_batches(lengths, tokens, vocabulary, 1000 * step + rank(), arguments.device)
         for step in range(arguments.steps)

@@ -213,9 +213,9 @@ class Ranks:
         values_BS = {"actor": batch.old_BS, "reference": batch.ref_BS, "critic": batch.values_BS}[model]
         return [{name: [batch.row(values_BS, i).numpy() for i in table.ids] for name in want} for table in tables]
 
-    def train_step(self, model, tables, scope) -> StepOutcome:
+    def train_step(self, model, tables, tokens) -> StepOutcome:
         objective, sums = self.losses[model], {}
-        objective.scope = scope
+        objective.tokens = tokens
         for table in tables:
             packed = build_micro_batch(range(len(table)), table.tokens, table.columns)
             columns = {name: pad(value, (0, self.pad)) for name, value in packed.columns.items()}

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from miles.builtins.fsdp.memory import OutOfMemoryOnRank
 from miles.builtins.fsdp.model import local
 from miles.config import Config
-from miles.training.objective import StepScope
 from miles.training.packing import build_micro_batch
 from miles.training.table import Table
 from miles.training.worker import TrainWorker
@@ -284,7 +283,7 @@ def worker(rank: int, size: int) -> dict:
         one.losses = {"actor": Weighted()}
         one.retries = Counter()
         with failing(one.models["actor"], *place):
-            outcome = one.train_step("actor", [table(batch) for batch in batches], StepScope(tokens=1.0))
+            outcome = one.train_step("actor", [table(batch) for batch in batches], 1.0)
         found[name] = outcome.out_of_memory
         losses[name] = outcome.sums["loss"]
         found[f"{name} seen"] = one.losses["actor"].seen[-4:]
@@ -298,7 +297,7 @@ def worker(rank: int, size: int) -> dict:
 class Weighted:
     """As `loss`; remembers how many samples the micro-batches had."""
 
-    scope, losses = None, ()
+    tokens, losses = 0.0, ()
 
     def __init__(self):
         self.seen = []

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from miles.training.critic import ValueObjective, explained_variance, value_loss
-from miles.training.objective import StepScope
 from miles.types import MicroBatch, Outputs
 
 
@@ -41,7 +40,7 @@ def test_the_objective_weighs_tokens_as_the_driver_says():
         },
     )  # fmt: skip
     objective = ValueObjective(clip=None)
-    objective.scope = StepScope(tokens=4.0)
+    objective.tokens = 4.0
     values = torch.zeros(4, requires_grad=True)
     result = objective(batch, Outputs(values_T=values))
     assert float(result.loss.detach()) == pytest.approx(0.25 * 0.5 + 0.25 * 2)

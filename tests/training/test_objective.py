@@ -6,7 +6,7 @@ import torch
 from miles.config.algorithm import AlgorithmSection
 from miles.errors import TrainError
 from miles.training.aggregation import token_weights
-from miles.training.objective import Objective, StepScope
+from miles.training.objective import Objective
 from miles.training.packing import build_micro_batch
 from miles.types import Outputs, PolicyLoss
 
@@ -28,16 +28,16 @@ def table(count=5, seed=0):
         "old_log_probs": -torch.rand(total, generator=generator),
         "ref_log_probs": -torch.rand(total, generator=generator),
         "rollout_log_probs": -torch.rand(total, generator=generator),
-        "has_rollout_log_probs": torch.ones(total),
+        "mismatch_weights": mask / mask.sum(),
         "weights": token_weights(mask, bounds, torch.arange(count), "sample_mean"),
     }
     return lengths, tokens, columns, -torch.rand(total, generator=generator)
 
 
-def total(parts, algorithm, objective_scope, **drop):
+def total(parts, algorithm, trained, **drop):
     lengths, tokens, columns, log_probs = table()
     objective = Objective(algorithm, reinforce)
-    objective.scope = objective_scope
+    objective.tokens = trained
     columns = {k: list(v.split(lengths)) for k, v in columns.items() if k not in drop}
     pieces = log_probs.split(lengths)
     loss, sums = 0.0, {}
@@ -58,17 +58,23 @@ FULL = AlgorithmSection(kl_loss_coef=0.3, kl_type="k3", unbiased_kl=True, entrop
 
 
 def test_the_cut_into_micro_batches_changes_nothing():
-    scope = StepScope(tokens=10.0, mismatch_tokens=10.0)
-    whole, whole_sums = total([[0, 1, 2, 3, 4]], FULL, scope)
+    whole, whole_sums = total([[0, 1, 2, 3, 4]], FULL, 10.0)
     for parts in ([[0], [1], [2], [3], [4]], [[4, 2], [0, 3, 1]]):
-        loss, sums = total(parts, FULL, scope)
+        loss, sums = total(parts, FULL, 10.0)
         assert loss == pytest.approx(whole, abs=1e-6)
         assert sums == pytest.approx(whole_sums, abs=1e-6)
 
 
+def test_the_mismatch_is_a_mean_over_trainable_tokens():
+    _, _, columns, log_probs = table()
+    _, sums = total([[0, 1, 2, 3, 4]], FULL, 10.0)
+    differences = (log_probs - columns["rollout_log_probs"]).abs()[columns["mask"] > 0]
+    assert sums["mismatch/abs_diff"] == pytest.approx(float(differences.mean()), abs=1e-6)
+
+
 def test_by_hand():
     lengths, _, columns, log_probs = table()
-    loss, sums = total([[0, 1, 2, 3, 4]], FULL, StepScope(tokens=float(columns["mask"].sum())))
+    loss, sums = total([[0, 1, 2, 3, 4]], FULL, float(columns["mask"].sum()), mismatch_weights=None)
     weights, ratio = columns["weights"], log_probs - columns["ref_log_probs"]
     pg = -(columns["advantages"] * log_probs * weights).sum()
     k3 = (-ratio).exp() - 1 + ratio
@@ -106,7 +112,7 @@ def test_masks_drop_tokens_without_touching_the_denominator():
     new = (old + torch.tensor([0.5, 0.5, 5.0])).requires_grad_()
     masks = [("pkg/near", near), ("my.own:downward", lambda inputs: (inputs.advantages_T > 0).float())]
     objective = Objective(AlgorithmSection(kl_loss_coef=0.1, kl_type="k1"), reinforce, masks)
-    objective.scope = StepScope(tokens=3.0)
+    objective.tokens = 3.0
     batch = build_micro_batch([0], tokens, {k: [v] for k, v in columns.items()})
     result = objective(batch, Outputs(log_probs_T=new))
     assert float(result.sums["train/pg_loss"]) == pytest.approx(-new[0].item() / 3)

@@ -54,7 +54,7 @@ class Workers:
         return [StepOutcome({"train/loss": 2.0}, StepReport(0.7, skipped, 1e-3), 0)]
 
     def steps(self):
-        return [(tables, scope) for method, (_, tables, scope) in self.calls if method == "train_step"]
+        return [(tables, tokens) for method, (_, tables, tokens) in self.calls if method == "train_step"]
 
 
 def sample(i, group, reward, length=4, log_prob=-0.5, status=Status.COMPLETED):
@@ -107,10 +107,11 @@ def test_one_optimizer_step_needs_no_extra_forward_and_measures_the_mismatch_ins
     trainer, workers = make()
     metrics = step(trainer, groups())
     assert [method for method, _ in workers.calls] == ["train_step"]
-    ((tables, scope),) = workers.steps()
+    ((tables, tokens),) = workers.steps()
     columns = tables[0].columns
     assert "old_log_probs" not in columns
-    assert scope.mismatch_tokens == scope.tokens == 16
+    assert tokens == 16
+    assert np.stack(columns["mismatch_weights"])[:, 2:].tolist() == [[1 / 16] * 4] * 4
     half = math.sqrt(0.5)  # rewards 1 and 0: mean 0.5, unbiased std sqrt(0.5)
     advantages = np.stack(columns["advantages"])[:, 2:]
     assert advantages == pytest.approx(np.array([[half], [-half], [0], [0]]).repeat(4, 1), abs=1e-5)
@@ -141,9 +142,9 @@ def test_several_optimizer_steps_recompute_the_old_log_probs_once():
     metrics = step(trainer, groups(log_prob=-0.6))
     assert [method for method, _ in workers.calls] == ["forward", "train_step", "train_step"]
     assert metrics["train/train_rollout_logprob_abs_diff"] == pytest.approx(0.1, abs=1e-6)
-    for tables, scope in workers.steps():
+    for tables, _ in workers.steps():
         assert np.stack(tables[0].columns["old_log_probs"]).tolist() == [[-0.5] * 6] * 2
-        assert scope.mismatch_tokens == 0
+        assert not tables[0].has("mismatch_weights")
         assert np.concatenate(tables[0].columns["weights"]).sum() == pytest.approx(1.0)
 
 
@@ -152,8 +153,8 @@ def test_old_log_probs_from_the_rollout():
     metrics = step(trainer, groups(log_prob=-0.25))
     assert [method for method, _ in workers.calls] == ["train_step", "train_step"]
     assert workers.steps()[0][0][0].columns["old_log_probs"][0][2:].tolist() == [-0.25] * 4
-    assert workers.steps()[0][1].mismatch_tokens == 8  # measured before anything was updated
-    assert workers.steps()[1][1].mismatch_tokens == 0
+    measured = [tables[0].has("mismatch_weights") for tables, _ in workers.steps()]
+    assert measured == [True, False]  # before anything was updated
     assert "train/train_rollout_logprob_abs_diff" not in metrics  # absent rather than a false 0
 
 
@@ -227,8 +228,8 @@ def test_truncated_samples(policy, tokens, rows):
     batch = groups()
     batch[0].samples[0].status = Status.TRUNCATED
     step(trainer, batch)
-    ((tables, scope),) = workers.steps()
-    assert (scope.tokens, sum(map(len, tables))) == (tokens, rows)
+    ((tables, trained),) = workers.steps()
+    assert (trained, sum(map(len, tables))) == (tokens, rows)
 
 
 def test_micro_batches_respect_the_cap():

@@ -12,7 +12,6 @@ from miles.config import Config
 from miles.errors import ConfigError, OutOfMemoryError
 from miles.plugins import load_plugins
 from miles.registry import Registry
-from miles.training.objective import StepScope
 from miles.training.table import Table
 from miles.training.worker import TrainWorker, WorkerSetup, loss_wants
 from miles.types import Outputs, StepReport
@@ -54,7 +53,7 @@ def worker(backend, **train):
     one.rank, one.size, one.wants = 0, 1, {"actor": frozenset({"log_probs"})}
     one.setup = SimpleNamespace(config=Config.model_validate({"train": train}), device="cpu")
     one.models = {"actor": backend}
-    one.losses = {"actor": SimpleNamespace(scope=None, losses=[])}
+    one.losses = {"actor": SimpleNamespace(losses=[])}
     one.retries = Counter()
     return one
 
@@ -72,16 +71,16 @@ def table(count=4, length=4):
 
 def test_micro_batches_are_halved_until_they_fit_and_nothing_counts_twice():
     backend = Backend(room=4)
-    outcome = worker(backend).train_step("actor", [table()], StepScope(tokens=16.0))
+    outcome = worker(backend).train_step("actor", [table()], 16.0)
     assert outcome.out_of_memory == 2  # 16 tokens, then 8, then 4
     assert outcome.sums["train/loss"] == 4.0
-    whole = worker(Backend(room=100)).train_step("actor", [table()], StepScope(tokens=16.0))
+    whole = worker(Backend(room=100)).train_step("actor", [table()], 16.0)
     assert (whole.sums, whole.report) == (outcome.sums, outcome.report)
 
 
 def test_the_optimizer_running_out_of_memory_starts_the_step_again():
     backend = Backend(room=100, fails_in="optim_step")
-    outcome = worker(backend).train_step("actor", [table()], StepScope(tokens=16.0))
+    outcome = worker(backend).train_step("actor", [table()], 16.0)
     assert (outcome.out_of_memory, outcome.sums["train/loss"]) == (1, 4.0)
 
 
@@ -96,18 +95,18 @@ def test_retries_of_forward_passes_are_counted_with_the_next_step():
     one.forward("actor", [table()], ("log_probs",))  # 16 tokens, then 8, then 4
     one.forward("reference", [table()], ("log_probs",))  # 16, then 8
     one.models["actor"].room = 100
-    counted = [one.train_step("actor", [table()], StepScope(tokens=16.0)).out_of_memory for _ in range(2)]
+    counted = [one.train_step("actor", [table()], 16.0).out_of_memory for _ in range(2)]
     assert counted == [3, 0]
 
 
 def test_one_sample_that_does_not_fit_is_an_error_that_names_the_knobs():
     with pytest.raises(OutOfMemoryError, match=r"one sample alone of 4 tokens.*--gradient-checkpointing.*--max-tokens"):
-        worker(Backend(room=3)).train_step("actor", [table()], StepScope(tokens=16.0))
+        worker(Backend(room=3)).train_step("actor", [table()], 16.0)
 
 
 def test_ranks_stay_alike_what_cannot_be_halved_gets_an_empty_half():
     backend = Backend(room=8, data_size=2)
-    outcome = worker(backend).train_step("actor", [table(3), table(1), table(0)], StepScope(tokens=16.0))
+    outcome = worker(backend).train_step("actor", [table(3), table(1), table(0)], 16.0)
     assert outcome.out_of_memory == 1
     assert backend.samples == [1, 2, 1, 0, 0, 0]  # twice three micro-batches
 
@@ -116,7 +115,7 @@ def test_memory_of_one_rank_alone_is_not_retried_behind_the_backs_of_the_others(
     one = worker(Backend(room=4, data_size=2))
     one.size = 2
     with pytest.raises(torch.OutOfMemoryError):
-        one.train_step("actor", [table()], StepScope(tokens=16.0))
+        one.train_step("actor", [table()], 16.0)
 
 
 def test_another_ranks_failure_is_told_as_its_own():
@@ -126,12 +125,12 @@ def test_another_ranks_failure_is_told_as_its_own():
 
     one = worker(Other(room=100, data_size=4))
     with pytest.raises(OutOfMemoryError, match="on rank 3: one sample alone of 99 tokens"):
-        one.train_step("actor", [table()], StepScope(tokens=16.0))
+        one.train_step("actor", [table()], 16.0)
 
 
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
-        worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], StepScope(tokens=32.0))
+        worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], 32.0)
 
 
 def test_logits_of_whole_samples_are_refused_where_ranks_have_parts_of_them():
