@@ -8,7 +8,7 @@ never hides the others; every fault carries the plugin, its distribution and its
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
@@ -257,34 +257,33 @@ def _check_marked(info: PluginInfo, plugin: Any) -> None:
             raise HookError(f"{info}: {name} has no @hookimpl above it, so it would never be called; add the marker")
 
 
-def _check_pending(manager: pluggy.PluginManager, info: PluginInfo) -> None:
+def _implementations(
+    manager: pluggy.PluginManager, info: PluginInfo
+) -> Iterator[tuple[pluggy.HookCaller, pluggy.HookImpl]]:
+    """A plugin's own, of whatever it takes for hooks."""
     plugin = manager.get_plugin(info.name)
-    unknown = [
-        caller.name
-        for caller in manager.get_hookcallers(plugin) or []
-        if not caller.has_spec()
-        and any(impl.plugin is plugin and not impl.optionalhook for impl in caller.get_hookimpls())
-    ]
-    if unknown:
-        lines = []
-        for name in sorted(unknown):
-            close = get_close_matches(name, _hook_names(), n=1)
-            lines.append(f"{name} is no hook of miles" + (f"; did you mean {close[0]}?" if close else ""))
-        raise HookError(f"{info}: " + "; ".join(lines) + " (miles/hookspecs.py lists all hooks)")
+    for caller in manager.get_hookcallers(plugin) or []:
+        yield from ((caller, impl) for impl in caller.get_hookimpls() if impl.plugin is plugin)
+
+
+def _check_pending(manager: pluggy.PluginManager, info: PluginInfo) -> None:
+    faults = []
+    for caller, impl in _implementations(manager, info):
+        if not caller.has_spec() and not impl.optionalhook:
+            close = get_close_matches(caller.name, _hook_names(), n=1)
+            faults.append(f"{caller.name} is no hook of miles" + (f"; did you mean {close[0]}?" if close else ""))
+    if faults:
+        raise HookError(f"{info}: " + "; ".join(sorted(faults)) + " (miles/hookspecs.py lists all hooks)")
 
 
 def _collect(manager: pluggy.PluginManager, info: PluginInfo) -> list[Registration]:
-    plugin = manager.get_plugin(info.name)
     collected = []
-    for caller in manager.get_hookcallers(plugin) or []:
-        if not caller.name.startswith(REGISTERS) or not caller.has_spec():
-            continue
-        kind = caller.name.removeprefix(REGISTERS)
-        for impl in caller.get_hookimpls():
-            if impl.plugin is plugin:
-                offered: Any = impl.function()
-                _check_offer(info, caller.name, kind, offered)
-                collected += [Registration(kind, name, value, info) for name, value in offered.items()]
+    for caller, impl in _implementations(manager, info):
+        if caller.has_spec() and caller.name.startswith(REGISTERS):
+            kind = caller.name.removeprefix(REGISTERS)
+            offered: Any = impl.function()
+            _check_offer(info, caller.name, kind, offered)
+            collected += [Registration(kind, name, value, info) for name, value in offered.items()]
     return collected
 
 

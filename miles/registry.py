@@ -40,6 +40,10 @@ class Entry:
         what = f"{KINDS[self.kind].singular} {self.name!r}"
         return what if self.live is not None else f"{what} of {self.plugin}"
 
+    def load(self) -> Any:
+        """What it names. Raises PluginLoadError."""
+        return import_target(self.component.target, str(self)) if self.live is None else self.live
+
 
 class Registry:
     """All components of a process, by kind and name."""
@@ -182,7 +186,7 @@ class Registry:
         options, faults = read_options(entry.component.options, spec.options)
         if faults:
             raise ConfigError(f"{KINDS[kind].singular} {spec.name!r}: " + "; ".join(map(str, faults)))
-        thing = entry.live if entry.live is not None else import_target(entry.component.target, str(entry))
+        thing = entry.load()
         try:
             built = construct(thing, options, context, str(entry), KINDS[kind])
         except MilesError:

@@ -135,7 +135,7 @@ def _functions(resolved: Resolved) -> Iterator[Fault]:
         if entry is None or not (use.kind == "rewards" or (entry.live and "__call__" in vars(kind.protocol))):
             continue  # its module may need torch
         try:
-            thing = entry.live if entry.live is not None else import_target(entry.component.target, str(entry))
+            thing = entry.load()
             if not inspect.isclass(thing) and not registry.check(use.kind, use.name, use.options):
                 registry.build(use.kind, use)
         except MilesError as error:
