@@ -95,7 +95,7 @@ async def measure(task: str, sessions: int = 1000, rounds: int = 3, tokens: int 
             if profile:
                 profiler.enable()
             for _ in range(rounds):
-                groups = await run.collect()
+                groups, _ = await run.collect()
                 turns += sum(len(sample.turns) for group in groups for sample in group.samples)
             profiler.disable()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
