@@ -161,11 +161,8 @@ def make_task(
     task_set: TaskSet,
     evaluation: bool = False,
 ) -> Task:
-    routed_experts = not evaluation and "routed_experts" in needs_of(config, registry, "moe")
-    return Task(
-        task_set, config, registry, front, model.chat, max_context_tokens=context_limit(config, model),
-        evaluation=evaluation, routed_experts=routed_experts,
-    )  # fmt: skip
+    longest = context_limit(config, model)
+    return Task(task_set, config, registry, front, model.chat, evaluation=evaluation, max_context_tokens=longest)
 
 
 async def make_teachers(crew: Crew, model: Model) -> Teachers | None:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from miles.config import Config, TaskSet
+from miles.config.components import needs_of
 from miles.conformance import judgement
 from miles.environments import EnvironmentLimits, Environments, RolloutHalted
 from miles.errors import EngineLostError, HookError, WeightSyncError, WorkerError
@@ -49,11 +50,13 @@ class Task:
         registry: Registry,
         front: EngineFront,
         chat: ChatFormat,
-        **limits: Any,
+        *,
+        evaluation: bool = False,
+        max_context_tokens: int | None = None,
     ):
         self.set, self.front = task_set, front
         self.generate = generate_function_for(registry, task_set, front.generates)
-        terms = () if limits.get("evaluation") else config.data.reward_terms
+        terms = () if evaluation else config.data.reward_terms
         self.rewards, self.terms = (
             [(r.name, r.weight, registry.build("rewards", r)) for r in specs] for specs in (task_set.reward, terms)
         )
@@ -67,8 +70,10 @@ class Task:
             chat=chat,
             sampling=replace(sampling, stop_token_ids=stop_ids),
             make_environment=self.environments,
+            max_context_tokens=max_context_tokens,
             max_turns=task_set.max_turns,
-            **limits,
+            evaluation=evaluation,
+            routed_experts=not evaluation and "routed_experts" in needs_of(config, registry, "moe"),
         )
         greedy = replace(self.context.sampling, temperature=0.0)
         self.greedy = replace(self.context, sampling=greedy, routed_experts=False)  # never trained

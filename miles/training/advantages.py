@@ -17,7 +17,7 @@ from miles.training.critic import explained_variance
 from miles.training.kl import kl_estimate
 from miles.training.statistics import whiten
 from miles.training.table import Table
-from miles.types import AdvantageInputs, Advantages, Correction, Metrics
+from miles.types import ROLLOUT_LOG_PROBS, AdvantageInputs, Advantages, Correction, Metrics
 
 
 class AdvantageStage:
@@ -93,12 +93,7 @@ class AdvantageStage:
         return inputs
 
     def _correct(self, table: Table) -> Metrics:
-        missing = int((~table.present["rollout_log_probs"]).sum())
-        if missing:
-            raise TrainError(
-                f"algorithm.is_correction={self.algorithm.is_correction} compares with rollout log-probs, which "
-                f"{missing} samples of this batch lack"
-            )
+        table.require(ROLLOUT_LOG_PROBS.name, f"algorithm.is_correction: {self.algorithm.is_correction.name}")
         assert self.correction is not None
         mask_T = table.flat("mask")
         correction: Correction = self.correction(

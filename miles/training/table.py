@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miles.errors import DataError
+from miles.errors import DataError, TrainError
 from miles.training.packing import one_a_token
 from miles.types import LOSS_MASK, ROLLOUT_LOG_PROBS, WEIGHT_VERSION, Column, Group, Sample, Status
 
@@ -112,6 +112,13 @@ class Table:
     def complete(self, name: str) -> bool:
         """Whether every sample brought this column itself."""
         return name in self.present and bool(self.present[name].all())
+
+    def require(self, name: str, what: str) -> None:
+        """Raises TrainError: a sample did not bring this column, which `what` needs."""
+        present = self.present[name].tolist() if name in self.present else [False] * len(self)
+        missing = [i for i, there in zip(self.ids, present, strict=True) if not there]
+        if missing:
+            raise TrainError(f"{what} needs {name} of samples; {len(missing)} have none, such as {missing[0]}")
 
     def put(self, name: str, values_T: Tensor) -> None:
         """Attach a column given end to end."""

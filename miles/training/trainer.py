@@ -19,7 +19,7 @@ from miles.config import Config
 from miles.config.base import NONE
 from miles.config.components import component_needs, needs_reference
 from miles.config.derived import Derived
-from miles.errors import NonFiniteError, TrainError
+from miles.errors import NonFiniteError
 from miles.protocols import Want, WorkerGroup
 from miles.registry import Registry
 from miles.training.advantages import AdvantageStage
@@ -87,7 +87,7 @@ class Trainer:
         self.seconds = 0.0
         unsaid = self.compares_logits or not table.complete(TEACHER_LOG_PROBS.name)
         if unsaid and self.teachers is None and self.needs_teacher:
-            self._require(table, TEACHER_LOG_PROBS.name, "learning from a teacher, without one (--opd-teacher-load),")
+            table.require(TEACHER_LOG_PROBS.name, "learning from a teacher, without one (--opd-teacher-load),")
         elif unsaid and self.teachers is not None:
             samples = {sample.id: sample for group in groups for sample in group.samples}
             await self.teachers.teach(table, samples, self._forward)
@@ -113,7 +113,7 @@ class Trainer:
     async def _log_probs(self, table: Table, metrics: Metrics) -> None:
         """Attach `old_log_probs` (unless the first optimizer step gives them for free) and `ref_log_probs`."""
         if self._old == "rollout":
-            self._require(table, ROLLOUT_LOG_PROBS.name, "algorithm.old_logprobs: rollout")
+            table.require(ROLLOUT_LOG_PROBS.name, "algorithm.old_logprobs: rollout")
             table.columns["old_log_probs"] = table.columns["rollout_log_probs"]
         elif self._old == "recompute":
             table.columns["old_log_probs"] = await self._forward("actor", table)
@@ -151,12 +151,6 @@ class Trainer:
             return {}
         terms = mismatch_terms(table.flat("old_log_probs"), table.flat("rollout_log_probs"))
         return mismatch_metrics({name: float(weighted(v_T, weights_T)) for name, v_T in terms.items()})
-
-    def _require(self, table: Table, column: str, what: str) -> None:
-        present = table.present[column].tolist() if column in table.present else [False] * len(table)
-        missing = [i for i, there in zip(table.ids, present, strict=True) if not there]
-        if missing:
-            raise TrainError(f"{what} needs {column} of samples; {len(missing)} have none, such as {missing[0]}")
 
     # -------------------------------------------------------------------------------------------------- optimization
 

@@ -123,8 +123,7 @@ class Miles:
             assert engine._sender is not None
             engine._sender._name, engine._sender._sent = "measured", 0
         front = EngineFront([engine], self.concurrency)
-        limits = {"max_context_tokens": None, "evaluation": False, "routed_experts": False}
-        task = Task(self.config.data.sets[0], self.config, self.registry, front, self.model.chat, **limits)
+        task = Task(self.config.data.sets[0], self.config, self.registry, front, self.model.chat)
         task.rewards = []
         task.context = replace(task.context, sampling=replace(task.context.sampling, stop_token_ids=()))
         groups = []
