@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from miles.component import TEACHER_NEEDS, Component
-from miles.config.base import NONE
+from miles.config.base import AUTO, NONE
 from miles.config.components import WITHOUT_REWARDS, Use, learns_without_rewards
 from miles.config.data import Sampling, TaskSet
 from miles.config.derived import Misfit, Numbers
@@ -63,10 +63,10 @@ class _Checked:
     registry: Registry
     origin: Callable[[Path], Origin]
 
-    def fault(self, key: str, problem: str, remedy: str) -> Fault:
-        """A fault at a dotted path, with its value and origin looked up."""
-        path = tuple(key.split("."))
-        return Fault(key, problem, remedy, self.value(path), self.origin(path))
+    def fault(self, key: str | Path, problem: str, remedy: str) -> Fault:
+        """A fault at a path, with its value and origin looked up."""
+        path = tuple(key.split(".")) if isinstance(key, str) else key
+        return Fault(".".join(path), problem, remedy, self.value(path), self.origin(path))
 
     def value(self, path: Path) -> Any:
         at: Any = self.config
@@ -81,7 +81,8 @@ class _Checked:
         return self.value(path) == schema_leaves()[pattern(path)].default
 
     def component(self, kind: str, name: str) -> Component:
-        """Or one that needs and provides nothing, where its name is at fault, which is reported already."""
+        """Or one that needs and provides nothing: of `auto` and `none`, and of a name at fault, which is reported
+        already."""
         try:
             return self.registry.component(kind, name)
         except MilesError:
@@ -90,17 +91,7 @@ class _Checked:
     @cached_property
     def needs(self) -> set[str]:
         """What all chosen components need together."""
-        chosen = [use for use in self.uses if use.name not in KINDS[use.kind].words]
-        return {need for use in chosen for need in self.component(use.kind, use.name).needs}
-
-    @property
-    def taught(self) -> bool:
-        return bool(self.needs & TEACHER_NEEDS)
-
-    @property
-    def supervised(self) -> bool:
-        """Nothing estimates advantages."""
-        return self.config.algorithm.advantage_estimator.name == NONE
+        return {need for use in self.uses for need in self.component(use.kind, use.name).needs}
 
     @property
     def generates(self) -> bool:
@@ -110,100 +101,106 @@ class _Checked:
         except MilesError:
             return False
 
-    @property
-    def all_sets(self) -> list[tuple[str, TaskSet]]:
-        data, held_out = self.config.data.sets, self.config.eval.sets
-        return [*(("data.sets", s) for s in data), *(("eval.sets", s) for s in held_out)]
+    @cached_property
+    def task_sets(self) -> dict[Path, TaskSet]:
+        """Those of training and of evaluation, by their paths."""
+        sections = {"data": self.config.data.sets, "eval": self.config.eval.sets}
+        return {(section, "sets", one.name): one for section, sets in sections.items() for one in sets}
 
 
-_RULES: tuple[tuple[str, Callable[[_Checked], Any], str, str], ...] = (
-    ("algorithm.kl_coef", lambda c: c.config.algorithm.kl_coef and c.config.algorithm.kl_loss_coef,
+def _supervised(config: Config) -> bool:
+    """Nothing estimates advantages."""
+    return config.algorithm.advantage_estimator.name == NONE
+
+
+_RULES: tuple[tuple[str, Callable[[Config], Any], str, str], ...] = (
+    ("algorithm.kl_coef", lambda c: c.algorithm.kl_coef and c.algorithm.kl_loss_coef,
      "the KL penalty is in the reward, and in the loss too (kl_loss_coef={algorithm.kl_loss_coef}): it counts twice",
      "set one of algorithm.kl_coef and algorithm.kl_loss_coef to 0"),
-    ("train.context_parallel_size", lambda c: c.config.train.context_parallel_size > 1
-     and c.config.train.reproducible_ranks is not None,
+    ("train.context_parallel_size",
+     lambda c: c.train.context_parallel_size > 1 and c.train.reproducible_ranks is not None,
      "ranks that share the tokens of a sample add up in another order than one alone, which no float64 mends",
      "leave --reproducible-ranks out, or --context-parallel-size"),
-    ("train.fsdp_reshard", lambda c: c.config.train.fsdp_reshard == "step"
-     and c.config.train.reproducible_ranks is not None,
+    ("train.fsdp_reshard", lambda c: c.train.fsdp_reshard == "step" and c.train.reproducible_ranks is not None,
      "reduces gradients once a step, and --reproducible-ranks each micro-batch's by itself",
      "--fsdp-reshard layer or auto, or leave --reproducible-ranks out"),
-    ("algorithm.unbiased_kl", lambda c: c.config.algorithm.unbiased_kl and not c.config.algorithm.kl_loss_coef,
+    ("algorithm.unbiased_kl", lambda c: c.algorithm.unbiased_kl and not c.algorithm.kl_loss_coef,
      "corrects the KL of the loss, but algorithm.kl_loss_coef is 0",
      "set --kl-loss-coef, or leave --use-unbiased-kl out"),
-    *((f"algorithm.{name}", lambda c, name=name: c.supervised and getattr(c.config.algorithm, name),
+    *((f"algorithm.{name}", lambda c, name=name: _supervised(c) and getattr(c.algorithm, name),
        "is about advantages, and there are none", _ESTIMATE)
       for name in ("advantage_terms", "normalize_advantages", "kl_coef")),
-    ("algorithm.advantage_estimator", lambda c: not c.supervised and WITHOUT_REWARDS in
-     c.component("policy_losses", c.config.algorithm.policy_loss.name).provides,
-     "policy loss {algorithm.policy_loss.name!r} looks at no advantages: nothing would be learnt from them",
-     "--advantage-estimator none, or another --policy-loss"),
-    ("algorithm.aggregation_constant", lambda c: c.config.algorithm.aggregation_constant is not None
-     and c.config.algorithm.loss_aggregation != "constant",
+    ("algorithm.aggregation_constant",
+     lambda c: c.algorithm.aggregation_constant is not None and c.algorithm.loss_aggregation != "constant",
      "is for loss aggregation 'constant', not {algorithm.loss_aggregation!r}",
      "add --loss-aggregation constant, or leave the constant out"),
-    ("algorithm.is_correction", lambda c: c.config.algorithm.old_logprobs == "rollout"
-     and c.config.algorithm.is_correction.name not in KINDS["is_corrections"].words,
+    ("algorithm.is_correction",
+     lambda c: c.algorithm.old_logprobs == "rollout" and c.algorithm.is_correction.name != NONE,
      "compares old with rollout log-probs, but old_logprobs is 'rollout': the two are the same numbers",
      "--old-logprobs recompute, or leave the correction out"),
-    ("critic.only_steps", lambda c: "critic" in c.needs
-     and 0 < (c.config.rollout.num_rollout or 0) <= c.config.critic.only_steps,
-     "leaves the policy nothing to learn from: the run has {rollout.num_rollout} rollout batches",
-     "lower --num-critic-only-steps or raise --num-rollout"),
-    ("teacher.load", lambda c: c.taught and not c.config.teacher.load and not c.config.teacher.urls
-     and all(s.generate.name in KINDS["generate_functions"].words for s in c.config.data.sets),  # others may teach
-     "who teaches? a chosen component learns from a teacher, and none is named",
-     "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls URL of a server"),
-    ("teacher.urls", lambda c: "teacher_logits" in c.needs and c.config.teacher.urls,
-     "the policy loss {algorithm.policy_loss.name!r} compares all logits, which no server sends",
-     "--opd-teacher-load CHECKPOINT, or another --policy-loss"),
-    ("teacher.urls", lambda c: "teacher_top_k" in c.needs and c.config.teacher.load and c.config.teacher.urls,
-     "teachers in the trainer say whole distributions and servers say a few tokens of them: one loss cannot compare "
-     "with both", "have all teachers in teacher.load, or all in teacher.urls"),
-    ("teacher.load", lambda c: c.taught and c.config.teacher.load and c.config.teacher.prompt_key is None
-     and {*c.config.teacher.load.values(), *c.config.teacher.urls} == {POLICY},
-     "the policy agrees with itself: it must be told more than it was asked",
-     "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
-    ("teacher.engine", lambda c: c.taught and c.config.teacher.engine is not None and not c.config.teacher.urls,
-     "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
-    ("rollout.mode", lambda c: c.config.rollout.mode != "sync" and c.config.rollout.engine.name == NONE,
+    ("rollout.mode", lambda c: c.rollout.mode != "sync" and c.rollout.engine.name == NONE,
      "nothing is generated, so there is nothing to be ahead of", "--rollout-mode sync"),
-    ("rollout.partial_rollout", lambda c: c.config.rollout.partial_rollout and c.config.rollout.mode != "sync",
+    ("rollout.partial_rollout", lambda c: c.rollout.partial_rollout and c.rollout.mode != "sync",
      "is for rollout mode sync: in {rollout.mode} no rollout is interrupted at the end of a step",
      "leave --partial-rollout out, or --rollout-mode sync"),
-    ("rollout.mask_offpolicy_in_partial_rollout", lambda c: c.config.rollout.mask_offpolicy_in_partial_rollout
-     and not c.config.rollout.partial_rollout, "there are no partial rollouts", "add --partial-rollout"),
-    ("rollout.max_weight_staleness", lambda c: c.config.rollout.max_weight_staleness is not None
-     and c.config.rollout.mode != "fully_async" and not c.config.rollout.partial_rollout,
+    ("rollout.mask_offpolicy_in_partial_rollout",
+     lambda c: c.rollout.mask_offpolicy_in_partial_rollout and not c.rollout.partial_rollout,
+     "there are no partial rollouts", "add --partial-rollout"),
+    ("rollout.max_weight_staleness", lambda c: c.rollout.max_weight_staleness is not None
+     and c.rollout.mode != "fully_async" and not c.rollout.partial_rollout,
      "nothing grows old in rollout mode {rollout.mode}: batches are one weight version old at most",
      "--rollout-mode fully_async, or leave --max-weight-staleness out"),
-    ("weight_sync.interval", lambda c: c.config.rollout.most_staleness is not None
-     and c.config.weight_sync.interval > c.config.rollout.most_staleness + 1,
+    ("weight_sync.interval",
+     lambda c: c.rollout.most_staleness is not None and c.weight_sync.interval > c.rollout.most_staleness + 1,
      "engines would have weights that are older than --max-weight-staleness allows ({rollout.most_staleness}), and "
      "nothing that they draw could be trained on",
      "raise --max-weight-staleness to the interval less 1, or lower --update-weights-interval"),
-    ("run.deterministic", lambda c: c.config.rollout.partial_rollout and c.config.run.deterministic,
+    ("run.deterministic", lambda c: c.run.deterministic and c.rollout.partial_rollout,
      "cannot be promised with partial rollouts: which of them end first depends on time",
      "leave --partial-rollout out, or --no-deterministic-mode"),
-    ("resources.colocate", lambda c: c.config.rollout.mode != "sync" and c.config.resources.colocate,
+    ("resources.colocate", lambda c: c.resources.colocate and c.rollout.mode != "sync",
      "trainer and engines take turns, but rollout mode {rollout.mode!r} needs both at once",
      "--rollout-mode sync, or --no-colocate"),
-    ("run.deterministic", lambda c: c.config.rollout.mode != "sync" and c.config.run.deterministic,
+    ("run.deterministic", lambda c: c.run.deterministic and c.rollout.mode != "sync",
      "cannot be promised in rollout mode {rollout.mode!r}", "--rollout-mode sync, or --no-deterministic-mode"),
-    ("run.deterministic", lambda c: c.config.run.deterministic and c.config.weight_sync.interval > 1,
+    ("run.deterministic", lambda c: c.run.deterministic and c.weight_sync.interval > 1,
      "cannot be promised with weight_sync.interval={weight_sync.interval}: a run that is interrupted between two syncs "
      "resumes with newer weights in the engines than it had",
      "--update-weights-interval 1, or --no-deterministic-mode"),
-    ("optimizer.lr_decay_steps", lambda c: c.config.optimizer.lr_decay_steps is not None
-     and c.config.optimizer.lr_decay_steps <= c.config.optimizer.lr_warmup_steps,
+    ("optimizer.lr_decay_steps", lambda c: c.optimizer.lr_decay_steps is not None
+     and c.optimizer.lr_decay_steps <= c.optimizer.lr_warmup_steps,
      "ends before the warm-up of {optimizer.lr_warmup_steps} steps does",
      "raise --lr-decay-iters or lower --lr-warmup-iters"),
-    ("eval.interval", lambda c: c.config.eval.interval is not None and not c.config.eval.sets,
+    ("eval.interval", lambda c: c.eval.interval is not None and not c.eval.sets,
      "there is nothing to evaluate on", "give --eval-prompt-data NAME PATH, or --eval-interval none"),
-    ("moe.routing_replay", lambda c: c.config.moe.routing_replay.name not in KINDS["routing_replays"].words,
+    ("moe.routing_replay", lambda c: c.moe.routing_replay.name != NONE,
      "replaying expert choices is not in this version", "--routing-replay none"),
 )  # fmt: skip
 """(key, when it is at fault, problem with values of the configuration in braces, remedy)"""
+
+_NEED_RULES: tuple[tuple[str, Callable[[Config, set[str]], Any], str, str], ...] = (
+    ("critic.only_steps",
+     lambda c, needs: "critic" in needs and 0 < (c.rollout.num_rollout or 0) <= c.critic.only_steps,
+     "leaves the policy nothing to learn from: the run has {rollout.num_rollout} rollout batches",
+     "lower --num-critic-only-steps or raise --num-rollout"),
+    ("teacher.load", lambda c, needs: needs & TEACHER_NEEDS and not c.teacher.load and not c.teacher.urls
+     and all(s.generate.name == AUTO for s in c.data.sets),  # others may teach
+     "who teaches? a chosen component learns from a teacher, and none is named",
+     "--opd-teacher-load CHECKPOINT, or --opd-teacher-urls URL of a server"),
+    ("teacher.urls", lambda c, needs: "teacher_logits" in needs and c.teacher.urls,
+     "the policy loss {algorithm.policy_loss.name!r} compares all logits, which no server sends",
+     "--opd-teacher-load CHECKPOINT, or another --policy-loss"),
+    ("teacher.urls", lambda c, needs: "teacher_top_k" in needs and c.teacher.load and c.teacher.urls,
+     "teachers in the trainer say whole distributions and servers say a few tokens of them: one loss cannot compare "
+     "with both", "have all teachers in teacher.load, or all in teacher.urls"),
+    ("teacher.load", lambda c, needs: needs & TEACHER_NEEDS and c.teacher.load and c.teacher.prompt_key is None
+     and {*c.teacher.load.values(), *c.teacher.urls} == {POLICY},
+     "the policy agrees with itself: it must be told more than it was asked",
+     "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
+    ("teacher.engine", lambda c, needs: needs & TEACHER_NEEDS and c.teacher.engine is not None and not c.teacher.urls,
+     "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
+)  # fmt: skip
+"""The same of what is at fault with what the chosen components need."""
 
 _OTHER_POLICY = "so that the policy that acted is not the one that is trained: importance ratios would be wrong"
 _CUTS = f"cuts tokens off, {_OTHER_POLICY}"
@@ -221,13 +218,17 @@ _SAMPLING: tuple[tuple[str, Callable[[Sampling], Any], str, str], ...] = (
 
 
 def _rules(c: _Checked) -> Iterator[Fault]:
-    for key, at_fault, problem, remedy in _RULES:
-        if at_fault(c):
-            yield c.fault(key, problem.format(**dict(c.config)), remedy)
+    alone = [row for row in _RULES if row[1](c.config)]
+    of_needs = [row for row in _NEED_RULES if row[1](c.config, c.needs)]
+    for key, _, problem, remedy in (*alone, *of_needs):
+        yield c.fault(key, problem.format(**dict(c.config)), remedy)
 
 
-def _terms(c: _Checked) -> Iterator[Fault]:
+def _estimator(c: _Checked) -> Iterator[Fault]:
     a = c.config.algorithm
+    if not _supervised(c.config) and WITHOUT_REWARDS in c.component("policy_losses", a.policy_loss.name).provides:
+        problem = f"policy loss {a.policy_loss.name!r} looks at no advantages: nothing would be learnt from them"
+        yield c.fault("algorithm.advantage_estimator", problem, "--advantage-estimator none, or another --policy-loss")
     estimator, *terms = [spec.name.rpartition("/")[2] for spec in (a.advantage_estimator, *a.advantage_terms)]
     if estimator in terms:
         problem = f"{estimator!r} is the estimator and a term beside it too: it counts twice"
@@ -248,7 +249,7 @@ def _idle(c: _Checked) -> Iterator[Fault]:
 
 def _teachers(c: _Checked) -> Iterator[Fault]:
     section = c.config.teacher
-    for name in sorted(set(section.load) & set(section.urls)) if c.taught else ():
+    for name in sorted(set(section.load) & set(section.urls)) if c.needs & TEACHER_NEEDS else ():
         yield c.fault("teacher.urls", f"{name!r} is also in teacher.load", "give each teacher a name of its own")
 
 
@@ -263,22 +264,22 @@ def _sampling(c: _Checked) -> Iterator[Fault]:
     for task_set in c.config.data.sets:
         for name, at_fault, problem, remedy in _SAMPLING:
             if at_fault(task_set.sampling):
-                yield c.fault(f"data.sets.{task_set.name}.sampling.{name}", problem, remedy)
+                yield c.fault(("data", "sets", task_set.name, "sampling", name), problem, remedy)
 
 
 def _lengths(c: _Checked) -> Iterator[Fault]:
     limit = c.config.rollout.max_context_len
-    for where, task_set in c.all_sets:
-        sampling, at = task_set.sampling, f"{where}.{task_set.name}.sampling"
+    for at, task_set in c.task_sets.items():
+        sampling = task_set.sampling
         if sampling.min_new_tokens > sampling.max_new_tokens:
             yield c.fault(
-                f"{at}.min_new_tokens",
+                (*at, "sampling", "min_new_tokens"),
                 f"is more than max_new_tokens={sampling.max_new_tokens}",
                 "lower min_new_tokens or raise max_new_tokens",
             )
         if limit is not None and sampling.max_new_tokens >= limit:
             yield c.fault(
-                f"{at}.max_new_tokens",
+                (*at, "sampling", "max_new_tokens"),
                 f"leaves no room for a prompt within rollout.max_context_len={limit}",
                 "raise --rollout-max-context-len or lower --rollout-max-response-len",
             )
@@ -286,19 +287,17 @@ def _lengths(c: _Checked) -> Iterator[Fault]:
 
 def _placement(c: _Checked) -> Iterator[Fault]:
     try:
-        Placement.of(c.config, c.registry)
+        placement = Placement.of(c.config, c.registry)
     except Misfit as error:
         yield c.fault(error.key, error.problem, error.remedy)
     except MilesError:
         return  # a name at fault, which is reported already
+    else:
+        yield from _objects(c, placement)
 
 
-def _objects(c: _Checked) -> Iterator[Fault]:
+def _objects(c: _Checked, placement: Placement) -> Iterator[Fault]:
     """Workers build their parts by name: an object given in Python is lost unless its name leads to it."""
-    try:
-        placement = Placement.of(c.config, c.registry)
-    except MilesError:
-        return  # reported already
     kinds = (*IN_WORKERS, *(("rollout_engines",) if placement.engines != "driver" else ()))
     for use in () if placement.one_process else c.uses:
         if use.kind in kinds and use.path[0] != "teacher" and not _found_by_name(use, c.registry):
@@ -346,14 +345,12 @@ def _export(c: _Checked) -> Iterator[Fault]:
 
 def _needs(c: _Checked) -> Iterator[Fault]:
     """What components need of the core is there. Components that need an environment stand in sets that have one."""
-    sets = {f"{where}.{task_set.name}": task_set for where, task_set in c.all_sets}
     for use in c.uses:
-        needs = () if use.name in KINDS[use.kind].words else c.component(use.kind, use.name).needs
-        task_set = sets.get(".".join(use.path[:3]))
+        task_set = c.task_sets.get(use.path[:3])
         judged = [task_set] if task_set is not None else c.config.data.sets if use.kind == "rewards" else ()
         worldless = [one.name for one in judged if one.environment is None]
         who = f"{KINDS[use.kind].singular} {use.name!r} needs"
-        for need in sorted(needs):
+        for need in sorted(c.component(use.kind, use.name).needs):
             problem, remedy = "", ""
             if need in UNMET:
                 problem, remedy = f"{who} {UNMET[need]}, which is not in this version", "name another component"
@@ -361,7 +358,7 @@ def _needs(c: _Checked) -> Iterator[Fault]:
                 engine = c.config.rollout.engine.name
                 problem = f"{who} {GENERATED[need]}, but the engine {engine!r} generates nothing"
                 remedy = "name another component, or another --rollout-engine"
-            elif need == "advantages" and c.supervised:
+            elif need == "advantages" and _supervised(c.config):
                 problem, remedy = f"{who} advantages, and there are none", _ESTIMATE
             elif need == "environment" and worldless:
                 where = ".".join(use.path[:3]) if task_set is not None else f"data.sets.{worldless[0]}"
@@ -385,8 +382,8 @@ def _plugins(c: _Checked) -> Iterator[Fault]:
 
 
 _CHECKS = (
-    _plugins, _rules, _terms, _idle, _teachers, _sampling, _lengths, _placement, _objects, _learning_rates, _pass_k,
-    _export, _needs,
+    _plugins, _rules, _estimator, _idle, _teachers, _sampling, _lengths, _placement, _learning_rates, _pass_k, _export,
+    _needs,
 )  # fmt: skip
 
 
@@ -404,20 +401,20 @@ def _training_data(c: _Checked) -> Iterator[Fault]:
     if not c.config.data.sets:
         yield c.fault("data.sets", "there is nothing to train on", "--prompt-data FILE")
     if c.config.rollout.replay is None:
-        yield from _paths(c, "data.sets", "--prompt-data FILE")
+        yield from _paths(c, "data", "--prompt-data FILE")
 
 
 def _evaluation_data(c: _Checked) -> Iterator[Fault]:
     if not c.config.eval.sets:
         yield c.fault("eval.sets", "there is nothing to evaluate on", "--eval-prompt-data NAME PATH")
     if c.at_default(("data", "source")):
-        yield from _paths(c, "eval.sets", "--eval-prompt-data NAME PATH")
+        yield from _paths(c, "eval", "--eval-prompt-data NAME PATH")
 
 
-def _paths(c: _Checked, where: str, remedy: str) -> Iterator[Fault]:
-    for set_where, task_set in c.all_sets:
-        if set_where == where and task_set.path is None:
-            yield c.fault(f"{where}.{task_set.name}.path", "which file?", remedy)
+def _paths(c: _Checked, section: str, remedy: str) -> Iterator[Fault]:
+    for at, task_set in c.task_sets.items():
+        if at[0] == section and task_set.path is None:
+            yield c.fault((*at, "path"), "which file?", remedy)
 
 
 def _rewards(c: _Checked) -> Iterator[Fault]:
@@ -426,13 +423,12 @@ def _rewards(c: _Checked) -> Iterator[Fault]:
     if not c.generates:
         return
     unjudged = learns_without_rewards(c.config, c.registry)
-    for where, task_set in c.all_sets:
-        if unjudged and where == "data.sets":
+    for at, task_set in c.task_sets.items():
+        if unjudged and at[0] == "data":
             continue
-        at_default = c.at_default((*where.split("."), task_set.name, "generate"))
-        if at_default and not task_set.reward and task_set.environment is None:
+        if c.at_default((*at, "generate")) and not task_set.reward and task_set.environment is None:
             yield c.fault(
-                f"{where}.{task_set.name}.reward",
+                (*at, "reward"),
                 "nothing judges the responses",
                 "give a reward by name (`miles plugins --kind rewards` lists them), or my_module:my_function",
             )

@@ -340,3 +340,10 @@ def test_what_is_no_mapping_is_named_with_its_line(solve, write, text, key):
     fault = faults_of(solve, files=(write(text),))[key]
     assert re.search("mapping|dictionary", fault.problem)
     assert str(fault.origin).endswith("run.yaml:1")
+
+
+def test_a_task_set_may_have_a_point_in_its_name(solve):
+    files = ({"data": {"sets": {"v1.5": {"reward": "one"}}}},)
+    assert set(faults_of(solve, files=files, base=("--hf-checkpoint", "org/tiny", "--num-rollout", "3"))) == {
+        "data.sets.v1.5.path"
+    }
