@@ -122,6 +122,12 @@ def leaf_above(path: Path) -> tuple[Leaf, Path] | None:
     return None
 
 
+def leaf_path(path: Path) -> Path:
+    """The leaf's part of the path of something in it; all of a path that is of no leaf."""
+    found = leaf_above(path)
+    return path[: len(path) - len(found[1])] if found else path
+
+
 def children(path: Path) -> list[str]:
     """Names that may follow a section's path."""
     here = pattern(path)

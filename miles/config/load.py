@@ -18,7 +18,7 @@ from miles.config.arguments import ComponentFlag, engine_of, read_arguments
 from miles.config.checks import check
 from miles.config.components import Use, components_of, read_texts, uses_in
 from miles.config.faults import DEFAULT, ConfigFaults, Fault, Origin
-from miles.config.leaves import Path, children, flag_table, leaf_above
+from miles.config.leaves import Path, children, flag_table, leaf_above, leaf_path
 from miles.config.replay import REPLAY, without_engines
 from miles.config.schema import Config
 from miles.config.selection import component_flags, contradictions, how_to_select, in_order
@@ -50,11 +50,9 @@ class Resolved:
 
     def origin(self, key: str) -> Origin:
         """Where the value at a dotted path came from."""
-        parts = key.split(".")
-        found_leaf = leaf_above(tuple(parts))
-        start = len(parts) - len(found_leaf[1]) if found_leaf else len(parts)
-        for end in range(len(parts), start - 1, -1):
-            at = ".".join(parts[:end])
+        path = tuple(key.split("."))
+        for end in range(len(path), len(leaf_path(path)) - 1, -1):
+            at = ".".join(path[:end])
             found = self.origins.get(at) or self.origins.get(f"{at}.name")
             if found is not None:
                 return found
@@ -267,14 +265,13 @@ class _Resolution:
     def _components(self, tree: Tree, nested: dict[str, Any]) -> None:
         """Names and options of everything that is named; values typed on the command line get their types."""
         for use, options in uses_in(nested):
-            origin = tree.origin((*use.path, "name")) if use.path in dict(tree.specs()) else tree.origin(use.path)
             try:
-                known_words = KINDS[use.kind].words
-                component = None if use.name in known_words else self.registry.component(use.kind, use.name)
-                read_texts(options, component.options if component else None)
+                words = KINDS[use.kind].words
+                kind = None if use.name in words else self.registry.component(use.kind, use.name).options
+                read_texts(options, kind)
                 faults = self.registry.check(use.kind, use.name, options)
             except MilesError as error:
-                self._unknown_name(use, str(error), origin)
+                self._unknown_name(use, str(error), tree.origin((*use.path, "name")))
                 continue
             for fault in faults:
                 path = (*use.path, *(fault.key.split(".") if fault.key else ()))
@@ -303,10 +300,10 @@ class _Resolution:
         if path[:2] in tree.sets and len(path) > 2:
             path = (*path[:2], tree.sets[path[:2]][int(path[2])], *path[3:])
         found = leaf_above(path)
-        leaf, rest = found if found else (None, ())
-        path = path[: len(path) - len(rest)] if leaf and leaf.shape == "value" else path
+        if found and found[0].shape == "value":
+            path = leaf_path(path)
         message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        meaning = leaf.help if leaf else ""
+        meaning = found[0].help if found else ""
         self.faults.append(Fault(".".join(path), message, "", item["input"], tree.origin(path), meaning))
 
     def _fault(self, path: Path, problem: str, remedy: str = "", value: Any = None, origin: Origin = DEFAULT) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from miles.config.base import RewardSpec, Spec
 from miles.config.faults import Fault, Origin
-from miles.config.leaves import SETS, Leaf, Path, children, flag_table, leaf_above, leaves
+from miles.config.leaves import SETS, Leaf, Path, children, flag_table, leaf_above, leaf_path, leaves
 
 RESET = object()
 """As the value of a list of task sets: forget the sets of the layers below."""
@@ -46,7 +46,7 @@ class Flattener:
             yield from self._sets(path, value, origin)
         elif found is not None:
             leaf, rest = found
-            yield from self._leaf(leaf, path[: len(path) - len(rest)], rest, value, origin)
+            yield from self._leaf(leaf, leaf_path(path), rest, value, origin)
         elif children(path):
             if isinstance(value, Mapping):
                 yield from self.mapping(value, origin, path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import reduce
 from typing import Any
 
-from miles.config.base import as_weighted
+from miles.config.base import Spec, as_weighted
 from miles.config.faults import DEFAULT, Fault, Origin
-from miles.config.leaves import FLAT, SETS, Leaf, Path, leaf_above, leaves, pattern
+from miles.config.leaves import FLAT, SETS, Leaf, Path, leaf_above, leaf_path, leaves, pattern
 from miles.config.selection import Selection
 from miles.config.settings import RESET, Setting
 
@@ -51,10 +52,10 @@ class Tree:
         origin = Origin("inherited", f"as data.sets.{source}")
         theirs = [path for path in self.values if path[:3] == ("data", "sets", source) and path[3] not in _OWN]
         for name in self.inheriting:
-            own = {_leaf_path(path) for path in self.values if path[:3] == ("eval", "sets", name)}
+            own = {leaf_path(path) for path in self.values if path[:3] == ("eval", "sets", name)}
             for path in theirs:
                 mine = ("eval", "sets", name, *path[3:])
-                if _leaf_path(mine) not in own:
+                if leaf_path(mine) not in own:
                     self.values[mine], self.origins[mine] = self.values[path], origin
 
     def nested(self) -> dict[str, Any]:
@@ -65,29 +66,21 @@ class Tree:
             for part in path[:-1]:
                 at = at.setdefault(part, {})
             at[path[-1]] = value
+        for path in dict.fromkeys(map(leaf_path, self.values)):
+            leaf = leaves()[pattern(path)]
+            if leaf.shape == "spec":
+                holder = reduce(dict.__getitem__, path[:-1], result)
+                holder[path[-1]] = _completed(holder[path[-1]], leaf.default)
         for path, names in self.sets.items():
             if names:
                 below = result.setdefault(path[0], {})
                 given = below.get(path[1], {})
                 below[path[1]] = [{"name": name, **given.get(name, {})} for name in names]
-        for path, leaf in self.specs():
-            _complete(result, path, leaf, self.sets)
         return result
-
-    def specs(self) -> Iterator[tuple[Path, Leaf]]:
-        """Paths of single component specs that some layer has set."""
-        seen = set()
-        for path in self.values:
-            found = leaf_above(path)
-            if found and found[0].shape == "spec" and found[1]:
-                at = path[: -len(found[1])]
-                if at not in seen:
-                    seen.add(at)
-                    yield at, found[0]
 
     def origin(self, path: Path) -> Origin:
         """Of a value: its own, that of the leaf it is part of, or that of something below it."""
-        start = len(_leaf_path(path))
+        start = len(leaf_path(path))
         for end in range(len(path), start - 1, -1):
             if path[:end] in self.origins:
                 return self.origins[path[:end]]
@@ -104,7 +97,7 @@ class Tree:
         if isinstance(value, Selection):
             self._select(path, leaf, value, origin)
             return
-        at = path[: len(path) - len(rest)]
+        at = leaf_path(path)
         if leaf.shape == "spec" and rest == ("name",):
             self._rename(leaf, at, value)
         if rest and leaf.shape != "spec":
@@ -206,24 +199,12 @@ class Tree:
         return []
 
 
-def _leaf_path(path: Path) -> Path:
-    """Where the leaf begins that a path is or is below."""
-    found = leaf_above(path)
-    return path[: len(path) - len(found[1])] if found else path
-
-
-def _complete(result: dict[str, Any], path: Path, leaf: Leaf, sets: dict[Path, list[str]]) -> None:
-    """Write a spec as the schema takes it; one with options only keeps the default's name."""
-    at: Any = result
-    for depth, part in enumerate(path[:-1]):
-        at = at[sets[path[:2]].index(part)] if depth == 2 and path[:2] in sets else at[part]
-    spec = at[path[-1]]
-    if "name" in spec and spec["name"] is None and not spec.get("options"):
-        at[path[-1]] = None
-    elif "name" not in spec:
-        default = leaves()[pattern(path)].default
-        options = {**(default.options if default else {}), **spec["options"]}
-        at[path[-1]] = {"name": default.name if default else "", "options": options}
+def _completed(spec: dict[str, Any], default: Spec | None) -> dict[str, Any] | None:
+    """A spec as the schema takes it; one with options only keeps the default's name."""
+    if "name" not in spec:
+        name, options = (default.name, default.options) if default else ("", {})
+        return {"name": name, "options": {**options, **spec["options"]}}
+    return None if spec["name"] is None and not spec.get("options") else spec
 
 
 def _plain(value: Any) -> Any:
