@@ -97,8 +97,8 @@ class _Reader:
 
     def _set(self, flag: str, leaf: Leaf, value: Any, yields: bool = False) -> None:
         """`yields`: to whatever else is said of the setting, before or after."""
-        origin, at = Origin("flag", flag), 0 if yields else len(self._out.settings)
-        self._out.settings[at:at] = self._flattener.value(leaf.flat, value, origin)
+        at = 0 if yields else len(self._out.settings)
+        self._out.settings[at:at] = self._flattener.value(leaf.flat, value, Origin("flag", flag))
 
     def _dotted(self, flag: str, text: str | None) -> None:
         parts = flag[2:].split(".")
@@ -121,8 +121,7 @@ class _Reader:
             value = from_text(value, dict[str, Any])
         elif found[0].shape == "value":
             value = from_text(value, Any)
-        origin = Origin("flag", flag)
-        self._out.settings += self._flattener.value(path, value, origin)
+        self._out.settings += self._flattener.value(path, value, Origin("flag", flag))
 
     def _eval_prompt_data(self, words: list[str]) -> None:
         if not words or len(words) % 2:

@@ -97,11 +97,13 @@ def plugin_wishes(files: Sequence[Source], arguments: Sequence[str]) -> tuple[li
         mapping, origin = _source(source)
         if isinstance(mapping.get("plugins"), Mapping):
             tree.put_all(flattener.mapping({"plugins": mapping["plugins"]}, origin))
-    wishes = [tree.values.get(("plugins", key)) or () for key in ("block", "require")]
-    lists = [[wish] if isinstance(wish, str) else [str(item) for item in wish] for wish in wishes]
-    for flag, those in (("--plugins-block", lists[0]), ("--plugins-require", lists[1])):
-        those += _words_after(flag, arguments)
-    return lists[0], lists[1]
+
+    def wished(key: str) -> list[str]:
+        wish = tree.values.get(("plugins", key))
+        named = [wish] if isinstance(wish, str) else wish if isinstance(wish, list | tuple) else ()
+        return [*map(str, named), *_words_after(f"--plugins-{key}", arguments)]
+
+    return wished("block"), wished("require")
 
 
 def _words_after(flag: str, arguments: Sequence[str]) -> list[str]:

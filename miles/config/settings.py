@@ -100,24 +100,17 @@ class Flattener:
                         yield from self.value((*path, name, str(key)), below, origin.of(item, key))
 
     def _leaf(self, leaf: Leaf, path: Path, rest: Path, value: Any, origin: Origin) -> Iterator[Setting]:
-        if leaf.shape == "spec":
-            yield from self._spec(leaf, path, rest, value, origin)
-        elif leaf.shape in ("specs", "rewards") and not rest:
-            yield Setting(path, self._named_items(leaf, value), origin)
-        else:
+        if leaf.kind is not None and not rest:
+            value = self._by_name(leaf.kind, value)
+        if leaf.shape != "spec":
             yield Setting((*path, *rest), value, origin)
-
-    def _spec(self, leaf: Leaf, path: Path, rest: Path, value: Any, origin: Origin) -> Iterator[Setting]:
-        if isinstance(value, Spec):
-            value = {"name": value.name, "options": value.options}
-        if rest:
+        elif rest:
             yield from self._spec_key(path, rest, value, origin)
         elif isinstance(value, Mapping):
             for key, below in value.items():
                 yield from self._spec_key(path, (str(key),), below, origin.of(value, key))
         else:
-            by_name = value is None or isinstance(value, str)
-            yield Setting((*path, "name"), value if by_name else self._object(leaf, value), origin)
+            yield Setting((*path, "name"), value, origin)
 
     def _spec_key(self, path: Path, rest: Path, value: Any, origin: Origin) -> Iterator[Setting]:
         """One key of a spec: `name`, `options` (a mapping), or an option, written with or without `options.`."""
@@ -130,20 +123,15 @@ class Flattener:
         else:
             yield Setting((*path, *(rest if rest[0] in ("name", "options") else ("options", *rest))), value, origin)
 
-    def _named_items(self, leaf: Leaf, value: Any) -> Any:
-        """Objects given in Python replaced by their names, in a list or mapping of specs."""
+    def _by_name(self, kind: str, value: Any) -> Any:
+        """What names components, with the names of objects that were given in Python in their places."""
         if isinstance(value, list | tuple):
-            return [self._named_items(leaf, item) for item in value]
-        if value is None or isinstance(value, str | int | float | Mapping):
-            return value
+            return [self._by_name(kind, item) for item in value]
         if isinstance(value, Spec | RewardSpec):
             return value.model_dump()
-        return self._object(leaf, value)
-
-    def _object(self, leaf: Leaf, value: Any) -> Any:
-        if isinstance(value, int | float | list | tuple) or leaf.kind is None:
+        if value is None or isinstance(value, str | int | float | Mapping):
             return value
-        return self._named(leaf.kind, value)
+        return self._named(kind, value)
 
     def _fault(self, path: Path, value: Any, origin: Origin, problem: str, remedy: str = "") -> None:
         self.faults.append(Fault(".".join(path), problem, remedy, value, origin))
