@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from miles.errors import ConfigError
 class Located(dict):
     """A mapping from a file. `lines[key]` is the line, from 1, where the key stands."""
 
-    lines: dict[Any, int]
+    def __init__(self, items: Mapping[Any, Any], lines: Mapping[Any, int]):
+        super().__init__(items)
+        self.lines = lines
 
 
 class Loader(yaml.SafeLoader):
@@ -22,24 +25,18 @@ class Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: Loader, node: yaml.MappingNode) -> Located:
+    own = [key_node for key_node, _ in node.value if key_node.tag != "tag:yaml.org,2002:merge"]
+    items = loader.construct_mapping(node, deep=True)  # what is merged in stands in the node from here on
     seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+    for key_node in own:
+        key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} stands here and in line {seen[key]}", key_node.start_mark
             )
-        seen[key] = line
-    loader.flatten_mapping(node)
-    result = Located()
-    result.lines = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        result[key] = loader.construct_object(value_node, deep=True)
-        result.lines[key] = key_node.start_mark.line + 1
-    return result
+        seen[key] = key_node.start_mark.line + 1
+    lines = {loader.construct_object(key_node, deep=True): key_node.start_mark.line + 1 for key_node, _ in node.value}
+    return Located(items, lines)
 
 
 Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -66,8 +63,7 @@ def read_yaml(path: str | Path) -> Located:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if data is None:
-        data = Located()
-        data.lines = {}
+        return Located({}, {})
     if not isinstance(data, Located):
         raise ConfigError(f"{path} must hold a mapping of sections (run, model, data, ...), not {type(data).__name__}")
     return data

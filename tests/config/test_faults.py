@@ -57,6 +57,7 @@ def test_one_report_for_everything(solve, write):
     [
         ("a: [1", "run.yaml:1"),
         ("- 1", "mapping of sections"),
+        ("rollout:\n  [a, b]: 1\n", "run.yaml:2(?s:.*)key"),
         ("rollout:\n  batch_size: 1\n  batch_size: 2\n", "run.yaml:3(?s:.*)line 2"),
         ("rollout: 3", "is a section"),
         ("data: {sets: 3}", "must be a list of task sets"),
