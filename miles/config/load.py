@@ -241,12 +241,10 @@ class _Resolution:
             self._unselected(flag, origin)
 
     def _option_of(self, kind: str, name: str, flag: str) -> str | None:
-        if name in KINDS[kind].words:
-            return None
         try:
             declared = self.registry.component(kind, name).flags
         except MilesError:
-            return None
+            return None  # `auto`, `none`, or a name at fault, which is reported when options are checked
         if flag in declared:
             return declared[flag]
         engine = engine_of(flag, self.registry) if kind == "rollout_engines" else None

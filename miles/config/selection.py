@@ -53,16 +53,16 @@ def place_of(offer: Registration) -> Leaf:
     return leaves()[tuple(key.split("."))]
 
 
-def brings(offer: Registration, flag: str) -> bool:
-    """Whether a flag with a value for an option of a component selects that component too."""
-    return flag in offer.value.provides
+def selects(offer: Registration, flag: str) -> bool:
+    """Whether a flag of a component selects it: as its switch, or beside the option that it sets."""
+    return offer.value.flags[flag] == SELECTS or flag in offer.value.provides
 
 
 def how_to_select(offer: Registration) -> str:
     """What to do for a component to be selected, as an error says it."""
     place = place_of(offer)
     told = f"set {place.dotted} to {offer.name}" if place.shape == "spec" else f"add {offer.name} to {place.dotted}"
-    flag = next((flag for flag, option in offer.value.flags.items() if option == SELECTS or brings(offer, flag)), None)
+    flag = next((flag for flag in offer.value.flags if selects(offer, flag)), None)
     return f"{told} ({flag})" if flag else told
 
 
@@ -96,7 +96,7 @@ def component_flags(registry: Registry) -> dict[str, DeclaredFlag]:
         for flag, option in offer.value.flags.items():
             kind = options[option].annotation if option in options else bool if option == SELECTS else str
             declared = flags.setdefault(flag, DeclaredFlag(bool if kind == bool | None else kind))
-            if option == SELECTS or brings(offer, flag):
+            if selects(offer, flag):
                 declared.selects, declared.is_switch = offer, option == SELECTS
     return flags
 
