@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +66,7 @@ def train(
     overrides = flags if reward is None else {**flags, "data.sets.*.reward": reward, "eval.sets.*.reward": reward}
     resolved = resolve(files, (), loaded, overrides=overrides)
     require_ready(resolved)
-    return _in_event_loop(run_job(resolved))
+    return run_training(resolved)
 
 
 def run_training(resolved: Resolved) -> Run:
@@ -108,7 +108,7 @@ async def run_job(resolved: Resolved) -> Run:
                     restarts += 1
                     logger.error("%s\nrestart %d of %d", error, restarts, config.resources.max_restarts)
                     if config.run.resume == "never":  # what is in the directory now is this run's own
-                        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+                        config = _changed(config, "run", resume="auto")
         except BaseException as error:
             note_failure(config.run.dir, error)
             raise
@@ -119,18 +119,25 @@ async def run_job(resolved: Resolved) -> Run:
 
 async def _attempt(config: Config, registry: Registry, restarts: int, interrupt: Interrupt) -> Run:
     """The run from its last checkpoint, or its beginning, to its end. Nothing that it started is left behind."""
+    async with _ready_for_work(config, interrupt) as stack:
+        tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
+        derived, parts = await build(config, registry, tracking, stack)
+        run = Run(config, derived, parts, restarts=restarts, interrupt=interrupt)
+        stack.push_async_callback(run.recovery.close)
+        for line in run.header:
+            logger.info("%s", line)
+        _settle_garbage()
+        stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
+        await _drive(run)
+        return run
+
+
+@asynccontextmanager
+async def _ready_for_work(config: Config, interrupt: Interrupt) -> AsyncIterator[AsyncExitStack]:
+    """Around a job: seeds are set, and signals cancel it. What it gives to the stack is closed at its end."""
     with prepared_process(config.run), interrupt.listening(asyncio.current_task()):
         async with AsyncExitStack() as stack:
-            tracking = Tracking([(spec.name, registry.build("trackers", spec)) for spec in config.tracking])
-            derived, parts = await build(config, registry, tracking, stack)
-            run = Run(config, derived, parts, restarts=restarts, interrupt=interrupt)
-            stack.push_async_callback(run.recovery.close)
-            for line in run.header:
-                logger.info("%s", line)
-            _settle_garbage()
-            stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
-            await _drive(run)
-            return run
+            yield stack
 
 
 async def _drive(run: Run) -> None:
@@ -182,22 +189,20 @@ async def rollout_job(resolved: Resolved) -> list[Metrics]:
     ours = find_checkpoint(load) if load is not None else None
     assert config.rollout.dump is not None
     dump = Dump(config.rollout.dump, "miles rollout", config, str(ours.path.resolve()) if ours else "")
-    with prepared_process(config.run), Interrupt().listening(asyncio.current_task()):
-        async with AsyncExitStack() as stack:
-            model = load_model(config, registry)
-            source = training_source(config, registry, model)
-            steps = Derived.of(config, len(source)).num_rollout
-            if dump.batches:
-                logger.info("%s holds %d of %d batches", dump.folder, dump.batches, steps)
-            if dump.batches >= steps:
-                return []
-            gate = Gate(await serve_weights(config, registry, model, stack, ours), config.rollout.concurrency)
-            in_waves = config.rollout.model_copy(update={"mode": "sync", "partial_rollout": False})  # nobody trains
-            alone = config.model_copy(update={"rollout": in_waves})
-            producer = make_producer(alone, registry, model, source, gate, steps)
-            if dump.producer is not None:
-                producer.load_state_dict(dump.producer)
-            return await _batches(producer, gate, dump, steps)
+    async with _ready_for_work(config, Interrupt()) as stack:
+        model = load_model(config, registry)
+        source = training_source(config, registry, model)
+        steps = Derived.of(config, len(source)).num_rollout
+        if dump.batches:
+            logger.info("%s holds %d of %d batches", dump.folder, dump.batches, steps)
+        if dump.batches >= steps:
+            return []
+        gate = Gate(await serve_weights(config, registry, model, stack, ours), config.rollout.concurrency)
+        in_waves = _changed(config, "rollout", mode="sync", partial_rollout=False)  # nobody trains
+        producer = make_producer(in_waves, registry, model, source, gate, steps)
+        if dump.producer is not None:
+            producer.load_state_dict(dump.producer)
+        return await _batches(producer, gate, dump, steps)
 
 
 async def _batches(producer: Producer, gate: Gate, dump: Dump, steps: int) -> list[Metrics]:
@@ -226,11 +231,15 @@ async def evaluate_job(resolved: Resolved, checkpoint: Path | None) -> dict[str,
     if checkpoint is not None and _is_ours(checkpoint):
         ours = find_checkpoint(checkpoint)
     elif checkpoint is not None:
-        config = config.model_copy(update={"model": config.model.model_copy(update={"hf_checkpoint": str(checkpoint)})})
-    with prepared_process(config.run), Interrupt().listening(asyncio.current_task()):
-        async with AsyncExitStack() as stack:
-            parts = await evaluation_parts(config, registry, stack, ours)
-            return await parts.evaluator.evaluate(parts, ours.step if ours else 0)
+        config = _changed(config, "model", hf_checkpoint=str(checkpoint))
+    async with _ready_for_work(config, Interrupt()) as stack:
+        parts = await evaluation_parts(config, registry, stack, ours)
+        return await parts.evaluator.evaluate(parts, ours.step if ours else 0)
+
+
+def _changed(config: Config, section: str, **values: Any) -> Config:
+    """The same with other values in one section."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
 def _is_ours(path: Path) -> bool:
