@@ -12,7 +12,7 @@ from miles.checkpoint import Checkpoint
 from miles.checkpoint_io import resolve_checkpoint
 from miles.component import TEACHER_NEEDS
 from miles.config import Config, Spec, TaskSet
-from miles.config.components import component_needs, learns_without_rewards, needs_of, needs_reference
+from miles.config.components import component_needs, learns_without_rewards, needs_of
 from miles.config.derived import Derived
 from miles.config.teacher import POLICY
 from miles.crew import Crew, engine_setup, launch_train, make_crew, make_engine, make_engines
@@ -280,7 +280,7 @@ def train_models(config: Config, derived: Derived, registry: Registry, model: Mo
 
     steps, needs = derived.total_optimizer_steps, component_needs(config, registry)
     models = {"actor": ModelSetup("actor", model.checkpoint, steps)}
-    if needs_reference(config, registry):
+    if "reference" in needs:
         models["reference"] = ModelSetup("reference", checkpoint(config.model.ref_load))
     if needs & TEACHER_NEEDS:
         for name, place in config.teacher.load.items():

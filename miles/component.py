@@ -27,8 +27,10 @@ Need = Literal[
 ]
 
 
-TEACHER_NEEDS: frozenset[Need] = frozenset({"teacher", "teacher_logits", "teacher_top_k"})
-"""Log-probs of the sampled tokens, whole distributions, or the likeliest tokens (as many as the option `k` says)."""
+TEACHER_LOGITS: frozenset[Need] = frozenset({"teacher_logits", "teacher_top_k"})
+"""Whole distributions, or the likeliest tokens (as many as the option `k` says)."""
+TEACHER_NEEDS: frozenset[Need] = TEACHER_LOGITS | {"teacher"}
+"""These, or log-probs of the sampled tokens."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from miles.cli.rows import component_rows
 from miles.component import TEACHER_NEEDS
 from miles.config.base import AUTO
-from miles.config.components import component_needs, needs_reference
+from miles.config.components import component_needs
 from miles.config.derived import Numbers
 from miles.config.load import Resolved
 from miles.config.placement import Placement, generates
@@ -83,7 +83,7 @@ def _other_models(resolved: Resolved) -> Iterator[str]:
     """Those that the train ranks hold besides the policy."""
     config, registry = resolved.config, resolved.registry
     needs = component_needs(config, registry)
-    if needs_reference(config, registry):
+    if "reference" in needs:
         yield "reference"
     if needs & TEACHER_NEEDS:
         yield from (f"teacher {name}" for name, place in config.teacher.load.items() if place != POLICY)

@@ -56,14 +56,12 @@ def needs_of(config: Config, registry: Registry, section: str = "") -> set[Need]
 
 
 def component_needs(config: Config, registry: Registry) -> set[Need]:
-    """Everything that the chosen estimator, terms, correction, loss and masks need of the core."""
-    return needs_of(config, registry, "algorithm")
-
-
-def needs_reference(config: Config, registry: Registry) -> bool:
-    """Whether a reference model must be kept: for a KL penalty, or because a component says so."""
-    penalised = config.algorithm.kl_coef > 0 or config.algorithm.kl_loss_coef > 0
-    return penalised or "reference" in component_needs(config, registry)
+    """Everything that the chosen estimator, terms, correction, loss and masks need of the core; a KL penalty needs the
+    reference."""
+    needs = needs_of(config, registry, "algorithm")
+    if config.algorithm.kl_coef > 0 or config.algorithm.kl_loss_coef > 0:
+        needs.add("reference")
+    return needs
 
 
 def learns_without_rewards(config: Config, registry: Registry) -> bool:

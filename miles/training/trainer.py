@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from miles.component import TEACHER_LOGITS
 from miles.config import Config
 from miles.config.base import NONE
-from miles.config.components import component_needs, needs_reference
+from miles.config.components import component_needs
 from miles.config.derived import Derived
 from miles.errors import NonFiniteError
 from miles.protocols import Want, WorkerGroup
@@ -31,7 +32,7 @@ from miles.training.packing import shared_prompts
 from miles.training.schedule import optimizer_steps, rank_micro_batches
 from miles.training.table import Table
 from miles.training.teachers import Teachers
-from miles.training.worker import DataShare, StepOutcome, needs_teacher_logits
+from miles.training.worker import DataShare, StepOutcome
 from miles.types import ROLLOUT_LOG_PROBS, ROUTED_EXPERTS, TEACHER_LOG_PROBS, Group, Metrics
 
 
@@ -56,11 +57,8 @@ class Trainer:
         self.together = all(share.together for share in shares)
         self.forward_cost, self.on_policy = forward_cost, on_policy
         self.stage = AdvantageStage(config, registry)
-        self.needs_reference = needs_reference(config, registry)
+        self.needs = component_needs(config, registry)
         self.teachers = teachers
-        needs = component_needs(config, registry)
-        self.needs_critic, self.needs_teacher = "critic" in needs, "teacher" in needs
-        self.compares_logits = needs_teacher_logits(config, registry)
         self.batches = 0
         """Trained on so far."""
         self.skipped_in_a_row = Counter[str]()
@@ -85,14 +83,14 @@ class Trainer:
             return {"train/skipped_batches": 1.0}
         metrics: Metrics = {}
         self.seconds = 0.0
-        unsaid = self.compares_logits or not table.complete(TEACHER_LOG_PROBS.name)
-        if unsaid and self.teachers is None and self.needs_teacher:
+        unsaid = self.needs & TEACHER_LOGITS or not table.complete(TEACHER_LOG_PROBS.name)
+        if unsaid and self.teachers is None and "teacher" in self.needs:
             table.require(TEACHER_LOG_PROBS.name, "learning from a teacher, without one (--opd-teacher-load),")
         elif unsaid and self.teachers is not None:
             samples = {sample.id: sample for group in groups for sample in group.samples}
             await self.teachers.teach(table, samples, self._forward)
         await self._log_probs(table, metrics)
-        if self.needs_critic:
+        if "critic" in self.needs:
             table.columns["values"] = await self._forward("critic", table, "values")
         metrics.update(self.stage(table))
         for i, advantages_T in zip(table.ids, table.columns.get("advantages", ()), strict=False):
@@ -104,7 +102,7 @@ class Trainer:
 
     def _learners(self) -> list[str]:
         """Which models learn from this batch. A critic may have some for itself at first."""
-        if not self.needs_critic:
+        if "critic" not in self.needs:
             return ["actor"]
         return ["critic"] if self.batches < self.config.critic.only_steps else ["critic", "actor"]
 
@@ -118,7 +116,7 @@ class Trainer:
         elif self._old == "recompute":
             table.columns["old_log_probs"] = await self._forward("actor", table)
             metrics.update(self._measured_mismatch(table))
-        if self.needs_reference:
+        if "reference" in self.needs:
             table.columns["ref_log_probs"] = await self._forward("reference", table)
 
     @property

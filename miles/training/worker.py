@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from miles.checkpoint_io import write_checkpoint
+from miles.component import TEACHER_LOGITS
 from miles.config import NONE, Config
 from miles.config.components import component_needs
 from miles.errors import ConfigError, OutOfMemoryError
@@ -88,7 +89,7 @@ class TrainWorker:
         config = setup.config
         registry = registry or enter(config, rank, setup.provenance)
         self.rank, self.size, self.setup, self.registry = rank, size, setup, registry
-        self.compares_logits = bool(config.teacher.load) and needs_teacher_logits(config, registry)
+        self.compares_logits = bool(config.teacher.load and component_needs(config, registry) & TEACHER_LOGITS)
         self.wants: dict[str, frozenset[Want]] = {
             "actor": loss_wants(config, registry),
             "critic": frozenset({"values"}),
@@ -310,11 +311,6 @@ def loss_wants(config: Config, registry: Registry) -> frozenset[Want]:
     if "logits" in needs:
         wanted.add("logits")
     return frozenset(wanted)
-
-
-def needs_teacher_logits(config: Config, registry: Registry) -> bool:
-    """Whether the policy loss compares whole distributions."""
-    return bool({"teacher_logits", "teacher_top_k"} & component_needs(config, registry))
 
 
 def _per_sample(values_T: Tensor, batch: MicroBatch) -> list[np.ndarray]:
