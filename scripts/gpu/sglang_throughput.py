@@ -1,8 +1,8 @@
 """What miles adds to SGLang: finished samples through miles against a bare client that posts the same bytes.
 
     python scripts/gpu/sglang_throughput.py [--shape 0.6B] [--rounds 5] [--flags="--attention-backend fa3"]
-    python scripts/gpu/sglang_throughput.py --server canned --shape tiny       # what the client alone costs
-    python scripts/gpu/sglang_throughput.py --server miles --shape tiny --concurrency 16 --workloads 64x16x16
+    python scripts/gpu/sglang_throughput.py --device cpu --server canned --shape tiny   # what the client alone costs
+    python scripts/gpu/sglang_throughput.py --device cpu --server miles --shape tiny --workloads 64x16x16
 
 A workload is REQUESTSxPROMPTxNEW: that many requests of prompts of so many random tokens, in groups of eight, and so
 many new tokens each; the model has no token that ends a response. One server serves three sides, which take turns in
