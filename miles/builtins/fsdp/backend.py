@@ -75,7 +75,8 @@ class FsdpBackend:
         self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
         self.loss_total = torch.zeros((), device=self.device)
         self._gathers = False
-        """What the last micro-batch had, padding has too: a layer that is compiled for the one is for the other."""
+        """Layers were compiled for a shared prompt. From then on all micro-batches, and padding, look like one: keys and
+        values are copied for nothing now and then, but compiling takes a rank a quarter of a minute; others wait."""
         check_context(context.config, context.world_size, context.hf_config)
         with one_out_of_memory_error():
             self.built = build(context, _mesh(context))
@@ -151,8 +152,8 @@ class FsdpBackend:
 
     def _layout(self, batch: MicroBatch) -> PackedLayout:
         bounds, shared = self._computed(batch)
-        layout = PackedLayout(bounds, self.device, shared, gathers=self._gathers and not batch.bounds[-1])
-        self._gathers = layout.spans.key_places is not None
+        layout = PackedLayout(bounds, self.device, shared, gathers=self._gathers)
+        self._gathers = self.scorer.compiled and layout.spans.key_places is not None
         return layout
 
     def _slice(self, batch: MicroBatch) -> TokenSlice | None:
