@@ -75,7 +75,7 @@ class FsdpBackend:
         self.dtype = COMPUTE_DTYPES[context.config.train.dtype]
         self.loss_total = torch.zeros((), device=self.device)
         self._gathers = False
-        """Layers were compiled for a shared prompt. From then on all micro-batches, and padding, look like one: keys and
+        """Layers were compiled for a shared prompt. From then on all micro-batches and padding look like one: keys and
         values are copied for nothing now and then, but compiling takes a rank a quarter of a minute; others wait."""
         check_context(context.config, context.world_size, context.hf_config)
         with one_out_of_memory_error():
