@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, partial
@@ -78,23 +78,24 @@ def read_options(kind: type | None, options: Mapping[str, Any]) -> tuple[Any, li
         close = get_close_matches(key, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         accepted = f"options: {', '.join(known)}" if known else "it takes no options"
-        faults.append(OptionFault(key, _told(known, close, value), f"unknown option; {hint}{accepted}"))
+        told = _told(known, close[0] if close else key, value)
+        faults.append(OptionFault(key, told, f"unknown option; {hint}{accepted}"))
     if kind is None:
         return None, faults
     given = {key: value for key, value in options.items() if key in known or takes_any(kind)}
     try:
         read = _adapter(kind).validate_python(given)
     except ValidationError as error:
+        told = {key: _told(known, key, value) for key, value in given.items()}
         for item in error.errors(include_url=False):
             loc = ".".join(map(str, item["loc"]))
-            value = given.get(str(item["loc"][0])) if item["loc"] else dict(given)
-            faults.append(OptionFault(loc, _told(known, item["loc"][:1], value), _message(item)))
+            faults.append(OptionFault(loc, told.get(str(item["loc"][0])) if loc else told, _message(item)))
     return (None if faults else read), faults
 
 
-def _told(known: Mapping[str, Option], names: Iterable[Any], value: Any) -> Any:
-    """What an error repeats of a value that was given for one of these options."""
-    return value if all(known[name].shown for name in names if name in known) else type(value)
+def _told(known: Mapping[str, Option], name: str, value: Any) -> Any:
+    """What an error repeats of a value that was given for an option."""
+    return value if name not in known or known[name].shown else type(value)
 
 
 @cache

@@ -4,7 +4,7 @@ import functools
 from dataclasses import dataclass, field
 
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from miles.api import AdvantageInputs
 from miles.config import Spec
@@ -126,10 +126,20 @@ class Confident:
     words: tuple[str, ...] = field(default=(), repr=False)
     size: int = 3
 
+    def __post_init__(self):
+        if self.size > 9:
+            raise ValueError("too many")
+
 
 class ConfidentModel(BaseModel):
     words: tuple[str, ...] = Field((), repr=False)
     size: int = 3
+
+    @model_validator(mode="after")
+    def _few(self):
+        if self.size > 9:
+            raise ValueError("too many")
+        return self
 
 
 @pytest.mark.parametrize("kind", [Confident, ConfidentModel])
@@ -139,6 +149,8 @@ def test_what_a_field_does_not_show_no_error_repeats(kind):
     assert "sesame" not in f"{faults} {' '.join(map(str, faults))}"
     told = [str(fault).partition(":")[0] for fault in faults]
     assert told == ["word=<class 'str'>", "words=<class 'dict'>", "size='many'"]
+    _, (together,) = read_options(kind, {"words": ["sesame"], "size": 10})
+    assert (together.key, together.value, together.problem) == ("", {"words": list, "size": 10}, "too many")
 
 
 @pytest.mark.parametrize(("name", "word"), [("gone", "no attribute 'Gone'"), ("lost", "no_such_module_at_all")])
