@@ -52,9 +52,10 @@ class Abilities:
 
     @classmethod
     def common(cls, each: Sequence[Abilities]) -> Abilities:
-        """Of several servers. Raises EngineError when they differ in more than the room that they have."""
-        shared = replace(each[0], max_len=min(can.max_len for can in each))
-        if any(replace(can, max_len=shared.max_len) != shared for can in each):
+        """Of several servers. Raises EngineError when they differ in more than the room that they have, and graphs."""
+        graphs = min((can.graphs for can in each if can.graphs), default=None)
+        shared = replace(each[0], max_len=min(can.max_len for can in each), graphs=graphs)
+        if any(replace(can, max_len=shared.max_len, graphs=graphs) != shared for can in each):
             raise EngineError(f"the servers of one engine were started differently: {each}")
         return shared
 

@@ -14,6 +14,8 @@ SPARSE = frozenset({"qwen2_moe", "qwen3_moe"})
 """`srt/models/qwen2_moe.py`, `qwen3_moe.py`: a head of its own always, and experts in every layer."""
 FAMILIES = SPARSE | {"llama", "mistral", "qwen2", "qwen3"}
 """None of them tells its attention of a window. All dense ones tie where the config does."""
+SLIDING = FAMILIES - {"llama"}
+"""Those that have one. A Llama has none, whatever is left in its config of what it was converted from."""
 TORCH = "or let another engine serve it (--rollout-engine torch)"
 
 
@@ -37,7 +39,7 @@ def refuse_model(config: Any, max_len: int) -> None:
         f"out. Use layers of experts alone, {TORCH}": family in SPARSE
         and (getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1),
         f"ignores the sliding window of {window} tokens, and its servers take sequences of {max_len}. Start them with "
-        f"--context-length {window} (a run's own: --sglang-context-length {window}), {TORCH}": family in FAMILIES
+        f"--context-length {window} (a run's own: --sglang-context-length {window}), {TORCH}": family in SLIDING
         and window
         and slides
         and max_len > window,

@@ -89,6 +89,15 @@ def test_more_requests_than_graphs_are_told_once(requests, servers, config, told
     assert caplog.text.count("--cuda-graph-max-bs-decode") == told
 
 
+def test_the_fewest_graphs_of_several_servers_count(caplog):
+    async def story(engine):
+        await asyncio.gather(*(engine.generate(ask(str(number))) for number in range(5)))
+
+    more = {"decode": {"backend": "full", "max_bs": 8}}
+    run(story, *(FakeSGLang(cuda_graph_config=config) for config in (more, GRAPHS)))
+    assert caplog.text.count("more than 2 requests at once") == 1
+
+
 def test_a_server_where_low_priorities_go_first_gets_the_contrary():
     upside_down = FakeSGLang(schedule_low_priority_values_first=True)
     run(lambda engine: engine.generate(ask(priority=1)), upside_down)
