@@ -55,7 +55,9 @@ class OpenReward:
         self.options = options
         self.secrets = options.confidential()
         hidden = {**self.secrets, API_KEY: os.environ.get(API_KEY, "")}
-        self._struck_out = sorted(hidden.items(), key=lambda item: -len(item[1]))  # one may begin with another
+        long = {name: value for name, value in hidden.items() if len(value) >= STRUCK_OUT}
+        spelled = {spelling: name for name, value in long.items() for spelling in spellings(value)}
+        self._struck_out = sorted(spelled.items(), key=lambda item: -len(item[0]))  # one may begin with another
         self.session: Session | None = None
         self.transcript: Transcript | None = None
         self.counts = {"tool_calls": 0, "tool_errors": 0}
@@ -173,8 +175,8 @@ class OpenReward:
         return self._hide(joined(getattr(block, "text", None) for block in output.blocks))
 
     def _hide(self, text: str) -> str:
-        for name, value in self._struck_out:
-            text = text.replace(value, f"[{name}]") if len(value) >= STRUCK_OUT else text
+        for spelling, name in self._struck_out:
+            text = text.replace(spelling, f"[{name}]")
         return text
 
     def _hide_in(self, value: Any) -> Any:
@@ -212,6 +214,12 @@ def task_of(prompt: Prompt) -> tuple[Task, str | None]:
             "`python -m miles_openreward.prepare_tasks`"
         )
     return Task(**{key: row[key] for key in TASK}), row.get("variant")
+
+
+def spellings(text: str) -> set[str]:
+    """As it stands, and as errors quote it: as Python and JSON write strings, with and without other than ASCII."""
+    quoted = (repr(text), ascii(text), json.dumps(text), json.dumps(text, ensure_ascii=False))
+    return {text, *(one[1:-1] for one in quoted)}
 
 
 def tool_schema(spec: ToolSpec) -> dict[str, Any]:

@@ -9,6 +9,7 @@ quarter of an hour).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from weakref import WeakKeyDictionary
@@ -16,6 +17,8 @@ from weakref import WeakKeyDictionary
 from openreward import AsyncEnvironmentsAPI, AsyncOpenReward, AsyncSession
 from openreward.api.environments.types import Task
 from openreward.api.sandboxes.secrets import WELL_KNOWN_SECRETS
+
+logger = logging.getLogger("miles")
 
 GONE = (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
 """What a server answers that has no such session any more."""
@@ -101,7 +104,10 @@ class Connection:
             await loop.create_future()
         finally:
             _connections[loop].pop(base_url, None)
-            await asyncio.gather(*(session.close() for session in self._open), return_exceptions=True)
+            closed = await asyncio.gather(*(session.close() for session in self._open), return_exceptions=True)
+            if failed := [type(error).__name__ for error in closed if error is not None]:  # a text may hold secrets
+                what = "openreward: sessions that were not ended, and go on until their server hears too little of them"
+                logger.warning("%s: %d (%s)", what, len(failed), ", ".join(sorted(set(failed))))
             await self.api.aclose()
 
 

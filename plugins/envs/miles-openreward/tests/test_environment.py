@@ -1,6 +1,7 @@
 """Episodes against environments that the SDK's own server serves on loopback."""
 
 import asyncio
+import json
 import re
 
 import pytest
@@ -175,6 +176,15 @@ def test_secrets_reach_the_environment_and_nothing_that_it_says_of_them_comes_ba
     _, (step,) = play("Gossip", turn(call("tell")), secrets=("floor_key",))
     assert "[floor_key]" in step.messages[0]["content"]
     assert floor_key not in repr(step)
+
+
+@pytest.mark.parametrize("key", ["open-\\sesame\\17", 'open-"sesame"-17', "open-'sesame'-\"17\"", "öffne-sesam-17"])
+@pytest.mark.parametrize("quote", [str, repr, ascii, json.dumps])
+def test_a_secret_is_struck_out_however_it_is_quoted(monkeypatch, key, quote):
+    monkeypatch.setenv("FLOOR_KEY", key)
+    environment = OpenReward(OpenRewardOptions(base_url="http://127.0.0.1:9", secrets=("floor_key",)))
+    hidden = environment._hide(f"the key {quote(key)} is wrong")
+    assert re.fullmatch(r"the key [\"']?\[floor_key\][\"']? is wrong", hidden)
 
 
 def test_tools_and_their_descriptions_hold_no_secret(play, floor_key):

@@ -114,6 +114,18 @@ def test_what_nobody_closed_is_closed_when_the_loop_ends(slow, worlds):
     asyncio.run(main())
 
 
+def test_what_the_server_does_not_end_when_the_loop_ends_is_said(slow, worlds, monkeypatch, caplog):
+    monkeypatch.setitem(worlds.REFUSED, "/delete", 500)
+
+    async def main():
+        environment, prompt = slow()
+        await environment.reset(prompt)
+
+    asyncio.run(main())
+    assert "not ended, and go on until their server hears too little of them: 1 (" in caplog.text
+    assert "open-sesame-17" not in caplog.text
+
+
 def test_a_keyboard_interrupt_through_the_loop(slow, worlds):
     async def main():
         environment, prompt = slow()
