@@ -1,6 +1,7 @@
 """The backend's numbers against transformers' own, and their invariances: packing, padding, splits, order."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -309,11 +310,29 @@ def test_same_inputs_same_bits(any_config, make_backend, samples, pack, weighted
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_an_empty_micro_batch_has_no_gradient(make_backend, samples, pack, weighted, gradients):
-    backend = make_backend()
-    sums = backend.forward_backward([pack(samples, [])], weighted)
-    assert float(sums["loss"]) == 0
-    assert all(not gradient.any() for gradient in gradients(backend).values())
+@pytest.mark.parametrize("kind", ["dense", "balanced mixture", "critic"])
+@pytest.mark.parametrize("prompt", [0, 6])
+def test_an_empty_micro_batch_adds_nothing(kind, prompt, moe, make_backend, samples, pack, gradients):
+    """To the bit: not to the loss, gradients, the balance of routers or what is said of other micro-batches."""
+    want = frozenset({"values"} if kind == "critic" else {"log_probs", "entropy"})
+
+    def all_of_it(batch, outputs):
+        terms = [(getattr(outputs, f"{name}_T") * batch.columns["weights"]).sum() for name in sorted(want)]
+        return LossResult(sum(terms), {"loss": sum(terms).detach()})
+
+    def learned(*batches):
+        config = moe(output_router_logits=True, router_aux_loss_coef=0.3) if kind == "balanced mixture" else None
+        backend = make_backend(config, role="critic" if kind == "critic" else "actor")
+        said = backend.forward([*batches], want)
+        sums = backend.forward_backward([*batches], all_of_it, want)
+        return gradients(backend), {**sums, "total": backend.loss_total}, [getattr(said[0], f"{n}_T") for n in want]
+
+    alike = [np.concatenate([np.arange(prompt), sample]) for sample in samples]
+    whole, empty = replace(pack(alike), shared=[0, *[prompt] * (len(alike) - 1)]), pack(alike, [])
+    expected, found = learned(whole), learned(whole, empty)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+    (none, sums, _) = learned(empty)
+    assert not any(value.any() for value in (*none.values(), *sums.values()))
 
 
 def test_log_probs_chunks_do_not_matter(make_backend, samples, pack, weighted, gradients):
