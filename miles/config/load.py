@@ -271,7 +271,7 @@ class _Resolution:
                 read_texts(options, kind)
                 faults = self.registry.check(use.kind, use.name, options)
             except MilesError as error:
-                self._unknown_name(use, str(error), tree.origin((*use.path, "name")))
+                self._unknown_name(use, str(error), tree.origin((*use.path, "name") if use.name else use.path))
                 continue
             for fault in faults:
                 path = (*use.path, *(fault.key.split(".") if fault.key else ()))
