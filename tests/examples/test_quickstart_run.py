@@ -1,4 +1,5 @@
-"""examples/quickstart/run.sh: which commands it gives, by a `miles` and a `python` that only write down their words."""
+"""examples/quickstart/run.sh: which commands it gives, by a `miles` and a `python` that write down their words; the
+latter makes a folder where data are asked for."""
 
 import os
 import shutil
@@ -17,8 +18,9 @@ def run(tmp_path):
     shutil.copytree(EXAMPLE, here)
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
-    for name in ("miles", "python"):
-        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n')
+    makes = f'if [ "$2" = --out ]; then mkdir "$3"; [ ! -e {tmp_path}/killed ]; fi\n'
+    for name, does in (("miles", ""), ("python", makes)):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" in "$(basename "$PWD")" >> {log}\n{does}')
         (programs / name).chmod(0o755)
 
     def call(*words):
@@ -34,11 +36,19 @@ def test_without_flags_it_is_the_recipe(run):
     done, commands = run()
     assert done.returncode == 0, done.stderr
     assert commands == [
-        "python prepare.py --out data --seed 1 in seed-1",
+        "python prepare.py --out data.part --seed 1 in seed-1",
         "miles train sft.yaml --seed 1 --rollout-seed 1 in seed-1",
         "miles train grpo.yaml --seed 1 --rollout-seed 1 --run-dir grpo --run-name quickstart-grpo in seed-1",
         "python show.py grpo in seed-1",
     ]
+
+
+def test_data_that_were_cut_short_are_made_again_and_others_are_not(run, tmp_path):
+    (tmp_path / "killed").touch()
+    assert run()[0].returncode != 0
+    (tmp_path / "killed").unlink()
+    made = [[command for command in run()[1] if "prepare.py" in command] for _ in range(2)]
+    assert [len(commands) for commands in made] == [1, 0]
 
 
 def test_flags_go_to_the_reinforcement_learning_and_the_warm_up_is_shared(run):

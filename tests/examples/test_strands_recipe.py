@@ -132,15 +132,15 @@ def test_its_agents_learn_to_use_the_tool(folder, make_data, monkeypatch):
 
 @pytest.fixture
 def given_commands(tmp_path):
-    """Run a copy of run.sh with a `miles` and a `python` that only write down their words."""
+    """Run a copy of run.sh with a `miles` and a `python` that write down their words; the latter makes data's folder."""
     here = tmp_path / "examples" / "strands-agents"
     here.mkdir(parents=True)
     (here / "run.sh").write_bytes((EXAMPLE / "run.sh").read_bytes())
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
-    for name in ("miles", "python"):
+    for name, does in (("miles", ""), ("python", 'mkdir "$3"\n')):
         line = f'echo {name} "$@" in "$(basename "$PWD")" with "${{PYTHONPATH:-nothing}}" >> {log}'
-        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n{does}")
         (programs / name).chmod(0o755)
 
     def call(*words):
@@ -154,7 +154,7 @@ def given_commands(tmp_path):
 
 def test_the_script(given_commands):
     assert given_commands("--lr", "1e-4") == [
-        "python HERE/make_data.py --out data in strands-agents with nothing",
+        "python HERE/make_data.py --out data.part in strands-agents with nothing",
         "miles train HERE/sft.yaml in strands-agents with nothing",
         "miles train HERE/config.yaml --lr 1e-4 in strands-agents with HERE",
     ]
