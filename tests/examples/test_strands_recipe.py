@@ -132,7 +132,7 @@ def test_its_agents_learn_to_use_the_tool(folder, make_data, monkeypatch):
 
 @pytest.fixture
 def given_commands(tmp_path):
-    """Run a copy of run.sh with a `miles` and a `python` that write down their words; the latter makes data's folder."""
+    """Run a copy of run.sh with a `miles` and a `python` that write down their words; `python` makes data's folder."""
     here = tmp_path / "examples" / "strands-agents"
     here.mkdir(parents=True)
     (here / "run.sh").write_bytes((EXAMPLE / "run.sh").read_bytes())
