@@ -221,7 +221,8 @@ def test_what_runs_where():
 
 @pytest.mark.parametrize("package", ["flash_attn", "flash_attn.cute", "flash_attn_interface"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_flash_is_asked_for_the_right_thing(window, package, monkeypatch):
+@pytest.mark.parametrize("repeats", [False, True])
+def test_flash_is_asked_for_the_right_thing(repeats, window, package, monkeypatch):
     """flash-attn needs a GPU; a stand-in with its signature computes what its arguments say. Later ones
     return more than the result."""
 
@@ -240,13 +241,14 @@ def test_flash_is_asked_for_the_right_thing(window, package, monkeypatch):
         window_size=(-1, -1),
     ):
         assert causal
-        assert not deterministic
+        assert deterministic == repeats
         assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
         assert (max_seqlen_q, max_seqlen_k) == (6, 9)
         assert window_size == ((-1, -1) if window is None else (window - 1, 0))
         out = plain(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, window_size)
         return out if package == "flash_attn" else (out, None)
 
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: repeats)
     module = ModuleType(package)
     module.flash_attn_varlen_func = flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
