@@ -31,13 +31,15 @@ def prepare_process(run: RunSection, rank: int = 0) -> None:
 
 @contextmanager
 def prepared_process(run: RunSection) -> Iterator[None]:
-    """`prepare_process` for as long as a job lasts; the caller then has the CPU threads again that it had."""
-    threads = torch.get_num_threads()
+    """`prepare_process` for as long as a job lasts; the caller then has its CPU threads and kernels again."""
+    threads, exact = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     prepare_process(run)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(exact, warn_only=only_warns)
 
 
 def random_state() -> dict[str, Any]:
