@@ -15,6 +15,7 @@ from miles.environments import (
     EnvironmentLimits,
     Environments,
     GuardedEnvironment,
+    RolloutHalted,
     guarded,
 )
 from miles.errors import (
@@ -200,6 +201,7 @@ __all__ = [
     "Role",
     "RolloutEngine",
     "RolloutError",
+    "RolloutHalted",
     "Routing",
     "RoutingReplay",
     "RunInfo",
