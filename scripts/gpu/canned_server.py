@@ -73,8 +73,8 @@ class Canned:
             session.request(request.method, url, data=await request.read(), headers=headers) as answer,
         ):
             body = await answer.read()
-            if request.path == "/model_info":
-                self.version = str(json.loads(body)["weight_version"])
+            async with session.get(f"{self.upstream}/model_info") as info:  # what was forwarded may have changed it
+                self.version = str(json.loads(await info.read())["weight_version"])
             return web.Response(body=body, status=answer.status, content_type=answer.content_type)
 
 

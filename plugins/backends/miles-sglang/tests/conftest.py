@@ -1,5 +1,6 @@
 """Modules that the tests can import: `faults` (a proxy that spoils what passes through it), `served` (an engine behind
-HTTP), `fake_server` (answers as SGLang does), `story` (an engine in front of that) and `soak` (scripts/soak.py)."""
+HTTP), `fake_server` (answers as SGLang does), `story` (an engine in front of that), and of scripts/ `soak` and
+`canned_server`."""
 
 import importlib.util
 import os
@@ -13,7 +14,8 @@ import torch
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[3] / "scripts"
-for name, folder in {**dict.fromkeys(("faults", "served", "fake_server", "story"), HERE), "soak": SCRIPTS}.items():
+MODULES = dict.fromkeys(("faults", "served", "fake_server", "story"), HERE)
+for name, folder in {**MODULES, "soak": SCRIPTS, "canned_server": SCRIPTS / "gpu"}.items():
     found = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(found)
     found.loader.exec_module(sys.modules[name])
