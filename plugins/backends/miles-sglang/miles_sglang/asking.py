@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -84,6 +85,9 @@ def refuse(request: GenerateRequest, can: Abilities, vocabulary: int, routing: R
         ),
         f"has max_new_tokens {sampling.max_new_tokens}, which must be at least 1": sampling.max_new_tokens < 1,
         f"has temperature {sampling.temperature}, which must not be negative": sampling.temperature < 0,
+        "has sampling parameters that are not finite": not all(
+            map(math.isfinite, (sampling.temperature, sampling.top_p, sampling.min_p))
+        ),
     }
     for fault, present in faults.items():
         if present:

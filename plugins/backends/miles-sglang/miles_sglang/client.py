@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import aiohttp
+import orjson
 
 from miles.api import EngineError
 
@@ -128,7 +128,7 @@ class Client:
             )
         if body is None:
             return self._session.get(url, headers=headers)
-        return self._session.post(url, data=json.dumps(body, separators=(",", ":")).encode(), headers=headers)
+        return self._session.post(url, data=orjson.dumps(body), headers=headers)
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -144,7 +144,7 @@ async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 def _json(url: str, data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return orjson.loads(data)
     except ValueError as error:
         raise MalformedError(f"{url} answered with what is not JSON: {_quoted(data)}") from error
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
@@ -228,7 +229,7 @@ class SGLangEngine:
         as many requests as there are tokens, which share their beginnings in its cache."""
         _, can = self._there()
         refuse_tokens(tokens, self._vocabulary, can.max_len - 1)
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise EngineError(f"SGLang engine: temperature {temperature} is no distribution to score under")
         key = self._affinity.key(SCORING, tokens)
         if temperature == 1.0:

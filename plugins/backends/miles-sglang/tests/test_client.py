@@ -81,7 +81,10 @@ def test_statuses_of_a_server_that_never_will(status):
     with_server(says(b"nonsense was asked", status), story)
 
 
-@pytest.mark.parametrize(("body", "quoted"), [(b"", "nothing"), (b"<html>", "<html>"), (b'{"a": [1, 2', "a.: .1, 2")])
+@pytest.mark.parametrize(
+    ("body", "quoted"),
+    [(b"", "nothing"), (b"<html>", "<html>"), (b'{"a": [1, 2', "a.: .1, 2"), (b'{"a": NaN}', "NaN")],
+)
 def test_what_is_not_json(body, quoted):
     async def story(client, url):
         with pytest.raises(MalformedError, match=quoted):

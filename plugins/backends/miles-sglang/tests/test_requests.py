@@ -1,6 +1,7 @@
 """Requests: what a server is asked, what is refused, what comes back, and how it ends early."""
 
 import asyncio
+import math
 
 import numpy as np
 import pytest
@@ -145,6 +146,8 @@ def test_the_context_limits_what_is_generated():
         (ask(sampling={"stop": ("x",)}), "--skip-tokenizer-init"),
         (ask(sampling={"min_new_tokens": 2}), "--skip-tokenizer-init"),
         (ask(sampling={"temperature": -1.0}), "temperature -1.0"),
+        (ask(sampling={"temperature": math.inf}), "not finite"),
+        (ask(sampling={"top_p": math.nan}), "not finite"),
         (ask(length=0), "max_new_tokens 0"),
         (ask(sampling={"min_p": 0.1}), "min_p 0.1, which ends a server"),
     ],
@@ -176,8 +179,9 @@ def test_score_reads_the_prompt(server):
 
 def test_at_another_temperature_each_token_is_asked_about_as_the_next(server):
     async def story(engine):
-        with pytest.raises(EngineError, match="temperature 0"):
-            await engine.score([7, 8], temperature=0.0)
+        for temperature in (0.0, math.nan, math.inf):
+            with pytest.raises(EngineError, match=f"temperature {temperature}"):
+                await engine.score([7, 8], temperature=temperature)
         return await engine.score([7, 8, 9], temperature=0.5)
 
     scores = run(story, server)
