@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from miles.api import Component, hookimpl
+from miles.api import Component, ConfigError, hookimpl
 from miles_sglang.options import ExternalOptions, SGLangOptions
 
 MILES_API = 1
 ENGINE = "miles_sglang.engine:SGLangEngine"
+
+
+@hookimpl
+def miles_configure(config: Any) -> None:
+    """Refuse weights under frozen requests whose tokens nobody could tell the versions of."""
+    rollout = config.rollout
+    frozen = rollout.mode == "fully_async" and rollout.pause_mode == "in_place"
+    if frozen and rollout.engine.name.startswith("sglang") and not rollout.engine.options.get("stream"):
+        raise ConfigError(
+            "rollout.pause_mode: SGLang tells the version of the weights once for each answer, so with `in_place` it "
+            "takes streams to know which tokens are older: set `stream: true` of rollout.engine (--sglang-stream; "
+            "slower), or --pause-generation-mode retract"
+        )
 
 
 @hookimpl

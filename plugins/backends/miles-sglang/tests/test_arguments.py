@@ -8,9 +8,11 @@ from miles_sglang.arguments import router_arguments, server_arguments
 from miles_sglang.flags import arguments_of, words
 from miles_sglang.launch import own_servers
 from miles_sglang.options import SGLangOptions
+from miles_sglang.plugin import miles_configure
 
-from miles.api import EngineContext, EngineError
+from miles.api import ConfigError, EngineContext, EngineError
 from miles.cli import main
+from miles.config import Config
 from miles.options import read_options
 
 
@@ -215,3 +217,17 @@ def test_a_flag_that_is_not_ours_to_give_is_a_problem_of_the_configuration(no_sg
     shown = dry_run(capsys, "--sglang-port", "30000")
     assert shown.status == 2
     assert "--sglang-port cannot be set: a free one is found" in shown.err
+
+
+def test_weights_under_frozen_requests_need_streams():
+    def configure(engine, **rollout):
+        rollout = {"mode": "fully_async", "pause_mode": "in_place", **rollout}
+        miles_configure(Config.model_validate({"rollout": {"engine": engine, **rollout}}))
+
+    configure({"name": "sglang", "stream": True})
+    configure("sglang", pause_mode="retract")
+    configure("sglang", mode="sync")
+    configure("torch")
+    for engine in ("sglang", "sglang_external"):
+        with pytest.raises(ConfigError, match=r"--sglang-stream.*--pause-generation-mode retract"):
+            configure(engine)
