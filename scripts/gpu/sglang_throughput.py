@@ -290,7 +290,7 @@ async def session(arguments: argparse.Namespace, book: Book, folder: Path) -> No
                 print(f"{workload}: {type(error).__name__}: {error}\n{tail(log, 8)}", flush=True)
                 figures = {"error": f"{type(error).__name__}: {error}"}
             book.note(str(workload), {**figures, "case_seconds": time.perf_counter() - start})
-        for workload in arguments.workloads if arguments.server == "sglang" else ():
+        for workload in arguments.workloads if arguments.server == "sglang" and arguments.own else ():
             own = await asyncio.to_thread(sglangs_own, arguments, checkpoint, url, workload)
             book.note(f"bench_serving {workload}", own)
 
@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=300, help="seconds for a workload")
+    parser.add_argument("--no-own", dest="own", action="store_false", help="leave SGLang's own benchmark out")
     arguments = parser.parse_args()
     arguments.workloads = [Workload.read(w) if isinstance(w, str) else w for w in arguments.workloads]
     arguments.flags = FLAGS[arguments.server] if arguments.flags is None else arguments.flags
