@@ -43,7 +43,7 @@ from miles_sglang.external import RunningServer
 from miles_sglang.fleet import LONG, Fleet
 from miles_sglang.flights import Flight, Flights
 from miles_sglang.launch import own_servers
-from miles_sglang.models import refuse_model
+from miles_sglang.models import misread
 from miles_sglang.options import ExternalOptions, SGLangOptions
 from miles_sglang.replies import Answer, Piece
 from miles_sglang.sender import Sender
@@ -118,8 +118,9 @@ class SGLangEngine:
         await sender.fleet.start()
         infos = await sender.fleet.ask("/server_info")
         self._can, standing = Abilities.common([Abilities.of(i, self.context.hf_config) for i in infos]), self._standing
-        if any(info.get("server") != MILES_SERVE for info in infos):
-            refuse_model(self.context.hf_config, self._can.max_len)
+        sglang = any(info.get("server") != MILES_SERVE for info in infos)
+        if sglang and (fault := misread(self.context.hf_config, self._can.max_len)):
+            raise EngineError(f"SGLang engine: {fault}")
         if self.options.stream and not self._can.streams:
             raise EngineError("streams need servers that were started with --incremental-streaming-output")
         standing.version = await self._agreed_version(sender)

@@ -6,9 +6,8 @@ which no tensor comes keep what was there, from disk and in a weight sync alike.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
-
-from miles.api import EngineError
 
 SPARSE = frozenset({"qwen2_moe", "qwen3_moe"})
 """`srt/models/qwen2_moe.py`, `qwen3_moe.py`: a head of its own always, and experts in every layer."""
@@ -19,14 +18,29 @@ SLIDING = FAMILIES - {"llama"}
 TORCH = "or let another engine serve it (--rollout-engine torch)"
 
 
-def refuse_model(config: Any, max_len: int) -> None:
+def misread_checkpoint(name: str, revision: str | None, context_length: int | None) -> str:
+    """`misread` before anything is built; empty too for what is still on the hub.
+
+    Args:
+        name: a folder, or a name on the hub.
+        context_length: that servers are started with; the model's own when None.
     """
+    from transformers import AutoConfig
+
+    here: dict[str, Any] = {"revision": revision, "local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(str(Path(name).expanduser()), **here)
+    except (OSError, ValueError):  # it is not here, or needs code of its own, as none of these families does
+        return ""
+    return misread(config, context_length or getattr(config, "max_position_embeddings", None) or 0)
+
+
+def misread(config: Any, max_len: int) -> str:
+    """What SGLang would do to this model; empty where it serves what the config says.
+
     Args:
         config: of transformers.
         max_len: tokens of the longest sequence that servers take.
-
-    Raises:
-        EngineError: SGLang would serve another model than this one.
     """
     family = getattr(config, "model_type", "")
     window = getattr(config, "sliding_window", None)
@@ -44,6 +58,5 @@ def refuse_model(config: Any, max_len: int) -> None:
         and slides
         and max_len > window,
     }
-    for fault, present in faults.items():
-        if present:
-            raise EngineError(f"SGLang engine: for {family} models, SGLang (0.5.17) {fault}")
+    found = (fault for fault, present in faults.items() if present)
+    return next((f"for {family} models, SGLang (0.5.17) {fault}" for fault in found), "")

@@ -14,7 +14,13 @@ ENGINE = "miles_sglang.engine:SGLangEngine"
 
 @hookimpl
 def miles_configure(config: Any) -> None:
-    """Refuse weights under frozen requests whose tokens nobody could tell the versions of."""
+    """Refuse what would only come out when servers run, or not at all."""
+    _refuse_tokens_of_unknown_version(config)
+    _refuse_misread_model(config)
+
+
+def _refuse_tokens_of_unknown_version(config: Any) -> None:
+    """Of weights under frozen requests nobody could tell which tokens they made."""
     rollout = config.rollout
     frozen = rollout.mode == "fully_async" and rollout.pause_mode == "in_place"
     if frozen and rollout.engine.name.startswith("sglang") and not rollout.engine.options.get("stream"):
@@ -23,6 +29,17 @@ def miles_configure(config: Any) -> None:
             "takes streams to know which tokens are older: set `stream: true` of rollout.engine (--sglang-stream; "
             "slower), or --pause-generation-mode retract"
         )
+
+
+def _refuse_misread_model(config: Any) -> None:
+    """Of servers that run already it is the engine that asks: they may be `miles serve`, which reads everything."""
+    engine, model = config.rollout.engine, config.model
+    if engine.name.rpartition("/")[2] != "sglang" or model.hf_checkpoint is None:
+        return
+    from miles_sglang.models import misread_checkpoint
+
+    if fault := misread_checkpoint(model.hf_checkpoint, model.revision, engine.options.get("context_length")):
+        raise ConfigError(f"model.hf_checkpoint={model.hf_checkpoint}: {fault}")
 
 
 @hookimpl

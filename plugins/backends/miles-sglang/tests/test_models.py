@@ -1,4 +1,4 @@
-"""Models that SGLang would serve as other ones are refused when the engine starts."""
+"""Models that SGLang would serve as other ones are refused, before anything is built and when the engine starts."""
 
 import asyncio
 from dataclasses import replace
@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 from fake_server import FakeSGLang, context, listening
 from miles_sglang.engine import SGLangEngine
-from miles_sglang.models import FAMILIES, refuse_model
+from miles_sglang.models import FAMILIES, misread, misread_checkpoint
 from miles_sglang.options import ExternalOptions
 
 from miles.api import EngineError
+from miles.cli import main
 from miles.testing import tiny
 from miles.testing.contract import installed
 
@@ -67,7 +68,42 @@ def test_miles_serve_reads_everything():
 def test_families_of_others_are_not_judged():
     config = tiny.hf_config("mistral", sliding_window=8)
     config.model_type = "gemma9"
-    refuse_model(config, 4096)
+    assert misread(config, 4096) == ""
+
+
+@pytest.fixture
+def dry_run(tmp_path, capsys):
+    """`dry_run(config, *flags)`: what `--dry-run` complains of, for a checkpoint of this config."""
+    folder, prompts = tmp_path / "model", tmp_path / "prompts.jsonl"
+    prompts.write_text('{"input": "1 + 1", "label": "2"}\n')
+
+    def complaint(config, *flags):
+        config.save_pretrained(folder)
+        words = ["--dry-run", "--hf-checkpoint", str(folder), "--prompt-data", str(prompts), "--rm-type", "math"]
+        status = main(["train", *words, "--num-rollout", "1", *(flags or ("--rollout-engine", "sglang"))])
+        said = capsys.readouterr().err
+        assert status == (2 if said else 0)
+        return said
+
+    return complaint
+
+
+def test_a_dry_run_finds_them(dry_run):
+    said = dry_run(tiny.hf_config("qwen3_moe", tie_word_embeddings=True))
+    assert "model: for qwen3_moe models, SGLang (0.5.17) ignores tie_word_embeddings" in said
+    assert dry_run(tiny.hf_config("qwen3_moe")) == ""
+    assert dry_run(tiny.hf_config("qwen3_moe", tie_word_embeddings=True), "--rollout-engine", "torch") == ""
+
+
+def test_a_dry_run_knows_how_long_sequences_may_be(dry_run):
+    config = tiny.hf_config("mistral", sliding_window=64, max_position_embeddings=128)
+    assert "window of 64 tokens, and its servers take sequences of 128." in dry_run(config)
+    assert dry_run(config, "--rollout-engine", "sglang", "--sglang-context-length", "64") == ""
+
+
+def test_what_is_not_here_yet_is_found_when_servers_start(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert misread_checkpoint("nobody/has-this", None, None) == ""
 
 
 def test_every_family_of_our_bridges_was_looked_up():
