@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -34,6 +33,7 @@ from miles.run import Run
 from miles.rundir import note_failure, run_directory
 from miles.tracking import Tracking
 from miles.types import Metrics
+from miles.workers.garbage import settle, unsettle
 
 T = TypeVar("T")
 PYTHON_REWARD = "reward_function"
@@ -126,8 +126,8 @@ async def _attempt(config: Config, registry: Registry, restarts: int, interrupt:
         stack.push_async_callback(run.recovery.close)
         for line in run.header:
             logger.info("%s", line)
-        _settle_garbage()
-        stack.callback(gc.unfreeze)  # whoever lets go of the run gets its memory back
+        settle()
+        stack.callback(unsettle)
         await _drive(run)
         return run
 
@@ -245,13 +245,6 @@ def _changed(config: Config, section: str, **values: Any) -> Config:
 def _is_ours(path: Path) -> bool:
     """Whether a path is a checkpoint, a folder of checkpoints, or a run directory of miles."""
     return (path / MANIFEST).exists() or (path / "checkpoints").is_dir() or any(path.glob(f"step_*/{MANIFEST}"))
-
-
-def _settle_garbage() -> None:
-    """Take what imports and building have made out of the garbage collector's sight: it lives as long as the process,
-    and looking through it again costs a third of a second every few steps."""
-    gc.collect()
-    gc.freeze()
 
 
 def _in_event_loop(job: Coroutine[Any, Any, T]) -> T:

@@ -36,6 +36,7 @@ from simulated.trace import Trace
 from miles.api import Metrics, RunInfo
 from miles.loop import train
 from miles.run import Run
+from miles.workers.garbage import settle, unsettle
 
 GROUP = 8
 TASKS: dict[str, dict[str, Any]] = {
@@ -88,9 +89,8 @@ async def measure(task: str, sessions: int = 1000, rounds: int = 3, tokens: int 
             run = await prepared(task, sessions, rounds + 1, tokens, Path(folder), stack)
             await run.push_weights()
             await run.collect()
-            gc.collect()
-            gc.freeze()  # as every run does once it is built
-            stack.callback(gc.unfreeze)
+            settle()  # as every run does once it is built
+            stack.callback(unsettle)
             turns, cpu, wall = 0, time.process_time(), time.perf_counter()
             if profile:
                 profiler.enable()

@@ -8,7 +8,6 @@ strings (`package.module:Class`), names and data; never a pickled function.
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from miles.targets import import_target
 from miles.workers.compute import COMPUTE, compute_thread
 from miles.workers.failure import without_plumbing
+from miles.workers.garbage import settle, unsettle
 
 
 class WorkerHost:
@@ -32,8 +32,7 @@ class WorkerHost:
     async def build(self, key: str, target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Put `Target(rank, size, *args, **kwargs)` at a key."""
         self.objects[key] = await _compute(lambda: import_target(target)(self.rank, self.size, *args, **kwargs))
-        gc.collect()  # what was built lives long, and looking through it is half the time of a client of 512 requests
-        gc.freeze()
+        settle()
 
     async def call(self, key: str, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What a method of the object at a key returns."""
@@ -45,7 +44,7 @@ class WorkerHost:
     async def drop(self, key: str) -> None:
         """Forget an object, once the calls to it that were made before have ended."""
         await _compute(lambda: self.objects.pop(key, None))
-        gc.unfreeze()
+        unsettle()
 
     async def pulse(self) -> None:
         """Returns when event loop and computing thread have both had a turn: neither of them hangs."""

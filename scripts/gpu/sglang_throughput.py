@@ -54,6 +54,7 @@ from miles.rollout.engine_worker import WORKER, remote_engines
 from miles.rollout.engines import EngineFront
 from miles.rollout.task import Task
 from miles.types import Group, Prompt, Sample, Status
+from miles.workers.garbage import settle
 
 GROUP = 8
 RID = re.compile(rb'"rid": ?"[^"]*"')
@@ -215,8 +216,7 @@ async def measure(arguments: argparse.Namespace, checkpoint: Path, url: str, wor
             "driver": (lambda: miles.samples(engines["driver"]), count_samples, None),
             "worker": (lambda: miles.samples(engines["worker"]), count_samples, worker),
         }
-        gc.collect()
-        gc.freeze()  # as a run does when it is built
+        settle()  # as a run does when it is built
         rounds: list[dict[str, dict[str, float]]] = []
         for number in range(-1 if workload is arguments.workloads[0] else 0, arguments.rounds):
             found = {}
