@@ -197,6 +197,9 @@ _NEED_RULES: tuple[tuple[str, Callable[[Config, set[str]], Any], str, str], ...]
      and {*c.teacher.load.values(), *c.teacher.urls} == {POLICY},
      "the policy agrees with itself: it must be told more than it was asked",
      "--opd-teacher-prompt-key KEY, or the checkpoint of another model"),
+    ("train.context_parallel_size", lambda c, needs: "logits" in needs and c.train.context_parallel_size > 1,
+     "the policy loss {algorithm.policy_loss.name!r} needs the logits of whole samples, of which each rank has a part",
+     "--context-parallel-size 1, or another --policy-loss"),
     ("teacher.engine", lambda c, needs: needs & TEACHER_NEEDS and c.teacher.engine is not None and not c.teacher.urls,
      "there is no server to speak to", "give --opd-teacher-urls, or leave it out"),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from miles.checkpoint_io import write_checkpoint
 from miles.component import TEACHER_LOGITS
 from miles.config import NONE, Config
 from miles.config.components import component_needs
-from miles.errors import ConfigError, OutOfMemoryError
+from miles.errors import OutOfMemoryError
 from miles.modeling import bridge_for, load_hf_config, precision_for, transforms_for
 from miles.protocols import BackendContext, RankPart, Role, TrainBackend, TrainPart, Want
 from miles.registry import Registry
@@ -94,11 +94,6 @@ class TrainWorker:
             "actor": loss_wants(config, registry),
             "critic": frozenset({"values"}),
         }
-        if "logits" in self.wants["actor"] and config.train.context_parallel_size > 1:
-            raise ConfigError(
-                f"policy loss {config.algorithm.policy_loss.name!r} needs the logits of whole samples, of which each "
-                "rank has a part: --context-parallel-size 1, or another loss"
-            )
         if size > 1:
             join_process_group(setup.device, config.resources.worker_timeout)
         registry.plugins.hook.miles_on_worker_start(role="train", rank=rank, config=config)

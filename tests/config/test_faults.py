@@ -187,6 +187,16 @@ def test_training_needs_no_reward_that_nothing_looks_at(solve, algorithm, enough
         ),
         (["--policy-loss", "copying", "--opd-teacher-urls", "http://y:1"], "teacher.urls", "which no server sends"),
         (
+            ["--policy-loss", "copying", "--context-parallel-size", "2", "--actor-num-gpus-per-node", "2"],
+            "train.context_parallel_size",
+            "policy loss 'copying' needs the logits of whole samples",
+        ),
+        (
+            ["--context-parallel-size", "2", "--reproducible-ranks", "2", "--actor-num-gpus-per-node", "2"],
+            "train.context_parallel_size",
+            "add up in another order",
+        ),
+        (
             ["--policy-loss", "picking", "--opd-teacher-load", "a=x", "--opd-teacher-urls", "b=http://y"],
             "teacher.urls",
             "cannot compare with both",

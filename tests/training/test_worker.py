@@ -9,11 +9,11 @@ import torch
 
 from miles.builtins.fsdp.memory import OutOfMemoryOnRank
 from miles.config import Config
-from miles.errors import ConfigError, OutOfMemoryError
+from miles.errors import OutOfMemoryError
 from miles.plugins import load_plugins
 from miles.registry import Registry
 from miles.training.table import Table
-from miles.training.worker import TrainWorker, WorkerSetup, loss_wants
+from miles.training.worker import TrainWorker, loss_wants
 from miles.types import Outputs, StepReport
 
 
@@ -131,13 +131,6 @@ def test_another_ranks_failure_is_told_as_its_own():
 def test_retries_are_bounded():
     with pytest.raises(OutOfMemoryError, match="after 1 retries"):
         worker(Backend(room=4), max_oom_retries=1).train_step("actor", [table(8)], 32.0)
-
-
-def test_logits_of_whole_samples_are_refused_where_ranks_have_parts_of_them():
-    algorithm = {"advantage_estimator": "none", "policy_loss": "distill_full"}
-    config = Config.model_validate({"algorithm": algorithm, "train": {"context_parallel_size": 2}})
-    with pytest.raises(ConfigError, match="--context-parallel-size 1"):
-        TrainWorker(0, 2, WorkerSetup(config, {}, "cpu"), Registry(load_plugins()))
 
 
 def test_an_entropy_that_is_paid_for_is_computed_without_advantages_too():
