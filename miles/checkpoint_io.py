@@ -153,10 +153,23 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_weights(folder: Path, groups: Iterable[WeightGroup], shard_bytes: int) -> str:
-    """Shards and their index; returns the name of the weights' dtype, of the largest share of bytes if they differ."""
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """With the permissions that any new file has there: safetensors 0.8 writes for its owner alone (its issue 782), and
+    engines may be somebody else's.
+
+    Raises:
+        OSError, SafetensorError: it could not be written.
+    """
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+
+
+def _write_weights(folder: Path, groups: Iterable[WeightGroup], shard_bytes: int) -> str:
+    """Shards and their index; returns the name of the weights' dtype, of the largest share of bytes if they differ."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     pending_bytes = total = 0
@@ -164,7 +177,7 @@ def _write_weights(folder: Path, groups: Iterable[WeightGroup], shard_bytes: int
 
     def flush() -> None:
         nonlocal pending_bytes
-        save_file(pending, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        write_safetensors(pending, folder / f"{len(shards)}.part", {"format": "pt"})
         shards.append(list(pending))
         pending.clear()
         pending_bytes = 0

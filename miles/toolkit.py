@@ -2,7 +2,7 @@
 Needs torch."""
 
 from miles.buckets import Bucket, pack, places, unpack
-from miles.checkpoint_io import read_weights, resolve_checkpoint, write_checkpoint
+from miles.checkpoint_io import read_weights, resolve_checkpoint, write_checkpoint, write_safetensors
 from miles.config import Config, Keys, TaskSet
 from miles.config.optimizer import OptimizerSection
 from miles.data.prompts import read_prompt
@@ -101,4 +101,5 @@ __all__ = [
     "whiten",
     "with_driver",
     "write_checkpoint",
+    "write_safetensors",
 ]

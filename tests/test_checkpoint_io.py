@@ -54,6 +54,7 @@ def test_a_written_checkpoint_is_one_that_transformers_loads(source, tmp_path):
     assert same(dict(model.state_dict()), weights)
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1, "some are for their owner alone"
 
 
 def test_shards_and_index(source, tmp_path):

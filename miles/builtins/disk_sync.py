@@ -22,14 +22,13 @@ from uuid import uuid4
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from miles.api import Metrics, RolloutEngine, SyncContext, WeightGroup, WeightSyncError, WorkerGroup
 from miles.builtins.delta import apply, best_checksum, best_compression, bytes_of, checksum, codec, encode
 from miles.builtins.options import DiskOptions
 from miles.builtins.sync_partners import delivering, receivers, together, walked
-from miles.toolkit import Shipment, put_in_place, read_weights, sync_tree, write_checkpoint
+from miles.toolkit import Shipment, put_in_place, read_weights, sync_tree, write_checkpoint, write_safetensors
 
 WRITE, WRITE_CHANGES, READ, READ_CHANGES = (
     f"{__name__}:{function}" for function in ("write", "write_changes", "read", "read_changes")
@@ -150,7 +149,7 @@ class _Shards:
 
     def _flush(self) -> None:
         path = self.folder / f"{len(self.files)}.part"
-        save_file(self.pending, path, metadata=self.checksums)
+        write_safetensors(self.pending, path, self.checksums)
         self.files.append(list(self.pending))
         self.bytes += path.stat().st_size
         self.pending, self.checksums, self.size = {}, {}, 0

@@ -114,6 +114,7 @@ def test_others_can_read_what_changed(tmp_path, compression):
         assert sorted(index["weight_map"]) == sorted(names)
         files = sorted(path.name for path in folder.glob("*.safetensors"))
         assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+        assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "some are for their owner alone"
         assert metrics["weight_sync/bytes"] == sum(path.stat().st_size for path in folder.iterdir())
         for name, file in index["weight_map"].items():
             difference = codec(form["compression_format"]).decompress(load_file(folder / file)[name].numpy().tobytes())
@@ -210,7 +211,7 @@ def test_changes_that_cannot_be_written_are_a_sync_that_failed(tmp_path, monkeyp
 
     async def work(sync, weights, workers, engines):
         await sync.push(1)
-        monkeypatch.setattr(disk_sync, "save_file", full)
+        monkeypatch.setattr(disk_sync, "write_safetensors", full)
         weights["lm_head.weight"] = changed(weights["lm_head.weight"])
         with pytest.raises(WeightSyncError, match="arrive: .*weight_v000002 could not be written: .*No space left"):
             await sync.push(2)
