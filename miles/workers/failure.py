@@ -11,7 +11,7 @@ import pickle
 import re
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -65,15 +65,15 @@ class WorkerFailure(Exception):
 
 
 def raised(rank: int, error: BaseException) -> Failure:
-    """What a worker says of an exception. Errors of miles cross as they are, if pickle can take them."""
+    """What a worker says of an exception that it caught. Errors of miles cross as they are, if pickle can take them."""
     ours = error if isinstance(error, MilesError) and _survives(error) else None
     told = traceback.TracebackException.from_exception(error)
-    told.stack = without_plumbing(told.stack)
+    told.stack = without_plumbing(told.stack[1:])  # the first is where it was caught
     said = next(told.format_exception_only()).strip().partition("\n")[0]
     return Failure(rank, "raised", "".join(told.format()).rstrip(), ours, said)
 
 
-def without_plumbing(stack: StackSummary) -> StackSummary:
+def without_plumbing(stack: Iterable[FrameSummary]) -> StackSummary:
     """The frames from a worker's own method on."""
     kept = list(dropwhile(_is_plumbing, stack))
     return StackSummary.from_list(kept)
