@@ -87,7 +87,7 @@ class Plugins:
             raise PluginConflictError(
                 "this process has other plugins than the one that started the run:\n  "
                 + "\n  ".join(differences)
-                + "\nInstall the same distributions where workers run."
+                + "\nInstall the same distributions where workers run. A plugin given in Python cannot follow there."
             )
 
     def raise_faults(self) -> None:

@@ -1,10 +1,13 @@
 """Results do not change with the number of ranks."""
 
+import re
+
 import pytest
 import torch
 from miniature import final_state, metrics
 
 import miles
+from miles.api import Component, PluginConflictError, hookimpl
 from miles.report.compare import compare
 
 
@@ -54,3 +57,17 @@ def test_a_run_of_several_ranks_is_that_of_one(config, tmp_path, ranks):
     assert found.first_token is None, found.first_token
     assert found.within(1e-5)
     assert found.weights < 1e-5
+
+
+class Mine:
+    __name__ = "mine"
+
+    @hookimpl
+    def miles_register_rewards(self):
+        return {"mine": Component("mine:score")}
+
+
+def test_workers_refuse_other_plugins_than_the_drivers(config, tmp_path):
+    with pytest.raises(PluginConflictError, match=r"\n  mine: not installed here\n.* given in Python") as raised:
+        run_on(config, tmp_path, 2, plugins=[Mine()])
+    assert re.fullmatch(r"raised by train rank [01] in .*TrainWorker", raised.value.__notes__[0])
