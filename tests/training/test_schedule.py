@@ -156,9 +156,12 @@ def test_many_samples_are_packed_tightly_balanced_and_soon(quadratic):
     cap, ranks = 8192, 64
     lengths = np.minimum(np.random.default_rng(0).lognormal(6.5, 1.0, 100_000).astype(int) + 1, cap).tolist()
     costs = [length * (cap + length) for length in lengths] if quadratic else lengths
-    started = time.process_time()
-    plan = rank_micro_batches(lengths, ranks, cap, 1, costs=costs)
-    assert time.process_time() - started < 5  # half a second where it was written
+    seconds = []
+    for _ in range(3):  # others may slow down one of them
+        started = time.process_time()
+        plan = rank_micro_batches(lengths, ranks, cap, 1, costs=costs)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 1  # a third of a second where it was written
     count = sum(map(len, plan))
     assert sum(lengths) / cap <= count <= 1.005 * sum(lengths) / cap + ranks
     assert max(loads(costs, plan)) <= 1.005 * np.mean(loads(costs, plan))
