@@ -183,7 +183,8 @@ class Stream(Producer):
 
     def _last_chance(self) -> bool:
         """Without something that is under way, batches to come would have fewer places than there are groups for which
-        they are the last ones. What was started has always had a place; newer groups that came first took it."""
+        they are the last ones. Newer groups that came first took these. What was started beyond all places
+        (`Pace.at_once`) is not waited for."""
         most, size = self.pace.staleness, self.pace.batch
         if most is None or self.config.rollout.stale_groups != "wait":
             return False
@@ -193,7 +194,7 @@ class Stream(Producer):
         for later in range(most + 1):  # batches after this one
             version = self.handed_out - most + later  # they are the last ones for groups of these weights
             waiting, served = (sum(begun <= version for begun in group) for group in (there, taken))
-            if waiting - served > size * later:
+            if min(waiting, size * (later + 1)) - served > size * later:
                 return True
         return False
 
@@ -201,7 +202,7 @@ class Stream(Producer):
         return self._begun_at.get(group.id, self.version)
 
     def _oldest_ready(self) -> list[Group]:
-        return sorted(self.ready, key=lambda group: group.id)[: self.pace.batch]
+        return sorted(self.ready, key=lambda group: (self._started_at(group), group.id))[: self.pace.batch]
 
     def _dropped_as_stale(self, group: Group, pending: set[int]) -> bool:
         most, oldest = self.pace.staleness, oldest_version(group.samples)

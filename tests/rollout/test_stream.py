@@ -310,6 +310,30 @@ def test_the_part_that_older_weights_drew_can_be_left_out():
         assert (sample.loss_mask[1:] == (sample.columns["weight_version"][1:] == step)).all()
 
 
+@pytest.mark.parametrize(("at_once", "staleness", "stale"), [(6, 0, 2), (12, 1, 4), (12, 2, 0)])
+def test_what_no_batch_has_a_place_for_is_given_up(at_once, staleness, stale):
+    house = House(odd_lengths, partial_rollout=True, over_sampling_batch_size=at_once, max_weight_staleness=staleness)
+    batches = play(house, 3)
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    first_weights = [i for batch in batches for i in ids(batch) if i < at_once]
+    assert len(first_weights) == at_once - stale
+    assert (house.producer.ledger.fates["stale"] > 0) == (stale > 0)
+
+
+def test_what_has_its_last_chance_goes_before_what_began_again():
+    """As after a resume: the first four have no token of the old weights, the next four have ended, or are about to."""
+    rollout = {"partial_rollout": True, "over_sampling_batch_size": 12, "max_weight_staleness": 1}
+    house = House(lambda i: 3 if i < 8 else 6, **rollout)
+    producer = house.producer
+    groups = [producer._group(*house.source.next_prompts(1)) for _ in range(8)]
+    for group in groups[4:]:
+        for sample in group.samples:
+            sample.append([1], {LOSS_MASK: 1, WEIGHT_VERSION: 0})
+    producer.load_state_dict(producer.state_dict(), groups)
+    (batch,) = play(house, 1, first=1)
+    assert ids(batch) == [4, 5, 6, 7]
+
+
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 

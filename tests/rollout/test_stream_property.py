@@ -29,7 +29,7 @@ MODES = st.one_of(
             "partial_rollout": st.just(True),
             "over_sampling_batch_size": st.integers(BATCH, 2 * BATCH),
             "max_weight_staleness": st.sampled_from([None, 0, 1, 2]),
-            "stale_groups": st.sampled_from(["drop", "retry"]),
+            "stale_groups": st.sampled_from(["wait", "drop", "retry"]),
             "mask_offpolicy_in_partial_rollout": st.booleans(),
         }
     ),
