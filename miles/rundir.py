@@ -164,6 +164,8 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
 
 def plain(value: Any) -> Any:
     """What JSON can hold: keys are text, a number that is not finite is None, what JSON does not know is its text."""
+    if getattr(value, "ndim", None) == 0:  # of numpy or torch
+        value = value.item()
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

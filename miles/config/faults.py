@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from miles.config.base import Spec
@@ -78,5 +79,5 @@ def _together(faults: Sequence[Fault]) -> list[Fault]:
 
 
 def _short(value: Any) -> str:
-    text = repr(str(value) if isinstance(value, str | Spec) else value)
+    text = repr(str(value) if isinstance(value, str | Spec | Path) else value)
     return text if len(text) <= 120 else text[:117] + "..."

@@ -178,4 +178,4 @@ def _nearest(name: str) -> str:
     if not folder.is_dir():
         return f"the folder {folder} does not exist either (looked from {Path.cwd()})"
     close = get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f"did you mean {folder / close[0]}?" if close else f"{folder} exists, but has no {path.name}"
+    return f"did you mean {folder / close[0]}?" if close else f"{folder.resolve()} exists, but has no {path.name}"

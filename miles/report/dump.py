@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from miles.environments import ENVIRONMENT_INFO
+from miles.rundir import plain
 from miles.types import Sample
 
 FOLDER = "rollouts"
@@ -26,7 +27,7 @@ def dump_samples(
     with (directory / f"step_{step:06d}.jsonl").open("w", encoding="utf-8", errors="replace") as file:
         for sample in samples:
             record = sample_record(sample, learned.get(sample.id, {}))
-            file.write(json.dumps(record, ensure_ascii=False, default=str, skipkeys=True) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
 
 def sample_record(sample: Sample, learned: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def sample_record(sample: Sample, learned: Mapping[str, Any]) -> dict[str, Any]:
     columns = {name: values for name, values in sample.columns.items() if values.ndim == 1}
     if "advantages" in learned:
         columns["advantages"] = learned["advantages"]
-    return {
+    told = {
         "id": sample.id,
         "group_id": sample.group_id,
         "rollout_id": sample.rollout_id,
@@ -51,9 +52,12 @@ def sample_record(sample: Sample, learned: Mapping[str, Any]) -> dict[str, Any]:
         "loss": _number(learned.get("loss")),
         "error": sample.error,
         **({} if info is None else {"environment": info}),
-        "tokens": sample.tokens,
         "prompt_length": sample.prompt_length,
         "turns": [{k: v for k, v in vars(turn).items() if not k.endswith("seconds")} for turn in sample.turns],
+    }
+    return {
+        **plain(told),  # numbers and keys that JSON does not know come from data, rewards and environments
+        "tokens": sample.tokens,
         **{name: [_number(v) for v in values.tolist()] for name, values in columns.items()},
     }
 

@@ -115,10 +115,7 @@ def build_micro_batch(
     bounds = [0, *accumulate(lengths)]
     ids_T = np.concatenate([np.zeros(0, np.int64), *(np.asarray(tokens[row], dtype=np.int64) for row in rows)])
     positions_T = np.concatenate([np.zeros(0, np.int64), *(np.arange(length) for length in lengths)])
-    packed = {
-        name: _pack([column[row] for row in rows], lengths, name, (specs or {}).get(name))
-        for name, column in columns.items()
-    }
+    packed = {name: _pack(rows, column, lengths, name, (specs or {}).get(name)) for name, column in columns.items()}
     mask_T = None if any(multimodal or ()) else packed.get("mask")  # equal tokens may stand for other images
     batch = MicroBatch(
         torch.from_numpy(ids_T),
@@ -144,29 +141,35 @@ def shared_prompts(ids_T: np.ndarray, mask_T: np.ndarray, bounds: Sequence[int])
     return [len(prompt) // ids_T.itemsize * same for prompt, same in zip(prompts, alike, strict=True)]
 
 
-def _pack(pieces: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None) -> Tensor:
+def _pack(
+    rows: Sequence[int], column: Sequence[Rows], lengths: Sequence[int], name: str, spec: Column | None
+) -> Tensor:
     """One column end to end, `[T, *width]`."""
-    arrays = [one_a_token(piece, length, name, spec) for piece, length in zip(pieces, lengths, strict=True)]
+    arrays = [
+        one_a_token(column[row], length, name, spec, f"sample {row} of the batch")
+        for row, length in zip(rows, lengths, strict=True)
+    ]
     if arrays:
         return torch.from_numpy(np.concatenate(arrays))
     return torch.from_numpy(np.zeros((0, *(spec.width if spec else ())), spec.dtype if spec else np.float32))
 
 
-def one_a_token(piece: Rows, length: int, name: str, spec: Column | None) -> np.ndarray:
+def one_a_token(piece: Rows, length: int, name: str, spec: Column | None, whose: str) -> np.ndarray:
     """The rows of one sample, filled up: where it has none, and after the last of a column of offset -1, whose rows
-    belong to the forward passes before it."""
+    belong to the forward passes before it. `whose` they are, errors say."""
     if piece is None:
         if spec is None:
-            raise DataError(f"a sample has no column {name!r}: give its Column in `specs`, so that it can be filled")
+            raise DataError(f"{whose} has no column {name!r}: give its Column in `specs`, so that it can be filled")
         return spec.filled(length)
     array = piece.detach().cpu().numpy() if isinstance(piece, Tensor) else np.asarray(piece)
     if len(array) == length:
         return array
     offset = spec.offset if spec else -1
     if len(array) != length + offset:
-        raise DataError(f"column {name!r} has {len(array)} rows for a sample of {length} tokens")
+        raise DataError(f"column {name!r} of {whose} has {len(array)} rows, and the sample {length} tokens")
     if spec is None and array.dtype.kind != "i":
-        raise DataError(f"column {name!r} ({array.dtype}) is one row short: give its Column in `specs`, with its fill")
+        short = f"column {name!r} ({array.dtype}) of {whose} is one row short"
+        raise DataError(f"{short}: give its Column in `specs`, with its fill")
     last = np.full((1, *array.shape[1:]), spec.fill if spec else -1, array.dtype)
     return np.concatenate([array, last])
 

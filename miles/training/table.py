@@ -70,7 +70,7 @@ class Table:
         baselines = [group.baseline_reward for group, _ in rows]
         specs = _specs(samples)
         columns = {
-            name: [one_a_token(s.columns.get(name), len(s.tokens), name, spec) for s in samples]
+            name: [one_a_token(s.columns.get(name), len(s.tokens), name, spec, f"sample {s.id}") for s in samples]
             for name, spec in specs.items()
         }
         return cls(

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from miles.report.dump import dump_samples
 from miles.types import LOSS_MASK, Prompt, Sample, Status
@@ -16,7 +17,8 @@ def sample(id=3):
 
 def written(folder, samples, learned):
     dump_samples(folder, 7, samples, learned)
-    return [json.loads(line) for line in (folder / "step_000007.jsonl").read_text().splitlines()]
+    lines = (folder / "step_000007.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def test_a_failed_sample_is_dumped_with_its_reason(tmp_path):
@@ -32,7 +34,7 @@ def test_what_an_environment_said_of_a_trajectory_is_in_its_row_and_nothing_else
     told, plain = sample(3), sample(4)
     told.metadata |= {"environment": {"searches": 2, ("no", "key"): 3, "who": {4}}, "seconds": 0.1}
     one, other = written(tmp_path, [told, plain], {})
-    assert one["environment"] == {"searches": 2, "who": "{4}"}
+    assert one["environment"] == {"searches": 2, "('no', 'key')": 3, "who": "{4}"}
     assert "metadata" not in one
     assert "environment" not in other
 
@@ -45,6 +47,10 @@ def test_what_training_made_of_a_sample_goes_with_it(tmp_path):
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    learned = {3: {"advantages": np.array([0.0, np.nan], np.float32), "loss": float("inf")}}
-    (record,) = written(tmp_path, [sample()], learned)
+    one, learned = sample(), {3: {"advantages": np.array([0.0, np.nan], np.float32), "loss": float("inf")}}
+    one.metadata["environment"] = {"scores": [1.0, float("nan")], "mean": np.float32("nan")}
+    one.reward_parts = {"judge": float("-inf")}
+    (record,) = written(tmp_path, [one], learned)
     assert (record["advantages"], record["loss"]) == ([0.0, None], None)
+    assert record["environment"] == {"scores": [1.0, None], "mean": None}
+    assert record["reward_parts"] == {"judge": None}

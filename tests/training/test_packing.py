@@ -121,7 +121,7 @@ def test_routing_without_a_declaration_ends_in_minus_one():
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([1, 2, 3, 4, 5], "5 rows for a sample of 3 tokens"), ([1.0, 2.0], "one row short")],
+    [([1, 2, 3, 4, 5], "of sample 0 of the batch has 5 rows, and the sample 3 tokens"), ([1.0, 2.0], "one row short")],
 )
 def test_rows_that_do_not_match_the_tokens_are_refused(rows, message):
     with pytest.raises(DataError, match=message):

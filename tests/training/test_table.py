@@ -117,6 +117,13 @@ def test_fills_must_agree():
         table_of(sample_of(7, 2, few), sample_of(8, 2, many))
 
 
+def test_a_column_that_lost_rows_is_named_with_its_sample():
+    sample = sample_of(8, 2, TEACHER_LOG_PROBS)
+    sample.columns["teacher_log_probs"] = sample.columns["teacher_log_probs"][:1]
+    with pytest.raises(DataError, match="'teacher_log_probs' of sample 8 has 1 rows, and the sample 4 tokens"):
+        table_of(sample_of(7, 2, TEACHER_LOG_PROBS), sample)
+
+
 @pytest.mark.parametrize("name", ["mask", "advantages", "old_log_probs"])
 def test_columns_of_the_trainer_are_its_own(name):
     with pytest.raises(DataError, match=f"'{name}' of sample 5 has a name that the trainer uses"):
