@@ -12,6 +12,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from miles.errors import HookError
 
+REQUIRED = "must be given"
+"""What is wrong with an option that has no default, and is not there."""
+
 
 @dataclass(frozen=True)
 class OptionFault:
@@ -104,5 +107,7 @@ def _adapter(kind: type) -> TypeAdapter:
 
 
 def _message(item: Any) -> str:
+    if item["type"] == "missing":
+        return REQUIRED
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return message.replace("Input should", "must").replace("a valid tuple", "a list")  # as YAML and flags write it

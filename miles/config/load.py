@@ -28,6 +28,7 @@ from miles.config.upstream import known_name
 from miles.config.yaml_file import read_yaml
 from miles.errors import ConfigError, MilesError
 from miles.kinds import KINDS
+from miles.options import REQUIRED
 from miles.plugins import Plugins, load_plugins
 from miles.registry import Registry
 
@@ -267,8 +268,8 @@ class _Resolution:
         for use, options in uses_in(nested):
             try:
                 words = KINDS[use.kind].words
-                kind = None if use.name in words else self.registry.component(use.kind, use.name).options
-                read_texts(options, kind)
+                component = None if use.name in words else self.registry.component(use.kind, use.name)
+                read_texts(options, component.options if component else None)
                 faults = self.registry.check(use.kind, use.name, options)
             except MilesError as error:
                 self._unknown_name(use, str(error), tree.origin((*use.path, "name") if use.name else use.path))
@@ -276,7 +277,10 @@ class _Resolution:
             for fault in faults:
                 path = (*use.path, *(fault.key.split(".") if fault.key else ()))
                 place = tree.origin((*use.path, "options", *fault.key.split(".")) if fault.key else use.path)
-                self._fault(path, f"{KINDS[use.kind].singular} {use.name!r}: {fault.problem}", "", fault.value, place)
+                flags = component.flags if component and fault.problem == REQUIRED else {}
+                remedy = next((flag for flag, option in flags.items() if option == fault.key), "")
+                problem = f"{KINDS[use.kind].singular} {use.name!r}: {fault.problem}"
+                self._fault(path, problem, remedy, fault.value, place)
 
     def _unknown_name(self, use: Use, problem: str, origin: Origin) -> None:
         answer, remedy = known_name(use.kind, use.name), ""

@@ -22,6 +22,12 @@ class LossOptions:
     sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class BoundedOptions:
+    most: float
+    least: float
+
+
 class Extra(types.SimpleNamespace):
     """A plugin given as an object."""
 
@@ -57,6 +63,7 @@ class Extra(types.SimpleNamespace):
         return {
             "weighting": Component("parts:weighting", options=LossOptions, flags=flags),
             "rejecting": Component("parts:rejecting", flags={"--use-rejecting": ""}),
+            "bounded": Component("parts:bounded", options=BoundedOptions, flags={"--bounded-most": "most"}),
         }
 
     @hookimpl

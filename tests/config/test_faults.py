@@ -52,6 +52,15 @@ def test_one_report_for_everything(solve, write):
     assert "'k1', 'k2', 'k3' or 'low_var_kl'" in faults["algorithm.kl_type"].problem
 
 
+def test_an_option_that_must_be_given_names_its_flag(solve):
+    faults = faults_of(solve, "--is-correction", "bounded")
+    assert set(faults) == {"algorithm.is_correction.most", "algorithm.is_correction.least"}
+    assert {fault.problem for fault in faults.values()} == {"IS correction 'bounded': must be given"}
+    assert faults["algorithm.is_correction.most"].remedy == "--bounded-most"
+    assert faults["algorithm.is_correction.least"].remedy == ""
+    solve((), "--is-correction", "bounded", "--bounded-most", "2", "--algorithm.is_correction.least=1")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
