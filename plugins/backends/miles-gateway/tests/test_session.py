@@ -59,6 +59,11 @@ def test_what_miles_serve_refuses_is_refused(lab):
         (b"[]", None, "must be a JSON object, not list"),
         (b"{}", "messages", "messages: Field required"),
         (b'{"messages": []}', "messages", "at least 1 item"),
+        (
+            b'{"messages": ["1", "+", "1", "=", "?"]}',
+            "messages.0",
+            "messages.2: Input should be an object, not str; and 2",
+        ),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', "messages.0.role", "Input should be 'system'"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content", "give text"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools", "function"),

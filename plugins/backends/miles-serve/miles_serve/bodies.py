@@ -32,6 +32,8 @@ UNSUPPORTED = (
     "max_thinking_tokens",
 )
 """Fields of `/generate` that would change the answer."""
+TOLD = 3
+"""Faults of a body that one error tells."""
 
 
 Tokens = Annotated[list[int], Field(fail_fast=True)]
@@ -119,21 +121,24 @@ async def read(request: web.Request, model: type[Model]) -> Model:
 
 
 def check(given: dict[str, Any], model: type[Model]) -> Model:
-    """Raises RequestError with the first fault of each field."""
+    """Raises RequestError with the first fault of each field, of `TOLD` of them."""
     try:
         return model.model_validate(given)
     except ValidationError as error:
         found = faults(error)
-        told = "; ".join(f"{path}: {message}" for path, message in found.items()) + "."
-        raise RequestError(told, param=next(iter(found))) from error
+        told = [f"{path}: {message}" for path, message in found.items()]
+        more = [f"and {len(told) - TOLD} more"] if len(told) > TOLD else []
+        raise RequestError("; ".join(told[:TOLD] + more) + ".", param=next(iter(found))) from error
 
 
 def faults(error: ValidationError) -> dict[str, str]:
     """What is wrong with each field. Of a field that may be of several types, what is wrong farthest inside."""
     found: dict[str, str] = {}
-    for item in error.errors(include_url=False, include_input=False):
+    for item in error.errors(include_url=False):
         path = ".".join(str(part) for part in item["loc"] if not _is_choice(str(part)))
-        found.setdefault(path or "body", item["msg"])
+        no_object = item["type"] == "model_type"  # pydantic would name a class of ours
+        told = f"Input should be an object, not {type(item['input']).__name__}" if no_object else item["msg"]
+        found.setdefault(path or "body", told)
     return {path: told for path, told in found.items() if not any(other.startswith(f"{path}.") for other in found)}
 
 
