@@ -194,11 +194,19 @@ async def _service(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) ->
 
 async def _started(resolved: Resolved, wishes: Wishes, stack: AsyncExitStack) -> tuple[Model, Any]:
     """The model and the engine that holds its weights: those of Hugging Face, or, by way of the trainer, of a run."""
+    from miles.api import ConfigError
     from miles.build import evaluation_parts
     from miles.checkpoint import find_checkpoint
 
     checkpoint = None if wishes.run is None else find_checkpoint(Path(wishes.checkpoint))
-    parts = await evaluation_parts(resolved.config, resolved.registry, stack, checkpoint)
+    try:
+        parts = await evaluation_parts(resolved.config, resolved.registry, stack, checkpoint)
+    except ConfigError as error:
+        if wishes.run is not None:  # whose settings nobody has written now
+            written = wishes.run / "config.yaml"
+            error.add_note(f"settings come from {written}, with paths from where the run was started")
+            error.add_note("serve from that folder, or say where the model is: --hf-checkpoint FOLDER")
+        raise
     return parts.model, parts.front.engines[0]
 
 

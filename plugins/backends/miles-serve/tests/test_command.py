@@ -89,3 +89,16 @@ def test_a_run_directory_is_known_by_what_is_in_it(lab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "run")
     assert _run_of(Path("owner/name")) is None
     assert _run_of(lab.tiny.checkpoint(tmp_path / "run" / "hf", lab.tiny.hf_config("llama"))) is None
+
+
+def test_a_run_whose_model_is_not_where_its_settings_say_is_told_why(capsys, lab, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    step = run / "checkpoints" / "step_000001"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text('{"step": 1, "files": {}}')
+    (run / "config.yaml").write_text("model: {hf_checkpoint: ./made/model}\n")
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, run)
+    assert "no checkpoint folder at made/model" in said
+    assert f"{run / 'config.yaml'}, with paths from where the run was started" in said
+    assert "--hf-checkpoint" not in refused(capsys, tmp_path / "nowhere")
