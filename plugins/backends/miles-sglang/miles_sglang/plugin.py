@@ -21,9 +21,9 @@ def miles_configure(config: Any) -> None:
 
 def _refuse_tokens_of_unknown_version(config: Any) -> None:
     """Of weights under frozen requests nobody could tell which tokens they made."""
-    rollout = config.rollout
+    rollout, engine = config.rollout, config.rollout.engine
     frozen = rollout.mode == "fully_async" and rollout.pause_mode == "in_place"
-    if frozen and rollout.engine.name.startswith("sglang") and not rollout.engine.options.get("stream"):
+    if frozen and engine.name.rpartition("/")[2].startswith("sglang") and not engine.options.get("stream"):
         raise ConfigError(
             "rollout.pause_mode: SGLang tells the version of the weights once for each answer, so with `in_place` it "
             "takes streams to know which tokens are older: set `stream: true` of rollout.engine (--sglang-stream; "

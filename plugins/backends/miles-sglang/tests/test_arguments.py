@@ -228,6 +228,6 @@ def test_weights_under_frozen_requests_need_streams():
     configure("sglang", pause_mode="retract")
     configure("sglang", mode="sync")
     configure("torch")
-    for engine in ("sglang", "sglang_external"):
+    for engine in ("sglang", "sglang_external", "miles-sglang/sglang"):
         with pytest.raises(ConfigError, match=r"--sglang-stream.*--pause-generation-mode retract"):
             configure(engine)
