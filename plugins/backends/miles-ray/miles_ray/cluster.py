@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import ray
 
-from miles.api import ConfigError, WorkerError
+from miles.api import WorkerError
+from miles_ray.plugin import refuse_clients
 
 TOKEN_HINT = """
 A cluster that was started where ~/.ray/auth_token exists wants that token, and Ray does not show it to an address that
@@ -37,11 +38,7 @@ def join(address: str | None, log_to_driver: bool) -> tuple[Callable[[], None], 
     if ray.is_initialized():  # by somebody else, who goes on with it
         return lambda: None, False
     address = address or os.environ.get("RAY_ADDRESS") or None
-    if address and "://" in address:
-        raise ConfigError(
-            f"resources.executor: ray cannot use {address}: that is the way in for clients outside of the cluster. Run "
-            "miles on a machine of the cluster, with --ray-address HOST:6379 (as `ray start` prints it) or auto"
-        )
+    refuse_clients(address)
     with _signals_kept():
         try:
             ray.init(

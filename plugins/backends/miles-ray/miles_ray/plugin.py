@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from miles.api import Component, hookimpl
+from miles.api import Component, ConfigError, hookimpl
 
 MILES_API = 1
 
@@ -25,6 +25,19 @@ class RayOptions:
     env: tuple[str, ...] = ()
     """Environment variables that workers get from the driver, besides those that libraries are set up with. Ray keeps
     their values in plain text."""
+
+    def preflight(self) -> None:
+        """Raises ConfigError: nobody can join a cluster by this address."""
+        refuse_clients(self.address)
+
+
+def refuse_clients(address: str | None) -> None:
+    """Raises ConfigError: the address is for clients outside of the cluster."""
+    if address and "://" in address:
+        raise ConfigError(
+            f"ray cannot use {address}: that is the way in for clients outside of the cluster. Run "
+            "miles on a machine of the cluster, with --ray-address HOST:6379 (as `ray start` prints it) or auto"
+        )
 
 
 @hookimpl

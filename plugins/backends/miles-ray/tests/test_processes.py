@@ -13,6 +13,7 @@ psutil = pytest.importorskip("psutil")
 pytest.importorskip("ray")
 
 from miles_ray.cluster import join  # noqa: E402
+from miles_ray.plugin import RayOptions  # noqa: E402
 
 from miles.api import ConfigError  # noqa: E402
 
@@ -84,3 +85,5 @@ def test_the_entrance_of_clients_is_refused(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match="ray cannot use ray://head:10001: .* --ray-address HOST:6379"):
         join("ray://head:10001", log_to_driver=False)
+    with pytest.raises(ConfigError, match="way in for clients"):
+        RayOptions("ray://head:10001").preflight()  # which a dry run calls
