@@ -155,13 +155,17 @@ def test_partial_rollouts_go_on_in_the_next_step(config, tmp_path):
     watch = Watch()
     config["data"]["sets"][0]["sampling"] = {"max_new_tokens": 40}
     rollout = {"partial_rollout": True, "over_sampling_batch_size": 8, "mask_offpolicy_in_partial_rollout": True}
+    rollout["concurrency"] = 18  # answers are of one length: two of the fifth group's four begin later
     run = miles.train(settings(config, tmp_path, "run", **rollout), plugins=[watch])
+    continued = False
     for step, groups in watch.batches:
         for sample in (s for group in groups for s in group.samples):
             drawn = sample.columns["weight_version"]
             assert ((sample.loss_mask == 1) <= (drawn == step)).all()
             assert len(sample.columns["rollout_log_probs"]) == len(sample.tokens)
             assert sample.response_length <= 40
+            continued |= drawn[sample.prompt_length] < drawn[-1]
+    assert continued
     assert run.summary["rollouts"]["fates"] == {"trained": 64}
 
 
