@@ -20,6 +20,13 @@ def body(tokens=(5, 6, 7), **more):
     return {"input_ids": list(tokens), "sampling_params": GREEDY, "return_logprob": True, **more}
 
 
+async def arrived(server, requests):
+    """As many have come to the server, into the engine or to wait outside."""
+    traffic = server.service.traffic
+    while len(traffic.underway) + len(traffic._outside) < requests:
+        await asyncio.sleep(0.002)
+
+
 @pytest.fixture(scope="module")
 def experts(lab):
     with lab.serving(model_type="qwen3_moe") as server:
@@ -242,11 +249,12 @@ def test_an_update_waits_for_requests_and_requests_for_it(lab, tmp_path):
         async def work(session):
             moving = {"model_path": str(other), "weight_version": "7"}
             first = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
-            await asyncio.sleep(0.1)
+            await arrived(server, 1)
             update = asyncio.ensure_future(lab.ask(session, "POST", "/update_weights_from_disk", json=moving))
-            await asyncio.sleep(0.1)
+            while not server.service.traffic._busy:
+                await asyncio.sleep(0.002)
             second = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))
-            await asyncio.sleep(0.1)
+            await arrived(server, 2)
             held = not (first.done() or update.done() or second.done())
             gate.set()
             replies = [(await task).json for task in (first, second)]
@@ -334,8 +342,10 @@ def test_memory_is_not_taken_from_requests_under_way(lab):
 def test_a_score_can_be_aborted(lab, paused):
     """Outside, where it waits for a pause to end, and in the engine."""
     with lab.serving() as server:
+        begun = threading.Event()
 
         async def never(tokens, temperature):
+            begun.set()
             await asyncio.sleep(100)
 
         async def work(session):
@@ -345,7 +355,7 @@ def test_a_score_can_be_aborted(lab, paused):
                 server.service.engine.score = never
             asked = body(rid="scoring", logprob_start_len=0)
             task = asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=asked))
-            await asyncio.sleep(0.1)
+            await (arrived(server, 1) if paused else asyncio.to_thread(begun.wait, 10))
             await lab.ask(session, "POST", "/abort_request", json={"rid": "scor"})
             return (await task).json
 
@@ -365,7 +375,7 @@ def test_who_waits_for_a_pause_to_end_is_in_nobodys_way(lab):
                 asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body(rid=rid, stream=stream)))
                 for rid, stream in (("stays", False), ("goes-1", False), ("goes-2", True))
             ]
-            await asyncio.sleep(0.1)
+            await arrived(server, 3)
             flushed = (await lab.ask(session, "POST", "/flush_cache")).status
             twice = (await lab.ask(session, "POST", "/generate", json=body(rid="stays"))).status
             await lab.ask(session, "POST", "/abort_request", json={"rid": "goes"})
@@ -411,7 +421,7 @@ def test_stopping_answers_what_is_under_way(lab):
                 await asyncio.sleep(0)
             await lab.ask(session, "POST", "/pause_generation", json={"mode": "in_place"})
             tasks += [asyncio.ensure_future(lab.ask(session, "POST", "/generate", json=body()))]
-            await asyncio.sleep(0.05)
+            await arrived(server, 2)
             await asyncio.to_thread(stop, server)
             late = await lab.ask(session, "POST", "/generate", json=body())
             return [(await task).json["meta_info"]["finish_reason"]["type"] for task in tasks], late.status
