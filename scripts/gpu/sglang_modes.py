@@ -11,8 +11,7 @@ seconds:
     sync         two train ranks, a server beside each, taking turns
     apart        one GPU trains, one generates, in turns
     one-step     the same, a batch ahead (`one_step_off`)
-    async-N      the same, `fully_async` with `--max-weight-staleness N`; async-N-in-place: what is under way keeps its
-                 cache of older weights (`--pause-generation-mode in_place`)
+    async-N      the same, `fully_async` with `--max-weight-staleness N`
     agent        one GPU, taking turns; each sample is an agent that asks twice, with the package `openai`, through the
                  session gateway; no long tail
     agent-async  `async-1` with it
@@ -57,7 +56,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "apart": APART,
     "one-step": (*APART, "--rollout-mode", "one_step_off"),
     **{f"async-{n}": (*ASYNC, str(n)) for n in (1, 2, 3, 4, 6)},
-    **{f"async-{n}-in-place": (*ASYNC, str(n), "--pause-generation-mode", "in_place") for n in (2, 3, 4)},
     "agent": ("--executor", "inprocess", "--colocate"),
     "agent-async": (*ASYNC, "1"),
 }
