@@ -9,6 +9,12 @@ from miles_sglang.flags import ROUTER, Value
 from miles_sglang.options import SGLangOptions
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+NO_FP32 = (
+    "SGLang's kernels for GPUs take bf16, not fp32: --train-dtype bf16. To train in fp32 nevertheless, say "
+    "--sglang-dtype bfloat16, and how far apart engine and trainer may be: --weight-sync-tolerance 0.2. (Where your "
+    "SGLang can do it: --sglang-dtype float32.)"
+)
+"""Its RMSNorm (0.5.17) "failed to dispatch data type Float", a minute into the start."""
 SHARED_AWAKE, SHARED_ASLEEP = 0.4, 0.7
 """Of the memory that is free when a server starts, for its weights and cache, where a trainer works on the same GPU.
 0.7 where they take turns: gradients and optimizer are gone then, but the trainer's weights stay beside the server's
@@ -19,11 +25,13 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
     """Arguments of server `index` of an engine, but for its ports. What the user wrote comes last and wins.
 
     Raises:
-        EngineError: SGLang does not compute in this type.
+        EngineError: SGLang does not compute in this type, or not on this device.
     """
     if context.dtype not in DTYPES:
         raise EngineError(f"SGLang computes in {' or '.join(DTYPES)}, not in {context.dtype} (--train-dtype)")
     given: dict[str, Any] = {n: v for n, v in (options.model_extra or {}).items() if not n.startswith(ROUTER)}
+    if context.dtype == "fp32" and "dtype" not in given and not context.device.startswith("cpu"):
+        raise EngineError(NO_FP32)
     if isinstance(given.get("random_seed"), int):  # servers with one seed would draw the same
         given["random_seed"] += context.rank * (context.gpus // tp_size) + index
     sleeps = given.get("enable_memory_saver", context.sleeps)

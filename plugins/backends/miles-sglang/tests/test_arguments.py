@@ -57,13 +57,23 @@ def test_an_engine_of_its_own():
 
 
 def test_what_the_context_decides():
-    said = command(device="cuda:2", dtype="fp32", load_weights=True, tokenizer=None, tp_size=2, index=1)
+    said = command(device="cuda:2", load_weights=True, tokenizer=None, tp_size=2, index=1)
     assert said == words({
-        "model_path": "models/tiny", "dtype": "float32", "load_format": "auto", "skip_tokenizer_init": True,
+        "model_path": "models/tiny", "dtype": "bfloat16", "load_format": "auto", "skip_tokenizer_init": True,
         "tp_size": 2, "base_gpu_id": 4, "weight_version": 0, "log_level_http": "warning",
     })  # fmt: skip
     with pytest.raises(EngineError, match=r"bf16 or fp32, not in fp64 \(--train-dtype\)"):
         command(dtype="fp64")
+
+
+def test_fp32_is_for_cpus_and_for_those_who_ask_for_it():
+    with pytest.raises(EngineError, match="--train-dtype bf16.*--sglang-dtype bfloat16.*--weight-sync-tolerance"):
+        command(device="cuda:0", dtype="fp32")
+    types = [
+        server_arguments(SGLangOptions(**given), context(device=device, dtype="fp32"), 1)["dtype"]
+        for given, device in [({}, "cpu"), ({"dtype": "bfloat16"}, "cuda"), ({"dtype": "float32"}, "cuda")]
+    ]
+    assert types == ["float32", "bfloat16", "float32"]
 
 
 SLEEPS = ["--enable-memory-saver", "--cuda-graph-backend-prefill", "disabled"]
