@@ -12,12 +12,15 @@ seconds:
     apart        one GPU trains, one generates, in turns
     one-step     the same, a batch ahead (`one_step_off`)
     async-N      the same, `fully_async` with `--max-weight-staleness N`
+    decoupled-N  the same with `--preset decoupled_ppo`: clipped by how far the trainer has moved, not by how old samples are
     agent        one GPU, taking turns; each sample is an agent that asks twice, with the package `openai`, through the
                  session gateway; no long tail
     agent-async  `async-1` with it
 
 A server that generates for a trainer on another GPU gets 256 requests at a time: SGLang's CUDA graphs reach no further
-there by default, and without them a step of such a small model takes several times as long.
+there by default, and without them a step of such a small model takes several times as long. Where batches do not wait for
+each other it gathers prompts (`GATHER`): answers end one by one, and a prefill for each prompt that follows one
+interrupts all others.
 
 Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint; so are the seconds of a
 step and of its phases, on average, of which `rollout` is how long the trainer waits for a batch. In `async-N` batches
@@ -56,9 +59,11 @@ CASES: dict[str, tuple[str, ...]] = {
     "apart": APART,
     "one-step": (*APART, "--rollout-mode", "one_step_off"),
     **{f"async-{n}": (*ASYNC, str(n)) for n in (1, 2, 3, 4, 6)},
+    **{f"decoupled-{n}": (*ASYNC, str(n), "--preset", "decoupled_ppo") for n in (1, 2, 3, 4, 6)},
     "agent": ("--executor", "inprocess", "--colocate"),
     "agent-async": (*ASYNC, "1"),
 }
+GATHER = ("--sglang-enable-prefill-delayer", "--sglang-prefill-delayer-queue-min-ratio", "0.1")
 SMALL = {"batch_size": 4, "n_samples_per_prompt": 4}
 PARITY = 0.4
 """Of `make_checkpoint`; other parts of an embedding have a length of 1.6."""
@@ -119,7 +124,8 @@ def run_case(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     file.write_text(json.dumps(settings_of(case, arguments, folder)))  # JSON is YAML
     words = ["-m", "miles", "train", RECIPE / "config.yaml", file, "--no-report", "--device", arguments.device]
     words += ["--rollout-engine", arguments.engine, *CASES[case], *arguments.rest]
-    words += f"{THROUGH_MILES} {arguments.flags}".split() if arguments.engine == "sglang" else []
+    if arguments.engine == "sglang":
+        words += [*THROUGH_MILES.split(), *(GATHER if "fully_async" in CASES[case] else ()), *arguments.flags.split()]
     ended: dict[int, float] = {}
 
     def note(line: str) -> None:
