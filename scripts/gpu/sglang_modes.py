@@ -12,15 +12,14 @@ seconds:
     apart        one GPU trains, one generates, in turns
     one-step     the same, a batch ahead (`one_step_off`)
     async-N      the same, `fully_async` with `--max-weight-staleness N`
-    decoupled-N  the same with `--preset decoupled_ppo`: clipped by how far the trainer has moved, not by how old samples are
+    decoupled-N  the same with `--preset decoupled_ppo`: clipped by what a step changes, not by how old samples are
     agent        one GPU, taking turns; each sample is an agent that asks twice, with the package `openai`, through the
                  session gateway; no long tail
     agent-async  `async-1` with it
 
 A server that generates for a trainer on another GPU gets 256 requests at a time: SGLang's CUDA graphs reach no further
-there by default, and without them a step of such a small model takes several times as long. Where batches do not wait for
-each other it gathers prompts (`GATHER`): answers end one by one, and a prefill for each prompt that follows one
-interrupts all others.
+there by default, and without them a step of such a small model takes several times as long. In `fully_async` it gathers
+prompts (`GATHER`): answers end one by one, and a prefill for each prompt that follows one interrupts all others.
 
 Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint; so are the seconds of a
 step and of its phases, on average, of which `rollout` is how long the trainer waits for a batch. In `async-N` batches
