@@ -12,7 +12,7 @@ seconds:
     apart        one GPU trains, one generates, in turns
     one-step     the same, a batch ahead (`one_step_off`)
     async-N      the same, `fully_async` with `--max-weight-staleness N`
-    decoupled-N  the same with `--preset decoupled_ppo`: clipped by what a step changes, not by how old samples are
+    decoupled-N  the same with `--is-correction tis`: clipped by what a step changes, not by how old samples are
     agent        one GPU, taking turns; each sample is an agent that asks twice, with the package `openai`, through the
                  session gateway; no long tail
     agent-async  `async-1` with it
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "apart": APART,
     "one-step": (*APART, "--rollout-mode", "one_step_off"),
     **{f"async-{n}": (*ASYNC, str(n)) for n in (1, 2, 3, 4, 6)},
-    **{f"decoupled-{n}": (*ASYNC, str(n), "--preset", "decoupled_ppo") for n in (1, 2, 3, 4, 6)},
+    **{f"decoupled-{n}": (*ASYNC, str(n), "--is-correction", "tis") for n in (1, 2, 3, 4, 6)},
     "agent": ("--executor", "inprocess", "--colocate"),
     "agent-async": (*ASYNC, "1"),
 }
