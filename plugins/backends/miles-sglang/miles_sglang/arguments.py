@@ -11,8 +11,8 @@ from miles_sglang.options import SGLangOptions
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 NO_FP32 = (
     "SGLang's kernels for GPUs take bf16, not fp32: --train-dtype bf16. To train in fp32 nevertheless, say "
-    "--sglang-dtype bfloat16, and how far apart engine and trainer may be: --weight-sync-tolerance 0.2. (Where your "
-    "SGLang can do it: --sglang-dtype float32.)"
+    "--sglang-dtype bfloat16, and how far apart engine and trainer may be: --weight-sync-tolerance 0.15, as for bf16. "
+    "(Where your SGLang can do it: --sglang-dtype float32.)"
 )
 """Its RMSNorm (0.5.17) "failed to dispatch data type Float", a minute into the start."""
 SHARED_AWAKE, SHARED_ASLEEP = 0.4, 0.7
