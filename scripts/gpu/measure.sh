@@ -27,8 +27,8 @@ measurement throughput 440 "sglang_throughput.py --rounds 3 --limit 200"
 for shape in 0.6B 4B 8B; do measurement sync-$shape 320 "sglang_sync.py $shape --limit 300"; done
 for model in dense moe; do measurement wire-$model 260 "sglang_conformance.py --models $model"; done
 measurement teacher 260 "sglang_teacher.py"
-measurement modes 580 "sglang_modes.py sync async-2 --steps 16 --warm 3 --limit 285"            # two GPUs
-measurement modes-more 580 "sglang_modes.py async-4 async-1 apart --steps 16 --warm 3 --limit 190" # two GPUs
+measurement modes 590 "sglang_modes.py decoupled-4 sync --steps 40 --warm 6 --lr 1e-6 --limit 285"         # two GPUs
+measurement modes-more 590 "sglang_modes.py decoupled-3 async-4 --steps 40 --warm 6 --lr 1e-6 --limit 285" # two GPUs
 measurement agent 230 "sglang_modes.py agent --steps 4 --warm 1 --limit 220"
 measurement agent-async 230 "sglang_modes.py agent-async --steps 4 --warm 1 --limit 220" # two GPUs
 
