@@ -9,6 +9,10 @@ Cases, each a process of its own with a limit of `--limit` seconds:
                  random weights, on made-up problems; the check of every weight sync is on
     moe          the same with a Qwen3-MoE of 1.4 billion parameters, asking for routed experts
     two          `dense` on two GPUs (executor local): two train ranks, a server beside each
+    tensor       the same with one server over both GPUs (tensor-parallel)
+    router       the same with two servers of one engine, behind SGLang's router (the package sglang-router)
+    ray          `two` on a Ray cluster of this machine
+    external     `dense` on one GPU; the server is one that runs already, on the other, and takes weights from disk
     torch        `dense` with the torch engine, for comparison
     torch-moe    `moe` with it
     killed       `dense`; in the middle of the second rollout its server is killed with SIGKILL
@@ -23,6 +27,7 @@ between engine (as it drew) and trainer (recomputed before it learns), over all 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import signal
@@ -31,17 +36,19 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from cases import Book, GpuWatch, descendants, keep_logs, options_of, out_folder, run_process, tail
 from main_job import RECIPE, ROOT, make_problems, overlay
-from servers import THROUGH_MILES
+from servers import THROUGH_MILES, serving
 from shapes import imported, make_checkpoint
 
 import miles
@@ -50,12 +57,25 @@ from miles.api import hookimpl, recorded_experts
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("0.6B", ()),
     "moe": ("moe", ("routes",)),
-    "two": ("0.6B", ("two",)),
+    "two": ("0.6B", ()),
+    "tensor": ("0.6B", ()),
+    "router": ("0.6B", ()),
+    "ray": ("0.6B", ()),
+    "external": ("0.6B", ("external",)),
     "torch": ("0.6B", ("torch",)),
     "torch-moe": ("moe", ("torch", "routes")),
     "killed": ("0.6B", ("kill",)),
 }
 """Name -> shape of the model, and what is special."""
+TWO = "--actor-num-gpus-per-node 2"
+WHERE = {
+    "two": TWO,
+    "tensor": f"{TWO} --rollout-num-gpus-per-engine 2",
+    "router": f"{TWO} --rollout-num-gpus-per-engine 2 --sglang-tp-size 1",
+    "ray": f"{TWO} --executor ray",
+    "external": "--executor inprocess --no-colocate --rollout-external --rollout-external-engine-addrs",
+}
+"""Flags of cases that are not one process; the last wants the server's URL after it."""
 SMALL = {"0.6B": "tiny", "moe": "tiny-moe"}
 PHASES = ("step", "generate", "rollout", "workers", "train", "move", "sync")
 SHARES = {"perf/overhead_share": "overhead_share", "perf/generate_tokens_per_second": "generate_tokens_per_second"}
@@ -204,18 +224,20 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
         train={"max_tokens_per_gpu": arguments.tokens, "gradient_checkpointing": False},
     )
     settings["data"]["sets"][0]["reward"] = "main_job:even"
-    torch_engine = "torch" in special
-    words = ["--rollout-engine", "torch" if torch_engine else arguments.engine, "--device", arguments.device]
-    words += ["--actor-num-gpus-per-node", "2"] if "two" in special else ["--executor", "inprocess"]
-    words += ["--max-restarts", "0", "--no-report"]
-    if not torch_engine:
-        words += server_flags(arguments)
-        words += (
-            ["--sglang-enable-return-routed-experts"] if "routes" in special and arguments.engine == "sglang" else []
-        )
+    words = ["--device", arguments.device, "--max-restarts", "0", "--no-report"]
+    words += WHERE.get(case, "--executor inprocess").split()
     watch = Watch(kill="kill" in special, routes="routes" in special)
-    start = time.perf_counter()
-    figures = trained(settings, words, watch, folder / case)
+    with ExitStack() as stack:
+        if "external" in special:
+            words.append(stack.enter_context(standing_server(arguments, checkpoint)))
+        elif "torch" in special:
+            words += ["--rollout-engine", "torch"]
+        else:
+            words += ["--rollout-engine", arguments.engine, *server_flags(arguments)]
+            if "routes" in special and arguments.engine == "sglang":
+                words.append("--sglang-enable-return-routed-experts")
+        start = time.perf_counter()
+        figures = trained(settings, words, watch, folder / case)
     return {
         "shape": shape,
         "job_seconds": time.perf_counter() - start,
@@ -227,6 +249,24 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
         "killed": watch.killed,
         "windows": {phase: watch.windows(phase) for phase in ("rollout", "train", "sync")},
     }
+
+
+@contextmanager
+def standing_server(arguments: argparse.Namespace, checkpoint: Path) -> Iterator[str]:
+    """Its URL. A thread waits for it and ends it: this one is the job's."""
+    on_gpu = arguments.device.startswith("cuda")
+    flags = ["--base-gpu-id", "1", *arguments.flags.replace("--sglang-", "--").split()] if on_gpu else []
+    server = serving("sglang", checkpoint, out_folder() / "job_external_server.log", flags)
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, daemon=True).start()
+    try:
+        url = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
+        try:
+            yield url
+        finally:
+            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
 
 
 def server_flags(arguments: argparse.Namespace) -> list[str]:

@@ -24,7 +24,7 @@ arrived: list[dict[str, Any]] = []
 
 
 async def take_bucket(service: Any, request: web.Request) -> web.Response:
-    [handle] = (await request.json())["serialized_named_tensors"]
+    handle, *_ = (await request.json())["serialized_named_tensors"]
     bucket = pickle.loads(base64.b64decode(handle))
     for place in bucket["metadata"]:
         part = bucket["flattened_tensor"][place.start_idx : place.end_idx]
