@@ -48,7 +48,7 @@ SERVER = {
     "enable_memory_saver": True,
 }
 """What the machine of these measurements has, and room for the model that scores."""
-PROMPTS, SAMPLES, PROMPT, RESPONSE = 64, 8, 200, 256
+PROMPTS, SAMPLES, PROMPT, RESPONSE = 32, 8, 200, 256
 """Prompts, samples of each, and the tokens of both."""
 EVERYTHING = frozenset({"weights", "kv_cache", "graphs"})
 

@@ -42,7 +42,7 @@ from miles_sglang.client import Client, MalformedError, PassingError
 from miles_sglang.external import RunningServer
 from miles_sglang.fleet import LONG, Fleet
 from miles_sglang.flights import Flight, Flights
-from miles_sglang.launch import own_servers
+from miles_sglang.launch import homes, own_servers
 from miles_sglang.models import misread
 from miles_sglang.options import ExternalOptions, SGLangOptions
 from miles_sglang.replies import Answer, Piece
@@ -423,6 +423,4 @@ class SGLangEngine:
             bodies = [{"serialized_named_tensors": of_one, **form} for of_one in handles]
             await sender.tell_each("/update_weights_from_tensor", bodies, LONG)
 
-        servers = len(sender.fleet.servers)
-        ranks = self.context.gpus // servers
-        await hand_over(payload, post, servers=servers, ranks=ranks, device=self.context.device)
+        await hand_over(payload, post, homes=homes(self.context, len(sender.fleet.servers)))

@@ -36,3 +36,11 @@ def own_servers(options: SGLangOptions, context: EngineContext) -> tuple[list[Se
         return servers, None
     urls, name = [server.url for server in servers], f"{engine}-router"
     return servers, RouterProcess(urls, logs / f"{name}.log", router_arguments(options), name=f"SGLang router {name}")
+
+
+def homes(context: EngineContext, servers: int) -> list[list[str]]:
+    """The device of each rank of each server, in the order in which `server_arguments` gives them out."""
+    kind, _, first = context.device.partition(":")
+    ranks = context.gpus // servers
+    each = [kind if kind == "cpu" else f"{kind}:{int(first or 0) + gpu}" for gpu in range(context.gpus)]
+    return [each[server * ranks : (server + 1) * ranks] for server in range(servers)]

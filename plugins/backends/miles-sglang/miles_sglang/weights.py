@@ -7,6 +7,8 @@ of SGLang 0.5.17 that this rests on:
 
 - A server opens a handle, copies, closes it, and waits for its stream before it answers: then a bucket may be filled
   anew. Each handle counts its readers, so every tensor-parallel rank of every server gets one of its own.
+- A rank whose memory can be released (the memory saver) cannot copy from another GPU: to CUDA that is an invalid
+  argument. So it finds the bucket on its own.
 - A handle names its GPU by UUID, because server and trainer may number theirs differently. The server's torch is
   patched to understand that; here the number is replaced while a handle is pickled, and nothing is patched.
 - Tensors are views of the bucket's bytes, so each starts at a multiple of 16. What says where (`metadata`) is read by
@@ -19,7 +21,7 @@ import asyncio
 import base64
 import io
 from collections.abc import Awaitable, Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -38,15 +40,15 @@ DEVICE = 6
 
 Handles = Sequence[Sequence[str]]
 """One for each tensor-parallel rank of each server, as `serialized_named_tensors` takes them."""
+Homes = Sequence[Sequence[str | None]]
+"""The device of each tensor-parallel rank of each server; None: where the weights come from."""
 
 
 async def hand_over(
     payload: Any,
     post: Callable[[Handles], Awaitable[Any]],
     *,
-    servers: int = 1,
-    ranks: int = 1,
-    device: str | None = None,
+    homes: Homes = ((None,),),
     limit: int = BUCKET,
 ) -> None:
     """Walk a payload to its end, bucket by bucket.
@@ -54,15 +56,14 @@ async def hand_over(
     Args:
         payload: groups of weights, or a `Shipment` of them. A group is never divided.
         post: gives handles to the servers, and returns when all of them have loaded what these hold.
-        ranks: tensor-parallel ranks of a server.
-        device: where buckets are made; where the weights are when not given.
+        homes: devices. Buckets are made at the first one and copied to the others.
 
     Raises:
         WeightSyncError: the payload holds none. Besides what `post` and the payload
             raise; servers may then hold a mixture.
     """
     loop, thread = asyncio.get_running_loop(), compute_thread()
-    parcels = _parcels(payload, servers, ranks, device, limit)
+    parcels = _parcels(payload, homes, limit)
     posted: asyncio.Future[Any] | None = None
     try:
         while (parcel := await loop.run_in_executor(thread, next, parcels, None)) is not None:
@@ -82,7 +83,7 @@ async def hand_over(
 
 @dataclass(frozen=True)
 class _Parcel:
-    bucket: Bucket
+    buckets: Sequence[Bucket]
     handles: Handles
 
     async def sent_by(self, post: Callable[[Handles], Awaitable[Any]]) -> None:
@@ -90,11 +91,18 @@ class _Parcel:
         await post(self.handles)
 
 
-def _parcels(payload: Any, servers: int, ranks: int, device: str | None, limit: int) -> Generator[_Parcel, None, None]:
+def _parcels(payload: Any, homes: Homes, limit: int) -> Generator[_Parcel, None, None]:
+    devices = dict.fromkeys(home for server in homes for home in server)
     with opened(payload) as groups:
-        for bucket in pack(groups, limit, device):
-            handles = [[handle_of(bucket) for _ in range(ranks)] for _ in range(servers)]
-            yield _Parcel(bucket, handles)
+        for bucket in pack(groups, limit, next(iter(devices))):
+            at = {device: bucket if device is None else _copied(bucket, device) for device in devices}
+            handles = [[handle_of(at[home]) for home in server] for server in homes]
+            yield _Parcel(list(at.values()), handles)
+
+
+def _copied(bucket: Bucket, device: str) -> Bucket:
+    """The bucket itself, where it is on this device. Who opens the handle of a copy waits for it on the GPU."""
+    return replace(bucket, bytes=bucket.bytes.to(device))
 
 
 def handle_of(bucket: Bucket) -> str:

@@ -1,12 +1,13 @@
 """From options to the words of a server's command line, from the command line of miles on."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from miles_sglang.arguments import router_arguments, server_arguments
 from miles_sglang.flags import arguments_of, words
-from miles_sglang.launch import own_servers
+from miles_sglang.launch import homes, own_servers
 from miles_sglang.options import SGLangOptions
 from miles_sglang.plugin import miles_configure
 
@@ -191,6 +192,13 @@ def test_an_engine_of_four_gpus_can_be_two_servers_behind_a_router(tmp_path, mon
     assert (len(whole), none, said(whole[0], "--tp-size")) == (1, None, "4")
     with pytest.raises(EngineError, match="4 GPUs cannot be divided into servers of 3"):
         own_servers(SGLangOptions(tp_size=3), context(tmp_path, gpus=4))
+
+
+def test_weights_go_to_the_gpus_that_servers_were_given():
+    four = context(gpus=4)
+    assert homes(replace(four, device="cuda"), 2) == [["cuda:0", "cuda:1"], ["cuda:2", "cuda:3"]]
+    assert homes(replace(four, device="cuda:4"), 1) == [["cuda:4", "cuda:5", "cuda:6", "cuda:7"]]
+    assert homes(replace(four, device="cpu"), 4) == [["cpu"]] * 4
 
 
 def said(service, flag):

@@ -120,16 +120,23 @@ def test_the_next_bucket_is_made_while_one_is_loaded_and_none_is_overwritten():
     assert len(server.buckets) == 6
 
 
-def test_every_rank_of_every_server_gets_a_handle_of_its_own():
-    seen = []
+def test_every_rank_of_every_server_gets_a_handle_of_a_bucket_on_its_own_device():
+    """torch takes `cpu:0` for another device than `cpu`."""
+    seen, memory = [], []
 
     async def post(handles):
         seen.extend(handles)
         for handle in (one for server in handles for one in server):
-            assert loaded(handle)[0]["w"].tolist() == [1.0, 2.0]
+            found, bytes_ = loaded(handle)
+            assert found["w"].tolist() == [1.0, 2.0]
+            memory.append(bytes_)
+        for bytes_ in memory:  # what one reads is changed where another reads the same
+            bytes_.add_(1)
 
-    asyncio.run(hand_over([{"w": torch.tensor([1.0, 2.0])}], post, servers=2, ranks=3))
-    assert [len(server) for server in seen] == [3, 3]
+    asyncio.run(hand_over([{"w": torch.tensor([1.0, 2.0])}], post, homes=[["cpu", "cpu:0"], ["cpu:0", "cpu:0"]]))
+    assert [len(server) for server in seen] == [2, 2]
+    start = int(torch.tensor([1.0]).view(torch.uint8)[3])
+    assert [int(bytes_[3]) - start for bytes_ in memory] == [1, 3, 3, 3]
 
 
 def test_another_process_reads_the_memory_itself():
