@@ -20,6 +20,8 @@ measurement() { LIMIT[$1]=$2 COMMAND[$1]=$3; }
 measurement cramped 200 "several.py cramped --steps 3 --limit 180"                   # two GPUs
 measurement cramped-compiled 460 "several.py cramped-compiled --steps 3 --limit 440" # two GPUs
 for job in dense moe torch torch-moe; do measurement $job 260 "sglang_job.py $job --limit 240"; done
+for job in external ray; do measurement $job 260 "sglang_job.py $job --limit 240"; done # two GPUs
+measurement fleet 500 "sglang_fleet.py tensor router"                                 # two GPUs
 measurement killed 345 "sglang_job.py killed --limit 330"
 measurement quickstart 420 "sglang_job.py quickstart --limit 280"
 measurement quickstart-64 420 "sglang_job.py quickstart --limit 280 --seed 2 --head-dim 64" # where heads of 32 are too small

@@ -7,8 +7,8 @@ of SGLang 0.5.17 that this rests on:
 
 - A server opens a handle, copies, closes it, and waits for its stream before it answers: then a bucket may be filled
   anew. Each handle counts its readers, so every tensor-parallel rank of every server gets one of its own.
-- A rank whose memory can be released (the memory saver) cannot copy from another GPU: to CUDA that is an invalid
-  argument. So it finds the bucket on its own.
+- A rank of a server that can sleep could not copy from another GPU: "invalid argument", said CUDA, probably since
+  memory that can be released is mapped for one GPU. So each finds the bucket on its own.
 - A handle names its GPU by UUID, because server and trainer may number theirs differently. The server's torch is
   patched to understand that; here the number is replaced while a handle is pickled, and nothing is patched.
 - Tensors are views of the bucket's bytes, so each starts at a multiple of 16. What says where (`metadata`) is read by
