@@ -24,7 +24,7 @@ from typing import Any
 
 SAFE = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 """Set in every process, those that start others in an environment of their own included."""
-LIBRARIES = ("torch", "transformers", "sglang", "sglang-kernel", "triton", "aiohttp")
+LIBRARIES = ("torch", "transformers", "sglang", "sglang-kernel", "sglang-router", "ray", "triton", "aiohttp")
 
 
 def safe_environment(**more: str) -> dict[str, str]:

@@ -47,7 +47,7 @@ SERVER = {
     "mem_fraction_static": 0.4,
     "enable_memory_saver": True,
 }
-"""What the machine of these measurements has, and room for the model that scores."""
+"""What works on the machine of these measurements, and room for the model that scores."""
 PROMPTS, SAMPLES, PROMPT, RESPONSE = 32, 8, 200, 256
 """Prompts, samples of each, and the tokens of both."""
 EVERYTHING = frozenset({"weights", "kv_cache", "graphs"})
@@ -72,7 +72,7 @@ class Trial:
         with watch.watching():
             results = await asyncio.gather(*(self.engine.generate(request) for request in requests(name)))
             end = time.time()
-            await asyncio.sleep(0.5)  # of utilisation, which is told late
+            await asyncio.sleep(0.5)  # nvidia-smi reports utilisation late
         tokens = sum(len(result.tokens) for result in results)
         said = {
             "tok/s": tokens / (end - start),
@@ -106,11 +106,11 @@ class Trial:
         """Kill a server under its requests, wait until the engine says so, and start it again."""
         lost = asyncio.gather(*(self.engine.generate(r) for r in requests("lost")), return_exceptions=True)
         await asyncio.sleep(1.0)
-        self.figures["killed"] = kill_server()
+        self.figures["killed"] = str(kill_server())
         ends = await lost
         self.figures["lost"] = sum(isinstance(end, EngineLostError) for end in ends)
         self.figures["other errors"] = sorted({repr(end)[:200] for end in ends if type(end) not in EXPECTED})
-        await self.engine.restart()
+        await self.timed("restart", self.engine.restart())
 
 
 EXPECTED = (EngineLostError, GenerateResult)
@@ -156,15 +156,14 @@ async def trial(case: str, arguments: argparse.Namespace, folder: Path) -> dict[
         await one.draw("synced", old=model)
         if on_gpu:
             await one.timed("sleep", engine.sleep(EVERYTHING))
-            one.figures["asleep_mib"] = torch.cuda.mem_get_info(0)[1] / 2**20 - torch.cuda.mem_get_info(0)[0] / 2**20
             await one.timed("wake", engine.wake(EVERYTHING))
             await one.push()
             await one.draw("awake")
-        await one.timed("restart", one.restart())
+        await one.restart()
         await one.push()
         await one.draw("restarted", old=model)
         return one.figures | {"health": str(await engine.health()), "bytes": sum(w.nbytes for w in model.parameters())}
-    except BaseException as error:
+    except Exception as error:
         one.figures["error"] = repr(error)[:1500]
         return one.figures
     finally:

@@ -9,8 +9,6 @@ Cases, each a process of its own with a limit of `--limit` seconds:
                  random weights, on made-up problems; the check of every weight sync is on
     moe          the same with a Qwen3-MoE of 1.4 billion parameters, asking for routed experts
     two          `dense` on two GPUs (executor local): two train ranks, a server beside each
-    tensor       the same with one server over both GPUs (tensor-parallel)
-    router       the same with two servers of one engine, behind SGLang's router (the package sglang-router)
     ray          `two` on a Ray cluster of this machine
     external     `dense` on one GPU; the server is one that runs already, on the other, and takes weights from disk
     torch        `dense` with the torch engine, for comparison
@@ -36,12 +34,10 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -58,8 +54,6 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("0.6B", ()),
     "moe": ("moe", ("routes",)),
     "two": ("0.6B", ()),
-    "tensor": ("0.6B", ()),
-    "router": ("0.6B", ()),
     "ray": ("0.6B", ()),
     "external": ("0.6B", ("external",)),
     "torch": ("0.6B", ("torch",)),
@@ -70,8 +64,6 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 TWO = "--actor-num-gpus-per-node 2"
 WHERE = {
     "two": TWO,
-    "tensor": f"{TWO} --rollout-num-gpus-per-engine 2",
-    "router": f"{TWO} --rollout-num-gpus-per-engine 2 --sglang-tp-size 1",
     "ray": f"{TWO} --executor ray",
     "external": "--executor inprocess --no-colocate --rollout-external --rollout-external-engine-addrs",
 }
@@ -212,8 +204,8 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     """Run one job in this process; everything that is known of it."""
     shape, special = CASES[case]
     shape = SMALL[shape] if arguments.small else shape
-    checkpoint = folder / "model"
-    make_checkpoint(checkpoint, shape, "cuda" if arguments.device.startswith("cuda") else "cpu")
+    if not arguments.server:
+        make_model(arguments, shape, folder)
     make_problems(folder)
     settings = overlay(
         folder,
@@ -226,18 +218,17 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     settings["data"]["sets"][0]["reward"] = "main_job:even"
     words = ["--device", arguments.device, "--max-restarts", "0", "--no-report"]
     words += WHERE.get(case, "--executor inprocess").split()
+    if "external" in special:
+        words.append(arguments.server)
+    elif "torch" in special:
+        words += ["--rollout-engine", "torch"]
+    else:
+        words += ["--rollout-engine", arguments.engine, *server_flags(arguments)]
+        if "routes" in special and arguments.engine == "sglang":
+            words.append("--sglang-enable-return-routed-experts")
     watch = Watch(kill="kill" in special, routes="routes" in special)
-    with ExitStack() as stack:
-        if "external" in special:
-            words.append(stack.enter_context(standing_server(arguments, checkpoint)))
-        elif "torch" in special:
-            words += ["--rollout-engine", "torch"]
-        else:
-            words += ["--rollout-engine", arguments.engine, *server_flags(arguments)]
-            if "routes" in special and arguments.engine == "sglang":
-                words.append("--sglang-enable-return-routed-experts")
-        start = time.perf_counter()
-        figures = trained(settings, words, watch, folder / case)
+    start = time.perf_counter()
+    figures = trained(settings, words, watch, folder / case)
     return {
         "shape": shape,
         "job_seconds": time.perf_counter() - start,
@@ -251,22 +242,8 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     }
 
 
-@contextmanager
-def standing_server(arguments: argparse.Namespace, checkpoint: Path) -> Iterator[str]:
-    """Its URL. A thread waits for it and ends it: this one is the job's."""
-    on_gpu = arguments.device.startswith("cuda")
-    flags = ["--base-gpu-id", "1", *arguments.flags.replace("--sglang-", "--").split()] if on_gpu else []
-    server = serving("sglang", checkpoint, out_folder() / "job_external_server.log", flags)
-    loop = asyncio.new_event_loop()
-    Thread(target=loop.run_forever, daemon=True).start()
-    try:
-        url = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result()
-        try:
-            yield url
-        finally:
-            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
+def make_model(arguments: argparse.Namespace, shape: str, folder: Path) -> None:
+    make_checkpoint(folder / "model", shape, "cuda" if arguments.device.startswith("cuda") else "cpu")
 
 
 def server_flags(arguments: argparse.Namespace) -> list[str]:
@@ -319,9 +296,11 @@ def run_case(case: str, arguments: argparse.Namespace, rest: Sequence[str]) -> d
         folder, log = Path(name), out_folder() / f"job_{case}.log"
         watch = GpuWatch()
         with watch.watching():
-            code, seconds = run_process(
-                [sys.executable, __file__, case, "--child", folder, *rest], log, arguments.limit
-            )
+            words = [sys.executable, __file__, case, "--child", folder, *rest]
+            if "external" in CASES[case][1]:
+                code, seconds = asyncio.run(beside_server(words, log, arguments, folder))
+            else:
+                code, seconds = run_process(words, log, arguments.limit)
         keep_logs(folder / case, f"job_{case}")
         figures: dict[str, Any] = {"code": code, "seconds": seconds, "gpu_peak_mib": watch.peak_mib()}
         found = folder / "figures.json"
@@ -335,6 +314,15 @@ def run_case(case: str, arguments: argparse.Namespace, rest: Sequence[str]) -> d
         if "error" in figures:
             figures["said"] = tail(log)
         return figures
+
+
+async def beside_server(words: list[Any], log: Path, arguments: argparse.Namespace, folder: Path) -> tuple[int, float]:
+    """`run_process`, and a server that runs before and after it, on the second GPU."""
+    flags = ["--base-gpu-id", "1"] if arguments.device.startswith("cuda") else []
+    flags += arguments.flags.replace("--sglang-", "--").split()
+    make_model(arguments, "tiny" if arguments.small else "0.6B", folder)
+    async with serving("sglang", folder / "model", out_folder() / "job_external_server.log", flags) as url:
+        return await asyncio.to_thread(run_process, [*words, "--server", url], log, arguments.limit)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -436,6 +424,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, help="of the quickstart's model, where 32 is too few for a kernel")
     parser.add_argument("--limit", type=float, default=200, help="seconds after which a case is killed")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--server", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         figures = child(arguments.cases[0], arguments, arguments.child)

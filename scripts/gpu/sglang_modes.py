@@ -21,10 +21,10 @@ A server that generates for a trainer on another GPU gets 256 requests at a time
 there by default, and without them a step of such a small model takes several times as long. In `fully_async` it gathers
 prompts (`GATHER`): answers end one by one, and a prefill for each prompt that follows one interrupts all others.
 
-Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint, and without those whose
-batches wait while nothing more is generated: N more in `async-N`. So are the seconds of a step and of its phases, on
-average, of which `rollout` is how long the trainer waits for a batch. Batches come in bursts of N + 1 there: count a
-multiple of that. `idle` is 1 - utilisation.gpu of NVML in that time, over all GPUs;
+Steps an hour are of the steps after `--warm`, without the last one, which saves a checkpoint, and without those for
+which no new prompts are begun (N more in `async-N` and `decoupled-N`). So are the seconds of a step and of its phases,
+on average, of which `rollout` is how long the trainer waits for a batch. Batches come in bursts of N + 1 there: whole
+bursts are counted. `idle` is 1 - utilisation.gpu of NVML in that time, over all GPUs;
 `tok/s` is of engines while they generate. `abs_diff` is how far the log-probabilities of trainer and engine are apart,
 as in every run; under `fully_async` tokens of older weights count in it.
 """
@@ -138,7 +138,11 @@ def run_case(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     keep_logs(folder / case, f"modes_{case}")
     figures: dict[str, Any] = {"code": code, "seconds": seconds, "gpu_peak_mib": watch.peak_mib()}
     figures |= {"error": f"status {code}", "said": tail(log)} if code else {}
-    first, last = min(arguments.warm, arguments.steps - 2), max(ended, default=0) - (0 if code else 1 + ahead(case))
+    first, last = (
+        min(arguments.warm, arguments.steps - 2),
+        min(max(ended, default=0), arguments.steps - 1 - ahead(case)),
+    )
+    last -= max(last - first, 0) % (1 + ahead(case))
     if first in ended and last > first:
         figures["steps_per_hour"] = 3600 * (last - first) / (ended[last] - ended[first])
         figures["idle"] = watch.idle([(ended[first], ended[last])])
@@ -149,9 +153,11 @@ def run_case(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str
 
 
 def ahead(case: str) -> int:
-    """How many batches may wait for the trainer at the end."""
+    """How many batches may be begun before the trainer wants them."""
     words = CASES[case]
-    return int(words[words.index("--max-weight-staleness") + 1]) if "fully_async" in words else "one_step_off" in words
+    if "fully_async" in words:
+        return int(words[words.index("--max-weight-staleness") + 1])
+    return int("one_step_off" in words)
 
 
 def told(steps: list[dict[str, float]], counted: list[dict[str, float]]) -> dict[str, Any]:

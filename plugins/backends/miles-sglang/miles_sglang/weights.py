@@ -77,6 +77,7 @@ async def hand_over(
     finally:
         if posted is not None:  # servers read its bucket
             await asyncio.gather(posted, return_exceptions=True)
+        parcel = None
         await loop.run_in_executor(thread, parcels.close)
         await loop.run_in_executor(thread, _give_back)
 
@@ -95,14 +96,18 @@ def _parcels(payload: Any, homes: Homes, limit: int) -> Generator[_Parcel, None,
     devices = dict.fromkeys(home for server in homes for home in server)
     with opened(payload) as groups:
         for bucket in pack(groups, limit, next(iter(devices))):
-            at = {device: bucket if device is None else _copied(bucket, device) for device in devices}
+            at = {device: bucket if device is None else _copied(bucket, device, limit) for device in devices}
             handles = [[handle_of(at[home]) for home in server] for server in homes]
             yield _Parcel(list(at.values()), handles)
 
 
-def _copied(bucket: Bucket, device: str) -> Bucket:
+def _copied(bucket: Bucket, device: str, limit: int) -> Bucket:
     """The bucket itself, where it is on this device. Who opens the handle of a copy waits for it on the GPU."""
-    return replace(bucket, bytes=bucket.bytes.to(device))
+    if bucket.bytes.device == torch.device(device):
+        return bucket
+    size = len(bucket.bytes)
+    whole = torch.empty(max(limit, size), dtype=torch.uint8, device=device)  # of one size: the next has its memory
+    return replace(bucket, bytes=whole[:size].copy_(bucket.bytes))
 
 
 def handle_of(bucket: Bucket) -> str:

@@ -133,7 +133,8 @@ def test_every_rank_of_every_server_gets_a_handle_of_a_bucket_on_its_own_device(
         for bytes_ in memory:  # what one reads is changed where another reads the same
             bytes_.add_(1)
 
-    asyncio.run(hand_over([{"w": torch.tensor([1.0, 2.0])}], post, homes=[["cpu", "cpu:0"], ["cpu:0", "cpu:0"]]))
+    homes = [["cpu", "cpu:0"], ["cpu:0", "cpu:0"]]
+    asyncio.run(hand_over([{"w": torch.tensor([1.0, 2.0])}], post, homes=homes, limit=64))
     assert [len(server) for server in seen] == [2, 2]
     start = int(torch.tensor([1.0]).view(torch.uint8)[3])
     assert [int(bytes_[3]) - start for bytes_ in memory] == [1, 3, 3, 3]
