@@ -18,10 +18,17 @@ from pathlib import Path
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 from cases import end_group, safe_environment, tail
+from miles_sglang.flags import words
 
 HERE = "127.0.0.1"
-SGLANG = "--sampling-backend pytorch --grammar-backend none --disable-piecewise-cuda-graph --log-level warning"
+OPTIONS = {
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "disable_piecewise_cuda_graph": True,
+    "log_level": "warning",
+}
 """Beside what a script adds: what the machine of these measurements has."""
+SGLANG = " ".join(words(OPTIONS))
 THROUGH_MILES = SGLANG.replace("--", "--sglang-")
 """The same for servers that miles starts."""
 

@@ -1,6 +1,6 @@
 """One engine on two GPUs: an SGLang server over both (tensor-parallel), or two servers behind SGLang's router.
 
-    python scripts/gpu/sglang_fleet.py tensor router [--shape 0.6B] [--flags "attention_backend=triton"]
+    python scripts/gpu/sglang_fleet.py tensor router [--shape 0.6B]
     PYTHONPATH=$PWD/scripts/gpu/stand_in python scripts/gpu/sglang_fleet.py tensor --shape tiny --device cpu   # no GPU
 
 The engine `sglang`, by itself: it draws answers, which transformers scores with the weights that the engine should
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import random
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from cases import Book, GpuWatch, keep_logs
+from servers import OPTIONS
 from sglang_job import kill_server
 from shapes import make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -38,16 +38,8 @@ from miles.testing.contract import installed
 
 CASES = {"tensor": 2, "router": 1}
 """Name -> GPUs of a server."""
-SERVER = {
-    "attention_backend": "triton",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "disable_piecewise_cuda_graph": True,
-    "log_level": "warning",
-    "mem_fraction_static": 0.4,
-    "enable_memory_saver": True,
-}
-"""What works on the machine of these measurements, and room for the model that scores."""
+SERVER = {**OPTIONS, "attention_backend": "triton", "mem_fraction_static": 0.4}
+"""With room for the model that scores."""
 PROMPTS, SAMPLES, PROMPT, RESPONSE = 32, 8, 200, 256
 """Prompts, samples of each, and the tokens of both."""
 EVERYTHING = frozenset({"weights", "kv_cache", "graphs"})
@@ -143,7 +135,6 @@ async def trial(case: str, arguments: argparse.Namespace, folder: Path) -> dict[
     context = tiny.engine_context(plugins, config, folder / "model")
     context = replace(context, device=arguments.device, dtype="bf16", run_dir=folder, gpus=2, sleeps=True)
     options = {**(SERVER if on_gpu else {}), "tp_size": CASES[case]}
-    options |= dict(flag.split("=", 1) for flag in arguments.flags.split())
     engine = plugins.build("rollout_engines", Spec(name="sglang", options=options), context=context)
     one = Trial(engine, model, arguments.device)
     try:
@@ -176,10 +167,8 @@ def main() -> None:
     parser.add_argument("cases", nargs="+", choices=CASES)
     parser.add_argument("--shape", default="0.6B")
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--flags", default="", help="options of the engine, KEY=VALUE")
     arguments = parser.parse_args()
     book = Book(f"fleet_{'_'.join(arguments.cases)}")
-    os.environ |= {"NCCL_NVLS_ENABLE": "0"}
     for case in arguments.cases:
         with tempfile.TemporaryDirectory(prefix=f"{case}-") as name:
             book.case(case, lambda case=case, name=name: asyncio.run(trial(case, arguments, Path(name))))

@@ -202,10 +202,9 @@ def coverage(samples: Sequence[Any]) -> dict[str, Any]:
 
 def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run one job in this process; everything that is known of it."""
-    shape, special = CASES[case]
-    shape = SMALL[shape] if arguments.small else shape
-    if not arguments.server:
-        make_model(arguments, shape, folder)
+    shape, special = shape_of(case, arguments), CASES[case][1]
+    if "external" not in special:
+        make_model(shape, arguments, folder)
     make_problems(folder)
     settings = overlay(
         folder,
@@ -242,7 +241,12 @@ def child(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str, A
     }
 
 
-def make_model(arguments: argparse.Namespace, shape: str, folder: Path) -> None:
+def shape_of(case: str, arguments: argparse.Namespace) -> str:
+    shape, _ = CASES[case]
+    return SMALL[shape] if arguments.small else shape
+
+
+def make_model(shape: str, arguments: argparse.Namespace, folder: Path) -> None:
     make_checkpoint(folder / "model", shape, "cuda" if arguments.device.startswith("cuda") else "cpu")
 
 
@@ -298,6 +302,7 @@ def run_case(case: str, arguments: argparse.Namespace, rest: Sequence[str]) -> d
         with watch.watching():
             words = [sys.executable, __file__, case, "--child", folder, *rest]
             if "external" in CASES[case][1]:
+                make_model(shape_of(case, arguments), arguments, folder)
                 code, seconds = asyncio.run(beside_server(words, log, arguments, folder))
             else:
                 code, seconds = run_process(words, log, arguments.limit)
@@ -320,7 +325,6 @@ async def beside_server(words: list[Any], log: Path, arguments: argparse.Namespa
     """`run_process`, and a server that runs before and after it, on the second GPU."""
     flags = ["--base-gpu-id", "1"] if arguments.device.startswith("cuda") else []
     flags += arguments.flags.replace("--sglang-", "--").split()
-    make_model(arguments, "tiny" if arguments.small else "0.6B", folder)
     async with serving("sglang", folder / "model", out_folder() / "job_external_server.log", flags) as url:
         return await asyncio.to_thread(run_process, [*words, "--server", url], log, arguments.limit)
 

@@ -138,11 +138,9 @@ def run_case(case: str, arguments: argparse.Namespace, folder: Path) -> dict[str
     keep_logs(folder / case, f"modes_{case}")
     figures: dict[str, Any] = {"code": code, "seconds": seconds, "gpu_peak_mib": watch.peak_mib()}
     figures |= {"error": f"status {code}", "said": tail(log)} if code else {}
-    first, last = (
-        min(arguments.warm, arguments.steps - 2),
-        min(max(ended, default=0), arguments.steps - 1 - ahead(case)),
-    )
-    last -= max(last - first, 0) % (1 + ahead(case))
+    first, burst = min(arguments.warm, arguments.steps - 2), 1 + ahead(case)
+    last = min(max(ended, default=0), arguments.steps - burst)
+    last -= max(last - first, 0) % burst
     if first in ended and last > first:
         figures["steps_per_hour"] = 3600 * (last - first) / (ended[last] - ended[first])
         figures["idle"] = watch.idle([(ended[first], ended[last])])

@@ -41,7 +41,7 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
         "load_format": "auto" if context.load_weights else "dummy",
         "skip_tokenizer_init": context.tokenizer is None,
         "tp_size": tp_size,
-        "base_gpu_id": int(context.device.partition(":")[2] or 0) + index * tp_size,
+        "base_gpu_id": first_gpu(context) + index * tp_size,
         "mem_fraction_static": (SHARED_ASLEEP if context.sleeps else SHARED_AWAKE) if context.shares else None,
         "enable_memory_saver": sleeps,
         # Graphs of prefill are `breakable` by default, and a server with these does not start where graphs can sleep.
@@ -52,6 +52,11 @@ def server_arguments(options: SGLangOptions, context: EngineContext, tp_size: in
         "log_level_http": "warning",
         **given,
     }
+
+
+def first_gpu(context: EngineContext) -> int:
+    """Of an engine; the others follow it."""
+    return int(context.device.partition(":")[2] or 0)
 
 
 def router_arguments(options: SGLangOptions) -> dict[str, Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from miles.api import EngineContext, EngineError
-from miles_sglang.arguments import router_arguments, server_arguments
+from miles_sglang.arguments import first_gpu, router_arguments, server_arguments
 from miles_sglang.options import SGLangOptions
 from miles_sglang.router import RouterProcess
 from miles_sglang.server import ServerProcess
@@ -40,7 +40,6 @@ def own_servers(options: SGLangOptions, context: EngineContext) -> tuple[list[Se
 
 def homes(context: EngineContext, servers: int) -> list[list[str]]:
     """The device of each rank of each server, in the order in which `server_arguments` gives them out."""
-    kind, _, first = context.device.partition(":")
-    ranks = context.gpus // servers
-    each = [kind if kind == "cpu" else f"{kind}:{int(first or 0) + gpu}" for gpu in range(context.gpus)]
+    kind, first, ranks = context.device.partition(":")[0], first_gpu(context), context.gpus // servers
+    each = [kind if kind == "cpu" else f"{kind}:{first + gpu}" for gpu in range(context.gpus)]
     return [each[server * ranks : (server + 1) * ranks] for server in range(servers)]

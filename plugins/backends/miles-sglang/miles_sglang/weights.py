@@ -40,15 +40,15 @@ DEVICE = 6
 
 Handles = Sequence[Sequence[str]]
 """One for each tensor-parallel rank of each server, as `serialized_named_tensors` takes them."""
-Homes = Sequence[Sequence[str | None]]
-"""The device of each tensor-parallel rank of each server; None: where the weights come from."""
+Homes = Sequence[Sequence[str]]
+"""The device of each tensor-parallel rank of each server."""
 
 
 async def hand_over(
     payload: Any,
     post: Callable[[Handles], Awaitable[Any]],
     *,
-    homes: Homes = ((None,),),
+    homes: Homes,
     limit: int = BUCKET,
 ) -> None:
     """Walk a payload to its end, bucket by bucket.
@@ -56,7 +56,7 @@ async def hand_over(
     Args:
         payload: groups of weights, or a `Shipment` of them. A group is never divided.
         post: gives handles to the servers, and returns when all of them have loaded what these hold.
-        homes: devices. Buckets are made at the first one and copied to the others.
+        homes: buckets are made at the first of these devices, and copied to the others.
 
     Raises:
         WeightSyncError: the payload holds none. Besides what `post` and the payload
@@ -93,10 +93,10 @@ class _Parcel:
 
 
 def _parcels(payload: Any, homes: Homes, limit: int) -> Generator[_Parcel, None, None]:
-    devices = dict.fromkeys(home for server in homes for home in server)
+    devices = {home for server in homes for home in server}
     with opened(payload) as groups:
-        for bucket in pack(groups, limit, next(iter(devices))):
-            at = {device: bucket if device is None else _copied(bucket, device, limit) for device in devices}
+        for bucket in pack(groups, limit, homes[0][0]):
+            at = {device: _copied(bucket, device, limit) for device in devices}
             handles = [[handle_of(at[home]) for home in server] for server in homes]
             yield _Parcel(list(at.values()), handles)
 

@@ -26,6 +26,8 @@ GROUPS = [
 ]
 """Sizes and types that leave whatever follows at every kind of offset."""
 
+ONE = [["cpu"]]
+"""A server of one rank."""
 ALLOWED = (
     "builtins.", "collections.", "copyreg.", "functools.", "types.", "torch.",
     "multiprocessing.resource_sharer.", "multiprocessing.reduction.",
@@ -85,7 +87,7 @@ def sent(groups, limit, **failures):
     """What a server holds after a sync, and what happened in which order."""
     events = []
     server = Server(events, failures.get("server"))
-    asyncio.run(hand_over(stream(groups, events, failures.get("trainer")), server.post, limit=limit))
+    asyncio.run(hand_over(stream(groups, events, failures.get("trainer")), server.post, homes=ONE, limit=limit))
     return server, events
 
 
@@ -168,7 +170,7 @@ def failing(groups, **failures):
     events = []
     server = Server(events, failures.get("server"))
     with pytest.raises(RuntimeError) as caught:
-        asyncio.run(hand_over(stream(groups, events, failures.get("trainer")), server.post, limit=16))
+        asyncio.run(hand_over(stream(groups, events, failures.get("trainer")), server.post, homes=ONE, limit=16))
     return str(caught.value), events, server
 
 
@@ -201,7 +203,7 @@ def test_a_sync_that_is_broken_off_waits_for_the_server_and_closes():
     server = Server(events)
 
     async def story():
-        task = asyncio.create_task(hand_over(stream(SIX, events), server.post, limit=16))
+        task = asyncio.create_task(hand_over(stream(SIX, events), server.post, homes=ONE, limit=16))
         while "load 0" not in events:
             await asyncio.sleep(0.001)
         task.cancel()
@@ -217,7 +219,7 @@ def test_a_sync_without_weights_is_refused():
         raise AssertionError("nothing is to be posted")
 
     with pytest.raises(WeightSyncError, match="brought no weights"):
-        asyncio.run(hand_over([], post))
+        asyncio.run(hand_over([], post, homes=ONE))
 
 
 # ----------------------------------------------------------------------------------------------------------------- GPUs
