@@ -7,18 +7,19 @@ import json
 import sys
 from pathlib import Path
 
+LABELS = {"heldout": "greedy", "heldout_sampled": "sampled"}
+
 
 def show(run: Path) -> str:
     summary = json.loads((run / "summary.json").read_text())
-    sets = summary["evaluation"]
     lines = [f"\n{'held-out accuracy':<20}{'before RL':>12}{'after RL':>12}"]
-    for name, label in (("heldout", "greedy"), ("heldout_sampled", "sampled")):
-        first, last = (sets[name][when]["accuracy"] for when in ("first", "last"))
-        lines.append(f"{label:<20}{first:>12.3f}{last:>12.3f}")
+    for name, said in summary["evaluation"].items():  # none, in a run that was told to leave it out
+        first, last = (said[when]["accuracy"] for when in ("first", "last"))
+        lines.append(f"{LABELS.get(name, name):<20}{first:>12.3f}{last:>12.3f}")
     lines.append(f"\n{summary['steps']} steps in {summary['seconds']:.0f} seconds; everything is in {run.resolve()}")
     lines.append("\nsome answers of the last step:")
-    newest = max((run / "rollouts").iterdir())
-    samples = [json.loads(line) for line in newest.read_text().splitlines()]
+    newest = max((run / "rollouts").glob("*.jsonl"), default=None)
+    samples = [json.loads(line) for line in newest.read_text().splitlines()] if newest else []
     for sample in samples[:: max(len(samples) // 5, 1)][:5]:
         verdict = "right" if sample["reward"] == 1 else f"wrong, {sample['label']} is right"
         lines.append(f"    {sample['prompt']}{sample['response']:<8} {verdict}")

@@ -1,9 +1,12 @@
 """examples/quickstart/run.sh: which commands it gives, by a `miles` and a `python` that write down their words; the
-latter makes a folder where data are asked for."""
+latter makes a folder where data are asked for. And what its show.py says of a run."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,22 @@ def test_what_it_refuses(run, words, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert commands == []
+
+
+def test_what_was_learned_is_shown_also_of_runs_that_evaluate_nothing_or_keep_no_samples(tmp_path):
+    def shown(evaluation, samples):
+        (tmp_path / "rollouts").mkdir(exist_ok=True)
+        summary = {"steps": 4, "seconds": 8.0, "evaluation": evaluation}
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        for step, sample in samples.items():
+            (tmp_path / "rollouts" / f"step_00000{step}.jsonl").write_text(json.dumps(sample) + "\n")
+        words = [sys.executable, EXAMPLE / "show.py", tmp_path]
+        return subprocess.run(words, text=True, capture_output=True, check=True).stdout
+
+    bare = shown({}, {})
+    assert "4 steps in 8 seconds" in bare
+    assert "greedy" not in bare
+    answer = {"prompt": "1+2=", "response": "4", "label": "3", "reward": 0}
+    whole = shown({"heldout": {when: {"accuracy": 0.25} for when in ("first", "last")}}, {1: {}, 2: answer})
+    assert re.search(r"greedy +0\.250 +0\.250\n", whole)
+    assert re.search(r"1\+2=4 +wrong, 3 is right", whole)
