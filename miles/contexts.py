@@ -66,6 +66,8 @@ class EngineContext:
     """It is put to sleep while the trainer works."""
     routed_experts: bool = False
     """Requests ask for the expert choices of their tokens."""
+    exact: bool = False
+    """An answer is to have the same bits whatever else is being generated, where the engine knows how."""
 
 
 @dataclass

@@ -356,8 +356,8 @@ class GenerateRequest:
     sampling: SamplingParams
     seed: int = 0
     """With the position of a token it decides its random draw: the same request gives the same output whatever else
-    the engine is doing, up to ties closer than floating-point error. (SGLang promises this only with deterministic
-    inference, and ignores the seed without.)"""
+    the engine is doing, up to ties closer than floating-point error, or to the bit (`EngineContext.exact`). (SGLang
+    promises this only with deterministic inference, and ignores the seed without.)"""
     routed_experts: bool = False
     multimodal: dict[str, Any] = field(default_factory=dict)
     priority: int = 0

@@ -77,6 +77,16 @@ def test_engines_know_whether_they_will_be_asked_for_expert_choices(replay):
 
 
 @pytest.mark.parametrize(
+    ("sections", "exact"),
+    [({}, False), ({"run": {"deterministic": True}}, True), ({"train": {"reproducible_ranks": 4}}, True)],
+)
+def test_engines_know_whether_every_bit_counts(registry, sections, exact):
+    config = Config.model_validate(sections)
+    setup = EngineSetup(config, config.rollout.engine, tiny.saved("qwen3"), "cpu", load_weights=True)
+    assert setup.context(registry).exact == exact
+
+
+@pytest.mark.parametrize(
     ("positions", "max_len", "length"), [(1000, None, 48), (30, None, 30), (30, 20, 20), (1000, 40, 40)]
 )
 def test_the_weight_probe_fits_model_and_engine(registry, positions, max_len, length):

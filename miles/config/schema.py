@@ -62,6 +62,11 @@ class Config(Section):
         return self.data.sets[0].sampling.temperature if self.data.sets else 1.0
 
     @property
+    def exact(self) -> bool:
+        """Whether two runs are to be compared bit for bit, at the price of speed."""
+        return self.run.deterministic or self.train.reproducible_ranks is not None
+
+    @property
     def on_policy(self) -> bool:
         """Whether all samples of a batch are drawn by the very weights that are trained on them."""
         in_waves = self.rollout.mode == "sync" and not self.rollout.partial_rollout

@@ -56,6 +56,7 @@ class EngineSetup:
             shares=self.shares,
             sleeps=self.sleeps,
             routed_experts="routed_experts" in needs_of(config, registry, "moe"),
+            exact=config.exact,
         )
 
 

@@ -34,8 +34,7 @@ def compiles(context: BackendContext) -> bool:
     config = context.config
     if config.train.compile is not None:
         return config.train.compile
-    exact = config.run.deterministic or config.train.reproducible_ranks is not None
-    return torch.device(context.device).type == "cuda" and not exact and _has_compilers()
+    return torch.device(context.device).type == "cuda" and not config.exact and _has_compilers()
 
 
 def _has_compilers() -> bool:

@@ -51,7 +51,7 @@ class PrefillAttention(_Cached):
         positions_T = starts_B[row_T] + step_T
         super().__init__(config, cache, (row_T + first_slot).to(device), positions_T.to(device))
         self.slots = slice(first_slot, first_slot + len(counts))
-        self.queries, self.keys = max(counts), max(ends)
+        self.queries, self.keys = cache.padded(max(counts)), min(cache.padded(max(ends)), cache.length)
         even = min(counts) == self.queries
         self.padded_T = None if even else (row_T * self.queries + step_T).to(device)
         self.masks = self._masks(starts_B.to(device)) if self._needs_mask(starts) else {}
@@ -100,7 +100,8 @@ class DecodeAttention(_Cached):
         """`even` says that all positions equal `keys - 1`, so that nothing needs to be masked."""
         count = len(positions_B)
         super().__init__(config, cache, torch.arange(count, device=positions_B.device), positions_B)
-        self.keys, self.even = keys, even
+        self.keys = min(cache.padded(keys), cache.length)
+        self.even = even and self.keys == keys
         group = config.num_heads // config.num_kv_heads
         self.kernel = _decode_kernel(config.head_dim, group) if cache.kv.is_cuda else None
         self.products = cache.kv.dtype == torch.float32 and cache.kv.device.type == "cpu"

@@ -133,11 +133,22 @@ class Attention(Protocol):
         """Keep which experts each token was routed to in each layer; layers without experts hold 0."""
 
 
+ROWS, BLOCK = 16, 32
+"""Where every bit counts: the fewest rows of a product, and what queries and keys are padded to. For fewer, BLAS on a
+CPU has other kernels, which round otherwise."""
+
+
+def at_least(x_TH: Tensor, rows: int) -> Tensor:
+    """With rows of zeros below if there are fewer."""
+    missing = rows - len(x_TH)
+    return F.pad(x_TH, (0, 0, 0, missing)) if missing > 0 else x_TH
+
+
 class Layer:
     """One block, as a function of its own weights."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], index: int):
-        self.config, self.index = config, index
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], index: int, rows: int):
+        self.config, self.index, self.rows = config, index, rows
         self.w = {n.removeprefix(f"layers.{index}."): t for n, t in weights.items() if n.startswith(f"layers.{index}.")}
         self.qkv_bias = self.w.get("qkv.bias")
         self.qk_norm_ND: Tensor | None = None
@@ -158,21 +169,27 @@ class Layer:
         """The block's output, and which experts were chosen, `[T, K]`, if it has any."""
         c, w = self.config, self.w
         normed = F.rms_norm(x_TH, (c.hidden_size,), w["attn_norm.weight"], c.rms_norm_eps)
-        qkv = F.linear(normed, w["qkv.weight"], self.qkv_bias).view(len(x_TH), -1, c.head_dim)
+        qkv = self._linear(normed, w["qkv.weight"], self.qkv_bias).view(len(x_TH), -1, c.head_dim)
         qk, v = qkv[:, : -c.num_kv_heads], qkv[:, -c.num_kv_heads :]
         if self.qk_norm_ND is not None:
             qk = F.rms_norm(qk, (c.head_dim,), None, c.rms_norm_eps) * self.qk_norm_ND
         qk = rotate(qk, *rope)
         attended = attention(self.index, qk[:, : c.num_heads], qk[:, c.num_heads :], v)
-        x_TH = torch.addmm(x_TH, attended, w["o.weight"].t())
+        x_TH = self._add_linear(x_TH, attended, w["o.weight"])
         if c.o_bias:
             x_TH = x_TH + w["o.bias"]
         normed = F.rms_norm(x_TH, (c.hidden_size,), w["mlp_norm.weight"], c.rms_norm_eps)
         if self.moe:
             mixed, chosen = self._mixture(normed)
             return x_TH + mixed, chosen
-        hidden = self._gated(F.linear(normed, w["gate_up.weight"]))
-        return torch.addmm(x_TH, hidden, w["down.weight"].t()), None
+        hidden = self._gated(self._linear(normed, w["gate_up.weight"]))
+        return self._add_linear(x_TH, hidden, w["down.weight"]), None
+
+    def _linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        return F.linear(at_least(x_TI, self.rows), weight_OI, bias_O)[: len(x_TI)]
+
+    def _add_linear(self, x_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+        return torch.addmm(at_least(x_TO, self.rows), at_least(x_TI, self.rows), weight_OI.t())[: len(x_TI)]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
@@ -181,14 +198,17 @@ class Layer:
     def _mixture(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's chosen experts, weighted; plus the gated shared expert."""
         c, w = self.config, self.w
-        scores = F.softmax(F.linear(x_TH, w["router.weight"]), -1, dtype=torch.float32)
+        scores = F.softmax(self._linear(x_TH, w["router.weight"]), -1, dtype=torch.float32)
         top_TK, chosen_TK = scores.topk(c.top_k_experts, -1)
         if c.norm_topk_prob:
             top_TK = top_TK / top_TK.sum(-1, keepdim=True)
         out = self._experts(x_TH, chosen_TK, top_TK.to(x_TH.dtype))
         if c.shared_intermediate_size:
-            shared = F.linear(self._gated(F.linear(x_TH, w["shared.gate_up.weight"])), w["shared.down.weight"])
-            out = out + F.sigmoid(F.linear(x_TH, w["shared_gate.weight"])) * shared
+            hidden = self._gated(self._linear(x_TH, w["shared.gate_up.weight"]))
+            shared = self._linear(hidden, w["shared.down.weight"])
+            # Row by row: a product of one column, or the sigmoid of one, rounds by where in it a row is.
+            gate = (x_TH * w["shared_gate.weight"]).sum(-1, keepdim=True)
+            out = out + F.sigmoid(gate.expand_as(shared)) * shared
         return out, chosen_TK
 
     def _experts(self, x_TH: Tensor, chosen_TK: Tensor, top_TK: Tensor) -> Tensor:
@@ -196,7 +216,8 @@ class Layer:
         sorted_, order = chosen_TK.flatten().sort(stable=True)
         ends_E = torch.searchsorted(sorted_, self._expert_ids(x_TH.device), right=True).to(torch.int32)
         x = x_TH[order // chosen_TK.shape[1]]
-        y = _grouped(self._gated(_grouped(x, self.w["experts.gate_up"], ends_E)), self.w["experts.down"], ends_E)
+        hidden = self._gated(self._grouped(x, self.w["experts.gate_up"], ends_E))
+        y = self._grouped(hidden, self.w["experts.down"], ends_E)
         back = torch.empty_like(y)
         back[order] = y
         return (back.view(*chosen_TK.shape, -1) * top_TK.unsqueeze(-1)).sum(1)
@@ -204,25 +225,30 @@ class Layer:
     def _expert_ids(self, device: torch.device) -> Tensor:
         return torch.arange(self.config.num_experts, device=device)
 
-
-def _grouped(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows `[ends[e-1], ends[e])` times expert `e`'s matrix, transposed."""
-    if x_MI.shape[1] * x_MI.element_size() % 16 == 0 and weight_EOI.shape[1] * x_MI.element_size() % 16 == 0:
-        return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
-    bounds = [0, *ends_E.tolist()]  # the kernel wants rows of whole 16 bytes
-    return torch.cat([F.linear(x_MI[a:b], w) for a, b, w in zip(bounds, bounds[1:], weight_EOI, strict=False)])
+    def _grouped(self, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+        """Rows `[ends[e-1], ends[e])` times expert `e`'s matrix, transposed."""
+        aligned = x_MI.shape[1] * x_MI.element_size() % 16 == 0 and weight_EOI.shape[1] * x_MI.element_size() % 16 == 0
+        if aligned and self.rows == 1:  # the kernel wants rows of whole 16 bytes
+            return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
+        bounds = [0, *ends_E.tolist()]
+        stretches = zip(bounds, bounds[1:], weight_EOI, strict=False)
+        return torch.cat([self._linear(x_MI[a:b], w) for a, b, w in stretches if a < b])
 
 
 class Decoder:
     """The model: weights under their `decoder` names, and the forward pass."""
 
-    def __init__(self, config: DecoderConfig, max_len: int, device: torch.device, dtype: torch.dtype):
-        """`max_len` is the longest sequence it will see; weights are uninitialised."""
+    def __init__(
+        self, config: DecoderConfig, max_len: int, device: torch.device, dtype: torch.dtype, exact: bool = False
+    ):
+        """`max_len` is the longest sequence it will see; weights are uninitialised. With `exact` what comes out for a
+        token has the same bits whatever else is computed with it, on a CPU."""
         if config.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"torch engine: hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}"
             )
         self.config, self.device, self.dtype = config, device, dtype
+        self.rows, self.block = (ROWS, BLOCK) if exact and device.type == "cpu" else (1, 1)
         self.rope = RotaryTable(config, max_len, device, dtype)
         shapes = weight_shapes(config)
         self.place({name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
@@ -231,7 +257,7 @@ class Decoder:
         """Use these tensors from now on. Nothing is copied."""
         self.weights = weights
         self.head_VH = weights["embed.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
-        self.layers = [Layer(self.config, weights, i) for i in range(self.config.num_layers)]
+        self.layers = [Layer(self.config, weights, i, self.rows) for i in range(self.config.num_layers)]
         self.refresh()
 
     def refresh(self) -> None:
@@ -255,4 +281,4 @@ class Decoder:
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """`[T, V]` float32."""
-        return F.linear(hidden_TH, self.head_VH).float()
+        return F.linear(at_least(hidden_TH, self.rows), self.head_VH)[: len(hidden_TH)].float()

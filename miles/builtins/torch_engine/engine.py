@@ -86,7 +86,7 @@ class TorchEngine:
     def _build(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device.index or 0)  # of this thread, which others had before
-        decoder = Decoder(self.config, self.budget.max_len, self.device, self.dtype)
+        decoder = Decoder(self.config, self.budget.max_len, self.device, self.dtype, self.context.exact)
         strings = StopStrings(self.context.tokenizer, self.config.vocab_size)
         options = self.options
         self.scheduler = Scheduler(decoder, self.budget, strings, options.max_prefill_tokens, options.cuda_graphs)

@@ -96,7 +96,7 @@ def draw(
         cut = truncate(shaped_BV[batch.truncated], *batch.limits)
         shaped_BV = shaped_BV.index_copy(0, batch.truncated, cut)
     log_probs_BV = shaped_BV.log_softmax(-1)
-    chosen_B = invert_cdf(log_probs_BV.exp(), uniform_B)
+    chosen_B = invert_cdf(shaped_BV.softmax(-1), uniform_B)
     if batch.greedy_B is None:
         return chosen_B, _pick(log_probs_BV, chosen_B)
     chosen_B = torch.where(batch.greedy_B, scores_BV.argmax(-1), chosen_B)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miles.builtins.torch_engine.decoder import Decoder
-from miles.builtins.torch_engine.kv_cache import KVCache, Memory
+from miles.builtins.torch_engine.kv_cache import KVCache, Memory, whole_blocks
 from miles.builtins.torch_engine.prefill import Piece, prefill
 
 ROWS = 1024
@@ -55,8 +55,9 @@ def _groups(jobs: Sequence[ScoreJob], max_tokens: int) -> Iterator[list[int]]:
 
 
 def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[Scores]:
-    longest = max(len(job.tokens) for job in jobs)
-    cache = KVCache(Memory(decoder.config, len(jobs) * longest, decoder.device, decoder.dtype), len(jobs), longest)
+    length = whole_blocks(max(len(job.tokens) for job in jobs), decoder.block)
+    memory = Memory(decoder.config, len(jobs) * length, decoder.device, decoder.dtype)
+    cache = KVCache(memory, len(jobs), length, decoder.block)
     pieces = [Piece(job.tokens) for job in jobs]
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in jobs]
     done = [0] * len(jobs)
@@ -74,13 +75,13 @@ def _read(decoder: Decoder, hidden_TH: Tensor, targets: list[int], job: ScoreJob
     """Given the hidden states that predict the targets: their log-probs `[T]`, or ids and log-probs of the likeliest
     tokens `[T, K]`, some rows at a time, on the CPU."""
     for start in range(0, len(targets), ROWS):
-        logits = decoder.logits(hidden_TH[start : start + ROWS]) / job.temperature
+        log_probs_TV = (decoder.logits(hidden_TH[start : start + ROWS]) / job.temperature).log_softmax(-1)
         if job.top:
-            values, ids = logits.log_softmax(-1).topk(job.top)
+            values, ids = log_probs_TV.topk(job.top)
             yield ids.cpu(), values.cpu()
         else:
-            wanted = torch.tensor(targets[start : start + ROWS], device=logits.device)[:, None]
-            yield ((logits.gather(-1, wanted) - logits.logsumexp(-1, keepdim=True))[:, 0].cpu(),)
+            wanted = torch.tensor(targets[start : start + ROWS], device=log_probs_TV.device)[:, None]
+            yield (log_probs_TV.gather(-1, wanted)[:, 0].cpu(),)
 
 
 def _joined(job: ScoreJob, parts: Sequence[tuple[Tensor, ...]]) -> Scores:

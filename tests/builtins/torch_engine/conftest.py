@@ -155,7 +155,9 @@ class LetterTokenizer:
         )
 
 
-def make_engine(model: nn.Module, checkpoint: Path | None = None, dtype: str = "fp32", **options: Any) -> TorchEngine:
+def make_engine(
+    model: nn.Module, checkpoint: Path | None = None, dtype: str = "fp32", exact: bool = False, **options: Any
+) -> TorchEngine:
     """Without weights, unless a checkpoint is given."""
     context = EngineContext(
         checkpoint=checkpoint or Path("."),
@@ -165,6 +167,7 @@ def make_engine(model: nn.Module, checkpoint: Path | None = None, dtype: str = "
         device="cpu",
         dtype=dtype,
         load_weights=checkpoint is not None,
+        exact=exact,
         run_dir=Path("."),
     )
     return TorchEngine(TorchEngineOptions(**options), context=context)
