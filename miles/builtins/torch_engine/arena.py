@@ -37,7 +37,7 @@ class Arena:
             with torch.inference_mode(False):
                 self._memory = Memory(self.decoder.config, slots * length, self.decoder.device, self.decoder.dtype)
         if (slots, length) not in self._cuts:
-            cache = KVCache(self._memory, slots, length, self.decoder.block)
+            cache = KVCache(self._memory, slots, length, self.decoder.exact)
             self._cuts[slots, length] = (cache, DecodeGraphs(self.decoder, cache) if self.use_graphs else None)
         self._current = self._cuts[slots, length]
 

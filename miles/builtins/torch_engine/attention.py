@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.builtins.torch_engine.decoder import DecoderConfig
+from miles.builtins.torch_engine.exact import attend
 from miles.builtins.torch_engine.kv_cache import KVCache
 
 
@@ -51,10 +52,11 @@ class PrefillAttention(_Cached):
         positions_T = starts_B[row_T] + step_T
         super().__init__(config, cache, (row_T + first_slot).to(device), positions_T.to(device))
         self.slots = slice(first_slot, first_slot + len(counts))
-        self.queries, self.keys = cache.padded(max(counts)), min(cache.padded(max(ends)), cache.length)
+        self.queries, self.keys = max(counts), max(ends)
         even = min(counts) == self.queries
         self.padded_T = None if even else (row_T * self.queries + step_T).to(device)
-        self.masks = self._masks(starts_B.to(device)) if self._needs_mask(starts) else {}
+        self.positions_BQ = (starts_B.unsqueeze(1) + torch.arange(self.queries)).to(device)
+        self.masks = self._masks() if self._needs_mask(starts) and not cache.exact else {}
 
     def _needs_mask(self, starts: Sequence[int]) -> bool:
         """Without cached prefixes plain causality is enough: a padded query is never read."""
@@ -63,10 +65,10 @@ class PrefillAttention(_Cached):
     def _windows(self) -> set[int | None]:
         return {self.config.window(layer) for layer in range(self.config.num_layers)}
 
-    def _masks(self, starts_B: Tensor) -> dict[int | None, Tensor]:
+    def _masks(self) -> dict[int | None, Tensor]:
         """For each window size, `[B, 1, Q, M]`: which keys a query sees."""
-        query_BQ1 = (starts_B.unsqueeze(1) + torch.arange(self.queries, device=starts_B.device)).unsqueeze(2)
-        key_M = torch.arange(self.keys, device=starts_B.device)
+        query_BQ1 = self.positions_BQ.unsqueeze(2)
+        key_M = torch.arange(self.keys, device=self.positions_BQ.device)
         causal = key_M <= query_BQ1
         return {
             window: (causal if window is None else causal & (key_M > query_BQ1 - window)).unsqueeze(1)
@@ -81,16 +83,22 @@ class PrefillAttention(_Cached):
         else:
             q_BQND = q_TND.new_zeros(self.slots.stop - self.slots.start, self.queries, heads, width)
             q_BQND.view(-1, heads, width).index_copy_(0, self.padded_T, q_TND)
+        out_TX = self._attend(layer, q_BQND).reshape(-1, heads * width)
+        return out_TX if self.padded_T is None else out_TX[self.padded_T]
+
+    def _attend(self, layer: int, q_BQND: Tensor) -> Tensor:
+        """`[B, Q, N, D]` or `[B, Q, N * D]`."""
+        window = self.config.window(layer)
         k, v = self.cache.kv[layer, :, self.slots, :, : self.keys]
-        mask = self.masks.get(self.config.window(layer))
-        group = heads // self.config.num_kv_heads
+        if self.cache.exact:
+            return attend(q_BQND, k, v, self.positions_BQ, window)
+        mask = self.masks.get(window)
+        group = q_BQND.shape[2] // self.config.num_kv_heads
         if mask is not None and group > 1:  # the fused kernels take a mask or groups of heads, not both
             k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-        out = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             q_BQND.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1
-        )
-        out_TX = out.transpose(1, 2).reshape(-1, heads * width)
-        return out_TX if self.padded_T is None else out_TX[self.padded_T]
+        ).transpose(1, 2)
 
 
 class DecodeAttention(_Cached):
@@ -100,13 +108,13 @@ class DecodeAttention(_Cached):
         """`even` says that all positions equal `keys - 1`, so that nothing needs to be masked."""
         count = len(positions_B)
         super().__init__(config, cache, torch.arange(count, device=positions_B.device), positions_B)
-        self.keys = min(cache.padded(keys), cache.length)
-        self.even = even and self.keys == keys
+        self.keys, self.even = keys, even
         group = config.num_heads // config.num_kv_heads
         self.kernel = _decode_kernel(config.head_dim, group) if cache.kv.is_cuda else None
         self.products = cache.kv.dtype == torch.float32 and cache.kv.device.type == "cpu"
         windows = {config.window(layer) for layer in range(config.num_layers)}
-        self.masks = {window: self._mask(window) for window in windows} if self.kernel is None else {}
+        masked = self.kernel is None and not cache.exact
+        self.masks = {window: self._mask(window) for window in windows} if masked else {}
 
     def _mask(self, window: int | None) -> Tensor | None:
         """Additive, `[B, 1, 1, M]`; `[B * N, 1, M]` for the path by products. None where all keys are seen."""
@@ -130,6 +138,9 @@ class DecodeAttention(_Cached):
         k, v = self.cache.kv[layer, :, :count, :, : self.keys]  # [B, N, M, D]
         if self.kernel is not None:
             return self.kernel(q_TND, k, v, self.positions_T, self.config.window(layer)).view(count, heads * width)
+        if self.cache.exact:
+            window, positions_B1 = self.config.window(layer), self.positions_T.unsqueeze(1)
+            return attend(q_TND.unsqueeze(1), k, v, positions_B1, window).squeeze(1)
         mask = self.masks[self.config.window(layer)]
         if not self.products:
             q = q_TND.view(count, kv_heads, -1, width)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miles.api import ConfigError
+from miles.builtins.torch_engine.exact import whole_rows
 from miles.builtins.torch_engine.rope import RotaryTable, rotate
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,6 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
+
+
+Pad = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,22 +137,15 @@ class Attention(Protocol):
         """Keep which experts each token was routed to in each layer; layers without experts hold 0."""
 
 
-ROWS, BLOCK = 16, 32
-"""Where every bit counts: the fewest rows of a product, and what queries and keys are padded to. For fewer, BLAS on a
-CPU has other kernels, which round otherwise."""
-
-
-def at_least(x_TH: Tensor, rows: int) -> Tensor:
-    """With rows of zeros below if there are fewer."""
-    missing = rows - len(x_TH)
-    return F.pad(x_TH, (0, 0, 0, missing)) if missing > 0 else x_TH
+def _as_it_is(x_TH: Tensor) -> Tensor:
+    return x_TH
 
 
 class Layer:
     """One block, as a function of its own weights."""
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], index: int, rows: int):
-        self.config, self.index, self.rows = config, index, rows
+    def __init__(self, config: DecoderConfig, weights: Mapping[str, Tensor], index: int, pad: Pad):
+        self.config, self.index, self.pad = config, index, pad
         self.w = {n.removeprefix(f"layers.{index}."): t for n, t in weights.items() if n.startswith(f"layers.{index}.")}
         self.qkv_bias = self.w.get("qkv.bias")
         self.qk_norm_ND: Tensor | None = None
@@ -186,10 +183,10 @@ class Layer:
         return self._add_linear(x_TH, hidden, w["down.weight"]), None
 
     def _linear(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-        return F.linear(at_least(x_TI, self.rows), weight_OI, bias_O)[: len(x_TI)]
+        return F.linear(self.pad(x_TI), weight_OI, bias_O)[: len(x_TI)]
 
     def _add_linear(self, x_TO: Tensor, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        return torch.addmm(at_least(x_TO, self.rows), at_least(x_TI, self.rows), weight_OI.t())[: len(x_TI)]
+        return torch.addmm(self.pad(x_TO), self.pad(x_TI), weight_OI.t())[: len(x_TI)]
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
@@ -206,9 +203,8 @@ class Layer:
         if c.shared_intermediate_size:
             hidden = self._gated(self._linear(x_TH, w["shared.gate_up.weight"]))
             shared = self._linear(hidden, w["shared.down.weight"])
-            # Row by row: a product of one column, or the sigmoid of one, rounds by where in it a row is.
-            gate = (x_TH * w["shared_gate.weight"]).sum(-1, keepdim=True)
-            out = out + F.sigmoid(gate.expand_as(shared)) * shared
+            gate = F.sigmoid(F.linear(self.pad(x_TH), self.pad(w["shared_gate.weight"])))[: len(x_TH), :1]
+            out = out + gate * shared
         return out, chosen_TK
 
     def _experts(self, x_TH: Tensor, chosen_TK: Tensor, top_TK: Tensor) -> Tensor:
@@ -228,7 +224,7 @@ class Layer:
     def _grouped(self, x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         """Rows `[ends[e-1], ends[e])` times expert `e`'s matrix, transposed."""
         aligned = x_MI.shape[1] * x_MI.element_size() % 16 == 0 and weight_EOI.shape[1] * x_MI.element_size() % 16 == 0
-        if aligned and self.rows == 1:  # the kernel wants rows of whole 16 bytes
+        if aligned and self.pad is _as_it_is:  # the kernel wants rows of whole 16 bytes
             return F.grouped_mm(x_MI, weight_EOI.transpose(1, 2), offs=ends_E)
         bounds = [0, *ends_E.tolist()]
         stretches = zip(bounds, bounds[1:], weight_EOI, strict=False)
@@ -242,13 +238,14 @@ class Decoder:
         self, config: DecoderConfig, max_len: int, device: torch.device, dtype: torch.dtype, exact: bool = False
     ):
         """`max_len` is the longest sequence it will see; weights are uninitialised. With `exact` what comes out for a
-        token has the same bits whatever else is computed with it, on a CPU."""
+        token has the same bits whatever else is computed with it, on a CPU (`exact.py`)."""
         if config.hidden_act not in ACTIVATIONS:
             raise ConfigError(
                 f"torch engine: hidden_act {config.hidden_act!r} is not supported; known: {', '.join(ACTIVATIONS)}"
             )
         self.config, self.device, self.dtype = config, device, dtype
-        self.rows, self.block = (ROWS, BLOCK) if exact and device.type == "cpu" else (1, 1)
+        self.exact = exact and device.type == "cpu"
+        self.pad: Pad = whole_rows if self.exact else _as_it_is
         self.rope = RotaryTable(config, max_len, device, dtype)
         shapes = weight_shapes(config)
         self.place({name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()})
@@ -257,7 +254,7 @@ class Decoder:
         """Use these tensors from now on. Nothing is copied."""
         self.weights = weights
         self.head_VH = weights["embed.weight" if self.config.tie_word_embeddings else "lm_head.weight"]
-        self.layers = [Layer(self.config, weights, i, self.rows) for i in range(self.config.num_layers)]
+        self.layers = [Layer(self.config, weights, i, self.pad) for i in range(self.config.num_layers)]
         self.refresh()
 
     def refresh(self) -> None:
@@ -281,4 +278,4 @@ class Decoder:
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """`[T, V]` float32."""
-        return F.linear(at_least(hidden_TH, self.rows), self.head_VH)[: len(hidden_TH)].float()
+        return F.linear(self.pad(hidden_TH), self.head_VH)[: len(hidden_TH)].float()

@@ -58,8 +58,8 @@ def _zeros(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 class KVCache:
-    def __init__(self, memory: Memory, slots: int, length: int, block: int = 1):
-        """Queries and keys are padded to whole blocks of so many tokens."""
+    def __init__(self, memory: Memory, slots: int, length: int, exact: bool = False):
+        """`exact` says how what it holds is attended to."""
         config = memory.config
         shape = (config.num_layers, 2, slots, config.num_kv_heads, length, config.head_dim)
         self.kv = memory.kv[: math.prod(shape)].view(shape)
@@ -67,13 +67,10 @@ class KVCache:
         if config.routes:
             chosen = (slots, length, config.num_layers, config.top_k_experts)
             self.experts_SMLK = memory.experts[: math.prod(chosen)].view(chosen)
-        self.slots, self.length, self.block, self.heads = slots, length, block, config.num_kv_heads
+        self.slots, self.length, self.exact, self.heads = slots, length, exact, config.num_kv_heads
         self.keys = [layer[0].view(-1, config.head_dim) for layer in self.kv]
         self.values = [layer[1].view(-1, config.head_dim) for layer in self.kv]
         self._head_offsets_N = torch.arange(self.heads, device=self.kv.device) * length
-
-    def padded(self, tokens: int) -> int:
-        return whole_blocks(tokens, self.block)
 
     @staticmethod
     def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -105,8 +102,3 @@ class KVCache:
         self.kv[:, :, slots, :, start:end] = segment.kv[:, :, None, :, :tokens]
         if self.experts_SMLK is not None and segment.experts is not None:
             self.experts_SMLK[slots, start:end] = segment.experts[:tokens]
-
-
-def whole_blocks(tokens: int, block: int) -> int:
-    """Tokens of the whole blocks that hold so many."""
-    return -(-tokens // block) * block

@@ -196,8 +196,7 @@ class Scheduler:
         return leaders, followers
 
     def _seat(self, found: list[tuple[Job, Match]]) -> None:
-        """Give requests a slot, bring their cache there, and draw their next token. Those that were here before, and
-        whose cache is complete, draw it with the others that decode."""
+        """Give requests a slot, bring their cache there, and draw their first token."""
         found = sorted(found, key=lambda pair: _missing(*pair))
         first = self.slots.count
         for job, match in found:
@@ -208,10 +207,6 @@ class Scheduler:
                 job.cached_tokens = match.tokens
         self._sampling = None
         self._copy_prefixes(first, [match for _, match in found])
-        resumed = sum(_missing(*pair) < 0 for pair in found)
-        first, found = first + resumed, found[resumed:]
-        if not found:
-            return
         hidden_BH = self._prefill(first, found)
         logits_BV = self.decoder.logits(hidden_BH)
         batch = SamplingBatch.of([job.request.sampling for job, _ in found], self.decoder.device)
@@ -373,8 +368,5 @@ class Scheduler:
 
 
 def _missing(job: Job, match: Match) -> int:
-    """Tokens to be prefilled before the next can be drawn; -1 if decoding can go on where it stopped."""
-    if match.hidden is not None:
-        return 0
-    missing = len(job.tokens) - match.tokens
-    return -1 if missing == 1 and len(job.tokens) > job.prompt_length else missing
+    """Tokens that must be computed before the first can be drawn."""
+    return 0 if match.hidden is not None else len(job.tokens) - match.tokens

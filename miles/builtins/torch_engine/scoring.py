@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from miles.builtins.torch_engine.decoder import Decoder
-from miles.builtins.torch_engine.kv_cache import KVCache, Memory, whole_blocks
+from miles.builtins.torch_engine.kv_cache import KVCache, Memory
 from miles.builtins.torch_engine.prefill import Piece, prefill
 
 ROWS = 1024
@@ -55,9 +55,9 @@ def _groups(jobs: Sequence[ScoreJob], max_tokens: int) -> Iterator[list[int]]:
 
 
 def _score_group(decoder: Decoder, jobs: Sequence[ScoreJob], max_tokens: int) -> list[Scores]:
-    length = whole_blocks(max(len(job.tokens) for job in jobs), decoder.block)
-    memory = Memory(decoder.config, len(jobs) * length, decoder.device, decoder.dtype)
-    cache = KVCache(memory, len(jobs), length, decoder.block)
+    longest = max(len(job.tokens) for job in jobs)
+    memory = Memory(decoder.config, len(jobs) * longest, decoder.device, decoder.dtype)
+    cache = KVCache(memory, len(jobs), longest, decoder.exact)
     pieces = [Piece(job.tokens) for job in jobs]
     found: list[list[tuple[Tensor, ...]]] = [[] for _ in jobs]
     done = [0] * len(jobs)

@@ -57,11 +57,11 @@ def manners(lab, model, requests, **more):
     """Ways to ask for the same."""
     yield "one by one", one_by_one(lab, model, requests, **more)
     yield "late", late(lab, model, requests, **more)
+    yield "late, nothing cached", late(lab, model, requests, prefix_cache_tokens=0, **more)
     for options in (
         {"max_running": 3},
-        {"prefix_cache_tokens": 0},
         {"max_prefill_tokens": 16},
-        {"kv_cache_tokens": 500},
+        {"kv_cache_tokens": 500, "prefix_cache_tokens": 50},
     ):
         yield str(options), lab.run(model, requests, **options, **more)
 
@@ -71,7 +71,7 @@ needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="pr
 
 @needs_mkl
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 def test_every_bit_is_the_same_in_any_company(lab, family, dtype):
     model, requests = lab.model(family), crowd(lab)
     together = lab.run(model, requests, exact=True, dtype=dtype)
@@ -81,27 +81,48 @@ def test_every_bit_is_the_same_in_any_company(lab, family, dtype):
 
 
 @needs_mkl
-def test_and_with_two_threads(lab):
-    model, requests, threads = lab.model("qwen3"), crowd(lab), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        together = lab.run(model, requests, exact=True)
-        assert [a.log_probs for a in one_by_one(lab, model, requests, exact=True)] == [a.log_probs for a in together]
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize("heads", [2, 8])
+def test_long_prompts_and_second_turns(lab, heads):
+    """What was decoded in the first turn is there or is computed again, in pieces or at once; heads share their keys by
+    two and by eight."""
+    model = lab.make_model("qwen3", num_attention_heads=heads, num_key_value_heads=1)
+    generator = random.Random(2)
+    prompts = [[generator.randrange(60) for _ in range(length)] for length in (31, 130, 190, 300)]
+
+    def turn(prompts, **options):
+        requests = [lab.request(p, seed=i, max_new_tokens=40, temperature=1.0) for i, p in enumerate(prompts)]
+        return [lab.run(model, [r], exact=True, **options)[0] for r in requests], requests
+
+    first, requests = turn(prompts)
+    longer = [[*p, *answer.tokens, 5] for p, answer in zip(prompts, first, strict=True)]
+    second, later = turn(longer, prefix_cache_tokens=0)
+
+    async def in_one_engine(**options):
+        engine = await lab.started(model, exact=True, **options)
+        try:
+            return [await asyncio.gather(*map(engine.generate, turn)) for turn in (requests, later)]
+        finally:
+            await engine.close()
+
+    for options in ({}, {"prefix_cache_tokens": 200}, {"max_prefill_tokens": 70}):
+        for one, other in zip((first, second), asyncio.run(in_one_engine(**options)), strict=True):
+            assert [(a.tokens, a.log_probs) for a in one] == [(a.tokens, a.log_probs) for a in other], options
 
 
 @needs_mkl
-def test_scores_have_the_same_bits_in_any_company(lab):
+def test_scores_have_the_same_bits_in_any_company_and_are_those_of_the_draws(lab):
     model = lab.model("qwen3")
+    answers = lab.run(model, crowd(lab), exact=True)
+    drawn = [[*request.tokens, *answer.tokens] for request, answer in zip(crowd(lab), answers, strict=True)]
 
     async def main():
         engine = await lab.started(model, exact=True)
         try:
-            together = await asyncio.gather(*(engine.score(prompt) for prompt in prompts()))
-            return together, [await engine.score(prompt) for prompt in prompts()]
+            together = await asyncio.gather(*map(engine.score, drawn))
+            return together, [await engine.score(tokens) for tokens in drawn]
         finally:
             await engine.close()
 
-    for one, other in zip(*asyncio.run(main()), strict=True):
+    for one, other, answer in zip(*asyncio.run(main()), answers, strict=True):
         np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(one[-len(answer.tokens) :], np.float32(answer.log_probs))
